@@ -1,0 +1,121 @@
+"""The cache contract, and the store that lives for one forward pass.
+
+A cache holds one entry per visit: slot (block, recursion), or (block, recursion, expert, step) inside an expert. Under
+`per_recursion` a token writes and reads the slot of each recursion that it takes; under `shared_first` only
+recursion 1 writes, and later recursions read its slot. The stack asks for a view per step and hands it to the block.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from morex.depth.schedule import Slot, Step
+from morex.nn.attention import NEVER, Keys, KeyView
+from morex.nn.packing import Packing
+
+KVRule = Literal["per_recursion", "shared_first"]
+
+
+class SlotStore(ABC):
+    """Holds the keys and values of slots."""
+
+    @abstractmethod
+    def append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> bool:
+        """Adds k, v [N, KV, dim] of the packing's tokens to their rows; True if the slot was empty before."""
+
+    @abstractmethod
+    def read(self, slot: Slot) -> Keys:
+        """All keys and values of a slot, right-padded."""
+
+
+@dataclass
+class SlotView:
+    """One slot, as an attention sees it."""
+
+    store: SlotStore
+    slot: Slot
+    writes: bool = True
+
+    def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
+        return self.store.append(self.slot, k, v, packing)
+
+    def read(self) -> Keys:
+        return self.store.read(self.slot)
+
+
+@dataclass
+class StepViews:
+    """The slots of one step: the block's attention, and the experts' where a cache outlives the call."""
+
+    attention: KeyView | None
+    store: SlotStore | None
+    slot: Slot
+
+    def expert(self, expert: int, step: int) -> KeyView | None:
+        if self.store is None:
+            return None
+        return SlotView(self.store, self.slot._replace(expert=expert, step=step))
+
+
+def views_of(step: Step, rule: KVRule, cache: SlotStore | None, call: SlotStore) -> StepViews | None:
+    """The slots that a step writes and reads.
+
+    Args:
+        step: entry of the schedule.
+        rule: how recursions share keys.
+        cache: the cache that outlives the call, if any.
+        call: store of this forward pass, which `shared_first` uses where there is no cache.
+
+    Returns:
+        None where attention needs nothing but the tokens in hand.
+    """
+    if rule == "per_recursion" and cache is None:
+        return None
+    store = call if cache is None else cache
+    if rule == "per_recursion":
+        return StepViews(SlotView(store, step.slot), cache, step.slot)
+    first = SlotView(store, Slot(step.block, 1), writes=step.recursion == 1)
+    return StepViews(first, cache, step.slot)
+
+
+class CallStore(SlotStore):
+    """Keys and values of one forward pass, with their gradients. Each slot is written once."""
+
+    def __init__(self) -> None:
+        self._slots: dict[Slot, tuple[Tensor, Tensor, Packing]] = {}
+        self._padded: dict[Slot, Keys] = {}
+
+    def append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> bool:
+        assert slot not in self._slots, f"slot {slot} is written twice in one call"
+        self._slots[slot] = (k, v, packing)
+        return True
+
+    def read(self, slot: Slot) -> Keys:
+        if slot not in self._padded:
+            k, v, packing = self._slots[slot]
+            documents = None if packing.documents is None else packing.pad(packing.documents, -1)
+            self._padded[slot] = Keys(packing.pad(k), packing.pad(v), packing.pad(packing.time, NEVER), documents)
+        return self._padded[slot]
+
+
+class KVCache(SlotStore):
+    """A cache that outlives a forward pass and serves B sequences."""
+
+    seen: Tensor
+    """Tokens of each sequence that the model has taken in [B]."""
+
+    @abstractmethod
+    def advance(self, packing: Packing) -> None:
+        """Counts the tokens of a finished forward pass."""
+
+    @abstractmethod
+    def bytes(self) -> int:
+        """Bytes of the keys and values stored, room that is not used left out."""
+
+
+def lengths_of(seen: Tensor, packing: Packing) -> Tensor:
+    """Tokens of each sequence [B] after the packing's."""
+    return seen + torch.bincount(packing.row, minlength=seen.shape[0])

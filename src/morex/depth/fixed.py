@@ -1,0 +1,9 @@
+"""`fixed`: every token takes all recursions, or as many as the caller says."""
+
+from morex.depth.router import DepthRouter
+
+
+class FixedRouter(DepthRouter):
+    """No decision: R recursions for all tokens, any number at call time."""
+
+    any_depth = True

@@ -1,0 +1,97 @@
+"""What routers with one gated decision per recursion share: capacities and the gated update.
+
+For active tokens H <- H + g * core(H), core's own residual included, or H <- H + g * (core(H) - H) with gate `delta`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, score_costs
+from morex.nn.costs import Costs
+
+
+class GatedRouter(DepthRouter):
+    """Base of the routers that let a token go on or not at each recursion."""
+
+    def __init__(self, d_model: int, recursions: int, capacities: tuple[float, ...], alpha: float, gate: str) -> None:
+        super().__init__(d_model, recursions)
+        self.capacities, self.alpha, self.gate = capacities, alpha, gate
+
+    @staticmethod
+    def shares(recursions: int, **options: Any) -> tuple[float, ...]:
+        return tuple(options["capacities"])
+
+    def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor:
+        """g of every token at recursion r [N]."""
+        raise NotImplementedError
+
+    def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+        visit = super().visit(h, routing, r)
+        if visit is not None:
+            visit.gate = visit.packing.gather(self.gates(h, routing, r))
+        return visit
+
+    def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
+        assert visit.gate is not None
+        if self.gate == "delta":
+            y = y - visit.packing.gather(h)
+        update = visit.gate.unsqueeze(1) * y
+        if visit.packing.index is None:
+            return h + update
+        return add_rows(h, visit.packing.index, update)
+
+
+class LearnedGateRouter(GatedRouter):
+    """Base of the routers that score tokens; each recursion has a score net of its own."""
+
+    def __init__(
+        self,
+        d_model: int,
+        recursions: int,
+        capacities: tuple[float, ...],
+        alpha: float,
+        gate: str,
+        score: str,
+        router: str,
+        z_weight: float,
+    ) -> None:
+        super().__init__(d_model, recursions, capacities, alpha, gate)
+        self.activation = score
+        self.score = nn.ModuleList(ScoreNet(d_model, 1, router) for _ in range(recursions))
+        if z_weight:
+            self.loss_weights["router_z"] = z_weight
+
+    def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
+        logits = self.score[r - 1](h).squeeze(1)
+        candidates = self.candidates(routing)
+        routing.gates = logits
+        routing.scores.append(logits.detach().masked_fill(~candidates, torch.nan))
+        if self.loss_weights.get("router_z") and self.training:
+            chosen = candidates.to(logits.dtype)
+            routing.add_loss("router_z", (logits.square() * chosen).sum() / chosen.sum().clamp(min=1))
+        if routing.depths is not None:
+            return routing.depths >= r
+        if routing.policy.is_forced:
+            return None
+        return self.choose(logits, candidates, h, routing, r)
+
+    def candidates(self, routing: Routing) -> Tensor:
+        """Tokens that may take the recursion in hand [N]."""
+        return routing.active
+
+    def choose(self, logits: Tensor, candidates: Tensor, h: Tensor, routing: Routing, r: int) -> Tensor | None:
+        """Active tokens of recursion r [N] by the router's own rule, or None for all."""
+        raise NotImplementedError
+
+    def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor:
+        assert routing.gates is not None
+        logits = routing.gates
+        if self.activation == "unweighted":
+            return torch.ones_like(logits)
+        return self.alpha * (torch.tanh(logits) if self.activation == "tanh" else torch.sigmoid(logits))
+
+    @staticmethod
+    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
+        return recursions * score_costs(d_model, 1, options["router"])

@@ -1,0 +1,172 @@
+"""What every depth router is: it decides which tokens take recursion r of one routed group, and merges what comes back.
+
+The stack drives a router through one forward pass like this:
+
+    h, routing = router.begin(h, packing, policy)
+    for r = 1..R:
+        visit = router.visit(h, routing, r)
+        y = core(visit's tokens)
+        h = router.merge(h, y, routing, visit)
+    h, signals = router.finish(h, routing)
+
+`h` holds all N tokens of the group as flat rows [N, D]; a visit packs the active ones. Routers write no buffer in a
+forward pass: they return statistics, and `update` moves biases, thresholds and warm-ups after an optimizer step.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.depth.policy import DepthPolicy
+from morex.nn.costs import Costs
+from morex.nn.packing import Packing
+from morex.nn.signals import Signals
+
+
+@dataclass
+class Visit:
+    """The active tokens of one recursion."""
+
+    recursion: int
+    packing: Packing
+    gate: Tensor | None = None
+    """g of each active token [M], where the router gates this recursion."""
+    is_dummy: bool = False
+    """True: nobody is active, and one token passes with weight 0 so that no gradient is missing."""
+
+
+@dataclass
+class Routing:
+    """One forward pass of one group, as its router keeps it."""
+
+    packing: Packing
+    """All N tokens of the group."""
+    policy: DepthPolicy
+    active: Tensor
+    """Tokens active at the last recursion [N]; all of them before the first."""
+    depths: Tensor | None = None
+    """Recursions of each token [N], where they are decided beforehand."""
+    start: Tensor | None = None
+    """The group's input [N, D], where the router needs it again."""
+    gates: Tensor | None = None
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    masks: list[Tensor] = field(default_factory=list)
+    """Active tokens of each recursion [N]."""
+    scores: list[Tensor] = field(default_factory=list)
+    """Scores of each recursion [N], NaN for tokens that were no candidates."""
+
+    def add_loss(self, name: str, value: Tensor) -> None:
+        self.losses.setdefault(name, []).append(value)
+
+
+class DepthRouter(nn.Module):
+    """Base: no decision of its own, depths may be forced by the caller."""
+
+    any_depth = False
+    """Whether the group can recur more often than in training."""
+    is_causal = True
+    """Whether eval mode has a rule that sees no later token."""
+
+    def __init__(self, d_model: int, recursions: int) -> None:
+        """Args:
+        d_model: width D of the hidden states.
+        recursions: R.
+        """
+        super().__init__()
+        self.recursions = recursions
+        self.loss_weights: dict[str, float] = {}
+
+    def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
+        """Starts a forward pass over the group's input h [N, D]."""
+        routing = Routing(packing, policy, torch.ones(h.shape[0], dtype=torch.bool, device=h.device))
+        if policy.is_forced and policy.kind != "uniform":
+            routing.depths = policy.depths(packing.time)
+        return h, routing
+
+    def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+        """The tokens that take recursion r, or None if nobody does and no gradient is at stake."""
+        active = self.decide(h, routing, r)
+        everyone = active is None
+        mask = torch.ones_like(routing.active) if active is None else active
+        routing.active = mask
+        routing.masks.append(mask)
+        if everyone:
+            return Visit(r, routing.packing.root())
+        index = mask.nonzero().squeeze(1)
+        if index.shape[0]:
+            return Visit(r, routing.packing.root().select(index))
+        if not (self.training and torch.is_grad_enabled()) or not h.shape[0]:
+            return None
+        return Visit(r, routing.packing.root().select(index.new_zeros(1)), is_dummy=True)
+
+    def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
+        """Active tokens of recursion r [N], or None for all."""
+        return None if routing.depths is None else routing.depths >= r
+
+    def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
+        """Brings the core's output y [M, D] for the visiting tokens back into h [N, D]."""
+        return y if visit.packing.index is None else replace_rows(h, visit.packing.index, y)
+
+    def finish(self, h: Tensor, routing: Routing) -> tuple[Tensor, Signals]:
+        """Ends the pass: the group's output and the router's report."""
+        counts = [mask.sum() for mask in routing.masks]
+        counts += [routing.active.new_zeros((), dtype=torch.int64)] * (self.recursions - len(counts))
+        tokens = torch.tensor(h.shape[0], device=h.device)
+        stats = {"active": torch.stack(counts[: self.recursions]), "tokens": tokens, **routing.stats}
+        losses = {name: torch.stack(values).mean() for name, values in routing.losses.items()}
+        return h, Signals(losses, stats)
+
+    @torch.no_grad()
+    def update(self, stats: dict[str, Tensor], step: int) -> None:
+        """Moves biases, thresholds and warm-ups after optimizer step `step` (counted from 1)."""
+
+    @staticmethod
+    def shares(recursions: int, **options: Any) -> tuple[float, ...]:
+        """Expected share of the tokens that takes recursion r = 1..R, from the constructor's options."""
+        return (1.0,) * recursions
+
+    @staticmethod
+    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
+        """Closed-form costs of the router itself, for all recursions together."""
+        return Costs()
+
+
+class ScoreNet(nn.Module):
+    """Scores of hidden states in full precision: one linear map, or two with GELU between (arXiv 2507.10524, G.1)."""
+
+    def __init__(self, d_model: int, outputs: int, kind: str) -> None:
+        super().__init__()
+        width = d_model
+        if kind == "mlp":
+            width = 2 * d_model
+            self.hidden = nn.Parameter(torch.empty(width, d_model))
+        self.weight = nn.Parameter(torch.empty(outputs, width))
+        self.kind = kind
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h [N, D] -> scores [N, outputs], never in half precision: a rule at zero must not flip with the dtype."""
+        with torch.autocast(h.device.type, enabled=False):
+            x = h.to(self.weight.dtype)
+            if self.kind == "mlp":
+                x = F.gelu(F.linear(x, self.hidden))
+            return F.linear(x, self.weight)
+
+
+def score_costs(d_model: int, outputs: int, kind: str) -> Costs:
+    """Closed-form costs of a `ScoreNet`."""
+    weights = d_model * outputs if kind == "linear" else 2 * d_model * (d_model + outputs)
+    return Costs(weights, 2.0 * weights)
+
+
+def replace_rows(h: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """h [N, D] with the rows at `index` [M] replaced by `rows` [M, D]."""
+    return h.index_copy(0, index, rows.to(h.dtype))
+
+
+def add_rows(h: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """h [N, D] with `rows` [M, D] added at `index` [M]."""
+    return h.index_add(0, index, rows.to(h.dtype))

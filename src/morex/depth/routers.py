@@ -1,0 +1,16 @@
+"""The depth routers by `kind`."""
+
+from morex.depth.expert_choice import ExpertChoiceRouter
+from morex.depth.fixed import FixedRouter
+from morex.depth.random_choice import RandomRouter
+from morex.depth.router import DepthRouter
+from morex.depth.threshold import ThresholdRouter
+from morex.depth.token_choice import TokenChoiceRouter
+
+ROUTERS: dict[str, type[DepthRouter]] = {
+    "fixed": FixedRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "token_choice": TokenChoiceRouter,
+    "threshold": ThresholdRouter,
+    "random": RandomRouter,
+}

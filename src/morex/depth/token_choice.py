@@ -1,0 +1,113 @@
+"""`token_choice` (Mixture of Recursions, arXiv 2507.10524, eq. 2.2): each token chooses its depth once.
+
+Before recursion 1 a token scores R depths and takes the best, i; it passes recursions 1..i with ungated intermediate
+states, then H <- H1 + g_i * core^i(H1). With gate `each` every recursion is gated, the paper's equation. Depths are
+kept in use by the loss R * sum f_i P_i or, loss-free, by a bias on the choice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from morex.depth.policy import DepthPolicy
+from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, replace_rows, score_costs
+from morex.nn.costs import Costs
+from morex.nn.packing import Packing
+from morex.nn.signals import Signals
+
+
+DEFAULT_ALPHA = {"softmax": 1.0, "sigmoid": 0.1}
+
+
+class TokenChoiceRouter(DepthRouter):
+    """One decision per token, each depth computed once for the tokens still active."""
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        recursions: int,
+        score: str,
+        alpha: float | None,
+        temperature: float,
+        gate: str,
+        balance: str,
+        balance_weight: float,
+        bias_rate: float,
+        router: str,
+        z_weight: float,
+    ) -> None:
+        super().__init__(d_model, recursions)
+        self.activation, self.temperature, self.gate = score, temperature, gate
+        self.alpha = alpha if alpha is not None else DEFAULT_ALPHA[score]
+        self.bias_rate = bias_rate if balance == "loss_free" else 0.0
+        self.score = ScoreNet(d_model, recursions, router)
+        if balance == "loss":
+            self.loss_weights["depth_balance"] = balance_weight
+        if z_weight:
+            self.loss_weights["router_z"] = z_weight
+        self.register_buffer("bias", torch.zeros(recursions))
+
+    def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
+        h, routing = super().begin(h, packing, policy)
+        logits = self.score(h) / self.temperature
+        scores = logits.softmax(-1) if self.activation == "softmax" else logits.sigmoid()
+        routing.scores = list(scores.detach().unbind(1))
+        choice = (scores.detach() + self.bias).argmax(-1)
+        if routing.depths is None:
+            routing.depths = torch.full_like(choice, policy.recursions) if policy.is_forced else choice + 1
+        routing.start, routing.gates = h, self.alpha * scores
+        if self.training:
+            self._balance(logits, scores, choice, routing)
+        return h, routing
+
+    def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+        visit = super().visit(h, routing, r)
+        if visit is not None and self.gate == "each":
+            assert routing.gates is not None
+            visit.gate = visit.packing.gather(routing.gates[:, r - 1])
+        return visit
+
+    def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
+        assert routing.depths is not None
+        return None if r == 1 else routing.depths >= r
+
+    def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
+        if visit.gate is not None:
+            y = visit.gate.unsqueeze(1) * y
+        return y if visit.packing.index is None else replace_rows(h, visit.packing.index, y)
+
+    def finish(self, h: Tensor, routing: Routing) -> tuple[Tensor, Signals]:
+        assert routing.start is not None and routing.gates is not None and routing.depths is not None
+        if self.gate == "each":
+            out = routing.start + h
+        else:
+            out = routing.start + routing.gates.gather(1, routing.depths[:, None] - 1) * h
+        return super().finish(out, routing)
+
+    def _balance(self, logits: Tensor, scores: Tensor, choice: Tensor, routing: Routing) -> None:
+        counts = torch.bincount(choice, minlength=self.recursions)
+        routing.stats["chosen"] = counts
+        if "depth_balance" in self.loss_weights:
+            share = counts.to(scores.dtype) / max(1, choice.shape[0])
+            probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
+            routing.add_loss("depth_balance", self.recursions * (share * probability).sum())
+        if "router_z" in self.loss_weights:
+            routing.add_loss("router_z", logits.logsumexp(-1).square().mean())
+
+    @staticmethod
+    def shares(recursions: int, **options: Any) -> tuple[float, ...]:
+        """At balance: depths 1..R are equally frequent."""
+        return tuple((recursions - r) / recursions for r in range(recursions))
+
+    @staticmethod
+    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
+        return score_costs(d_model, recursions, options["router"])
+
+    @torch.no_grad()
+    def update(self, stats: dict[str, Tensor], step: int) -> None:
+        if self.bias_rate and "chosen" in stats:
+            share = stats["chosen"].to(self.bias.dtype) / stats["chosen"].sum().clamp(min=1)
+            self.bias += self.bias_rate * (share.mean() - share).sign()

@@ -1,0 +1,61 @@
+"""Sends each token to its experts and brings the outputs back. Dropless: no capacity, nothing is padded.
+
+Assignments (token, choice) are sorted by expert, stable in time, so that an expert's tokens stand together in time
+order: flat rows [N * K, D], expert by expert.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatch:
+    """The assignments of N tokens to K experts each."""
+
+    token: Tensor
+    """Token of each assignment [N * K], expert by expert."""
+    order: Tensor
+    """Assignment n * K + k at each sorted place [N * K]."""
+    inverse: Tensor
+    """Sorted place of each assignment [N * K]."""
+    counts: list[int]
+    """Tokens of each expert."""
+    top_k: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [N, D] -> rows of the assignments [N * K, D]."""
+        return x[self.token]
+
+    def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+        """Rows y [N * K, D] and weights [N, K] -> the weighted sum per token [N, D]."""
+        rows = y[self.inverse].view(-1, self.top_k, y.shape[1])
+        return (rows * weights.unsqueeze(-1).to(y.dtype)).sum(1)
+
+
+def dispatch(chosen: Tensor, experts: int) -> Dispatch:
+    """Sorts the chosen experts [N, K]."""
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    return Dispatch(order // chosen.shape[1], order, inverse, counts, chosen.shape[1])
+
+
+def expert_linear(x: Tensor, weights: tuple[Tensor, ...], counts: list[int]) -> Tensor:
+    """Each expert's linear map on its own rows.
+
+    Args:
+        x: rows [N, in], expert by expert.
+        weights: one [out, in] matrix an expert.
+        counts: rows of each expert.
+
+    Returns:
+        [N, out].
+    """
+    if len(weights) == 1:
+        return F.linear(x, weights[0])
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weights, strict=True)])

@@ -1,0 +1,46 @@
+"""`moe`: feed-forward experts."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.experts.dispatch import dispatch
+from morex.experts.router import ExpertRouter, expert_router_costs
+from morex.nn.costs import Costs
+from morex.nn.mixers import ACTIVATIONS, ExpertViews, feed_forward_costs, swiglu
+from morex.nn.packing import Packing
+from morex.nn.signals import Signals
+
+
+class MoE(nn.Module):
+    """E feed-forward nets, K of them for each token; weights stacked by expert [E, out, in]."""
+
+    def __init__(self, d_model: int, router: ExpertRouter, kind: str, d_ff: int) -> None:
+        super().__init__()
+        self.router, self.kind = router, kind
+        if kind == "swiglu":
+            self.gate = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
+        self.up = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
+        self.down = nn.Parameter(torch.empty(router.experts, d_model, d_ff))
+
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
+    ) -> tuple[Tensor, Signals]:
+        """x [N, D] -> [N, D] and the router's report."""
+        chosen, weights, signals = self.router(x)
+        sent = dispatch(chosen, self.router.experts)
+        gate = self.gate.unbind(0) if self.kind == "swiglu" else self.up.unbind(0)
+        outputs = []
+        rows = sent.gather(x).split(sent.counts)
+        for z, g, u, d in zip(rows, gate, self.up.unbind(0), self.down.unbind(0), strict=True):
+            if self.kind == "swiglu":
+                outputs.append(swiglu(z, g, u, d))
+            else:
+                outputs.append(F.linear(ACTIVATIONS[self.kind](F.linear(z, u)), d))
+        return sent.combine(torch.cat(outputs), weights), signals
+
+
+def moe_costs(d_model: int, experts: int, top_k: int, kind: str, d_ff: int) -> Costs:
+    """Closed-form costs of `MoE`."""
+    one = feed_forward_costs(kind, d_model, d_ff)
+    return expert_router_costs(d_model, experts) + Costs(experts * one.parameters, top_k * one.per_token)

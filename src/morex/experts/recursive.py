@@ -1,0 +1,147 @@
+"""`recursive`: experts that are small recursive transformers (Mixture of Recursive Experts).
+
+Expert e loops S times over its tokens, weights shared over the steps:
+
+    z <- z + step_embedding[s];  z <- z + attention(norm(z));  z <- z + swiglu(norm(z))
+
+and returns norm(z) (`output`) or z - x (`change`). Attention runs causally over the tokens of a sequence that visit
+the same expert (`routed`), or over the token alone (`token`): softmax over one key is 1, so it is exactly W_o W_v.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.experts.dispatch import dispatch
+from morex.experts.router import ExpertRouter, expert_router_costs
+from morex.nn.attention import KeyView, attend, attend_to
+from morex.nn.costs import AttentionCosts, Costs
+from morex.nn.mixers import ExpertViews, swiglu
+from morex.nn.norm import rms_norm
+from morex.nn.packing import Packing
+from morex.nn.rope import rotate
+from morex.nn.signals import Signals
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Sizes of one expert."""
+
+    steps: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope_base: float
+    eps: float
+
+
+class RecursiveExperts(nn.Module):
+    """E recursive transformers, K of them for each token; weights stacked by expert."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        router: ExpertRouter,
+        shape: ExpertShape,
+        scope: str,
+        branch: str,
+        keep_unused_qk: bool,
+    ) -> None:
+        """Args:
+        scope: `routed` or `token`, what an expert's attention sees.
+        branch: `change` (z - x) or `output` (norm(z)).
+        keep_unused_qk: store the query and key weights that `token` never uses.
+        """
+        super().__init__()
+        self.router, self.shape, self.scope, self.branch = router, shape, scope, branch
+        experts, queries, keys = router.experts, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+
+        def stacked(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(experts, *size))
+
+        self.step_embedding = stacked(shape.steps, d_model)
+        self.norm_attention, self.norm_mixer = stacked(d_model), stacked(d_model)
+        if branch == "output":
+            self.norm_out = stacked(d_model)
+        if scope == "routed" or keep_unused_qk:
+            self.q, self.k = stacked(queries, d_model), stacked(keys, d_model)
+        self.v, self.o = stacked(keys, d_model), stacked(d_model, queries)
+        self.gate, self.up = stacked(d_ff, d_model), stacked(d_ff, d_model)
+        self.down = stacked(d_model, d_ff)
+
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
+        """x [N, D] -> [N, D] and the router's report. Loops over the few experts, never over tokens or the batch."""
+        chosen, weights, signals = self.router(x)
+        sent = dispatch(chosen, self.router.experts)
+        rows, tokens = sent.gather(x).split(sent.counts), sent.token.split(sent.counts)
+        own = {name: stack.unbind(0) for name, stack in self.named_parameters(recurse=False)}
+        outputs = []
+        for e, (z, token) in enumerate(zip(rows, tokens, strict=True)):
+            parts = {name: stack[e] for name, stack in own.items()}
+            outputs.append(self._expert(e, z, parts, packing.select(token), views) if z.shape[0] else z)
+        return sent.combine(torch.cat(outputs), weights), signals
+
+    def _expert(self, e: int, x: Tensor, w: dict[str, Tensor], packing: Packing, views: ExpertViews | None) -> Tensor:
+        """One expert on its own tokens x [M, D]."""
+        eps, z = self.shape.eps, x
+        folded = self._folded(w) if self.scope == "token" else None
+        for s in range(self.shape.steps):
+            z = z + w["step_embedding"][s]
+            inner = rms_norm(z, w["norm_attention"], eps)
+            if folded is not None:
+                z = z + F.linear(inner, folded)
+            else:
+                z = z + self._attention(inner, w, packing, None if views is None else views.expert(e, s))
+            z = z + swiglu(rms_norm(z, w["norm_mixer"], eps), w["gate"], w["up"], w["down"])
+        return rms_norm(z, w["norm_out"], eps) if self.branch == "output" else z - x
+
+    def _folded(self, w: dict[str, Tensor]) -> Tensor:
+        """W_o W_v [D, D]: query heads of one group read the same value head."""
+        shape = self.shape
+        values = w["v"].view(shape.kv_heads, shape.head_dim, -1)
+        values = values.repeat_interleave(shape.heads // shape.kv_heads, dim=0).flatten(0, 1)
+        return w["o"] @ values
+
+    def _attention(self, x: Tensor, w: dict[str, Tensor], packing: Packing, view: KeyView | None) -> Tensor:
+        """Causal attention over the tokens that visit this expert, x [M, D] -> [M, D]."""
+        n, shape = x.shape[0], self.shape
+        table = packing.rotary(shape.head_dim, shape.rope_base, torch.promote_types(x.dtype, torch.float32))
+        q = rotate(F.linear(x, w["q"]).view(n, -1, shape.head_dim), table)
+        k = rotate(F.linear(x, w["k"]).view(n, -1, shape.head_dim), table)
+        v = F.linear(x, w["v"]).view(n, -1, shape.head_dim)
+        if view is None or view.append(k, v, packing):
+            y = attend(q, k, v, packing, shape.scale)
+        else:
+            y = attend_to(q, packing, view.read(), shape.scale)
+        return F.linear(y.reshape(n, -1), w["o"])
+
+
+def recursive_experts_costs(
+    d_model: int,
+    d_ff: int,
+    experts: int,
+    top_k: int,
+    shape: ExpertShape,
+    scope: str,
+    branch: str,
+    keep_unused_qk: bool,
+) -> Costs:
+    """Closed-form costs of `RecursiveExperts`.
+
+    Folding W_o W_v is one matrix product an expert and a forward pass; spread over a batch's tokens it is left out.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    has_qk = scope == "routed" or keep_unused_qk
+    projections = d_model * (queries + keys) * (2 if has_qk else 1)
+    vectors = d_model * (shape.steps + 2 + (branch == "output"))
+    parameters = experts * (projections + 3 * d_model * d_ff + vectors)
+    mixing = d_model * d_model if scope == "token" else 2 * d_model * (queries + keys)
+    visits = top_k * shape.steps
+    pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False)
+    attention = (pairs,) if scope == "routed" else ()
+    per_token = visits * 2.0 * (mixing + 3 * d_model * d_ff)
+    return expert_router_costs(d_model, experts) + Costs(parameters, per_token, attention)

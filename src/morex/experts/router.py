@@ -1,0 +1,68 @@
+"""The expert router: linear, softmax, top-k; weights renormalised for K > 1 (Shazeer et al. 2017, section 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.nn.costs import Costs, linear_costs
+from morex.nn.signals import Signals
+
+
+class ExpertRouter(nn.Module):
+    """Chooses K of E experts for each token. For K = 1 the probability is the weight, so the router keeps its gradient.
+
+    The loss-free bias (Wang et al. 2024) counts in the choice only and moves after each optimizer step.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self, d_model: int, experts: int, top_k: int, balance_weight: float, z_weight: float, bias_rate: float
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, d_model))
+        self.experts, self.top_k, self.bias_rate = experts, top_k, bias_rate
+        weights = {"expert_balance": balance_weight, "expert_z": z_weight}
+        self.loss_weights = {name: weight for name, weight in weights.items() if weight}
+        self.register_buffer("bias", torch.zeros(experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Signals]:
+        """x [N, D] -> chosen experts [N, K], their weights [N, K], and the report."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(self.weight.dtype), self.weight)
+        probabilities = logits.softmax(-1)
+        chosen = (probabilities.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        weights = probabilities.gather(1, chosen)
+        if self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights, self._report(logits, probabilities, chosen)
+
+    def _report(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Signals:
+        load = torch.bincount(chosen.flatten(), minlength=self.experts)
+        log = F.log_softmax(logits.detach(), -1)
+        signals = Signals(
+            stats={
+                "load": load,
+                "importance": probabilities.detach().sum(0),
+                "entropy": -(log.exp() * log).sum(),
+                "tokens": torch.tensor(chosen.shape[0], device=chosen.device),
+            },
+            chosen=chosen,
+        )
+        if self.training:
+            share = load.to(probabilities.dtype) / max(1, chosen.numel())
+            signals.losses["expert_balance"] = self.experts * (share * probabilities.mean(0)).sum()
+            signals.losses["expert_z"] = logits.logsumexp(-1).square().mean()
+        return signals
+
+    @torch.no_grad()
+    def update(self, stats: dict[str, Tensor], step: int) -> None:
+        """Moves the loss-free bias against the load after optimizer step `step`."""
+        if self.bias_rate:
+            share = stats["load"].to(self.bias.dtype) / stats["load"].sum().clamp(min=1)
+            self.bias += self.bias_rate * (share.mean() - share).sign()
+
+
+def expert_router_costs(d_model: int, experts: int) -> Costs:
+    """Closed-form costs of `ExpertRouter`."""
+    return linear_costs(d_model, experts)

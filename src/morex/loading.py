@@ -1,0 +1,233 @@
+"""Reads a config: a preset or a YAML file, then dotted overrides; a fault is one clear sentence."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from morex.config import Config, FeedForwardConfig, GatedConfig, ModelConfig, RecursiveExpertsConfig
+
+PRESETS = files("morex").joinpath("presets")
+TINY_WIDTH, TINY_VOCABULARY = 32, 97
+Tree = TypeVar("Tree", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message is one sentence that names the option, the value and what works."""
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the library."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = False) -> Config:
+    """Loads a preset by name, or a YAML file by path, applies overrides and validates.
+
+    Args:
+        source: a preset's name or the path of a YAML file. A file may start from a preset: `preset: NAME`.
+        overrides: `a.b=value` strings, the value in YAML. Changing a `kind` drops that section's other keys.
+        tiny: shrink the model to width 32 and vocabulary 97, kinds, sharing and ratios kept, before the overrides.
+
+    Raises:
+        ConfigError: unknown preset or key, or values that do not fit together.
+    """
+    tree = _read(source)
+    if tiny:
+        tree = {**tree, "model": tiny_model(validate(Config, tree).model)}
+    for override in overrides:
+        _apply(tree, override)
+    return validate(Config, tree)
+
+
+def validate(kind: type[Tree], tree: Mapping[str, Any], where: str = "") -> Tree:
+    """Validates plain data against a config class; raises ConfigError with one sentence about the first fault."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(kind, error, where)) from None
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the nearest known name, or the list of all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"
+
+
+def tiny_model(model: ModelConfig) -> dict[str, Any]:
+    """The same kinds, sharing, recursions and ratios at width 32 and vocabulary 97; at most two blocks a part."""
+    attention, schedule = model.attention, model.schedule.resolved
+    ratio = attention.heads // attention.num_kv_heads
+    small_attention = attention.model_copy(
+        update={"heads": 2 * ratio if ratio > 1 else 4, "kv_heads": 2 if ratio > 1 else 4, "head_dim": None}
+    )
+    if TINY_WIDTH % small_attention.heads or (TINY_WIDTH // small_attention.heads) % 2:
+        small_attention = small_attention.model_copy(update={"head_dim": 8})
+
+    def narrower(width: int) -> int:
+        return max(4, round(width * TINY_WIDTH / model.d_model / 4) * 4)
+
+    mixer = model.mixer
+    if isinstance(mixer, FeedForwardConfig):
+        mixer = mixer.model_copy(update={"d_ff": narrower(mixer.hidden(model.d_model))})
+    elif isinstance(mixer, RecursiveExpertsConfig):
+        mixer = mixer.model_copy(update={"d_ff": narrower(mixer.d_ff)})
+    else:
+        expert = mixer.expert.model_copy(update={"d_ff": narrower(mixer.expert.hidden(model.d_model))})
+        mixer = mixer.model_copy(update={"expert": expert})
+    small_schedule: dict[str, Any] = {"sharing": model.schedule.sharing, "recursions": schedule.recursions}
+    if model.schedule.sharing == "none":
+        small_schedule["layers"] = min(schedule.core, 3)
+    else:
+        small_schedule |= {
+            "sharing": schedule.order,
+            "prelude": min(schedule.prelude, 1),
+            "core": min(schedule.core, 2),
+            "coda": min(schedule.coda, 1),
+        }
+    return model.model_dump(mode="json") | {
+        "d_model": TINY_WIDTH,
+        "vocab_size": TINY_VOCABULARY,
+        "max_seq_len": min(model.max_seq_len, 64),
+        "attention": small_attention.model_dump(mode="json"),
+        "mixer": mixer.model_dump(mode="json"),
+        "schedule": small_schedule,
+    }
+
+
+def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
+    """The same config with the mixer `swiglu`: the dense twin of an expert model."""
+    if isinstance(model.mixer, FeedForwardConfig):
+        return model
+    width = model.mixer.d_ff if isinstance(model.mixer, RecursiveExpertsConfig) else model.mixer.expert.d_ff
+    return model.model_copy(update={"mixer": FeedForwardConfig(kind="swiglu", d_ff=width)})
+
+
+def is_depth_routed(model: ModelConfig) -> bool:
+    """Whether a router decides how many recursions a token takes."""
+    return isinstance(model.depth, GatedConfig) or model.depth.kind == "token_choice"
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    name = str(source)
+    if isinstance(source, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
+        path = Path(source)
+        if not path.is_file():
+            raise ConfigError(f"config file '{path}' does not exist")
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    if name not in presets():
+        raise ConfigError(f"unknown preset '{name}'{closest(name, presets())}")
+    return _parse(PRESETS.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problem = str(error).replace("\n", " ")
+        raise ConfigError(f"config '{name}' is not valid YAML: {problem}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config '{name}' must be a mapping with the sections {', '.join(Config.model_fields)}")
+    base = tree.pop("preset", None)
+    return tree if base is None else merge(_read(str(base)), tree)
+
+
+def merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`, section by section; a section whose `kind` changes starts afresh."""
+    if "kind" in change and base.get("kind") != change["kind"]:
+        base = {}
+    merged = dict(base)
+    for key, value in change.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path.strip():
+        raise ConfigError(f"override '{override}' must have the form a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    for key in reversed(path.strip().split(".")):
+        value = {key: value}
+    merged = merge(tree, cast(dict[str, Any], value))
+    tree.clear()
+    tree.update(merged)
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads `3e-4` as text; people mean the number."""
+    try:
+        return float(text) if text[:1].isdigit() or text[:1] in "+-." else text
+    except ValueError:
+        return text
+
+
+def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
+    fault = error.errors()[0]
+    tags = {
+        "fixed",
+        "expert_choice",
+        "token_choice",
+        "threshold",
+        "random",
+        "swiglu",
+        "gelu",
+        "relu",
+        "moe",
+        "recursive",
+    }
+    location = [str(part) for part in fault["loc"] if not (isinstance(part, str) and part in tags)]
+    dotted = ".".join([where, *location] if where else location)
+    match fault["type"]:
+        case "extra_forbidden":
+            known = _known_keys(kind, [str(part) for part in fault["loc"][:-1]])
+            return f"unknown key '{dotted}'{closest(location[-1], known)}"
+        case "missing":
+            return f"'{dotted}' is missing and has no default"
+        case "union_tag_invalid":
+            context = fault.get("ctx", {})
+            return f"{dotted}.kind {context.get('tag')!r} is unknown; use one of {context.get('expected_tags')}"
+        case "union_tag_not_found":
+            return f"'{dotted}.kind' is missing: it says which variant is meant"
+        case "value_error":
+            message = fault["msg"].removeprefix("Value error, ")
+            return f"{dotted}: {message}" if dotted else message
+        case _:
+            message = fault["msg"][:1].lower() + fault["msg"][1:]
+            return f"{dotted} {fault['input']!r} is not valid: {message}"
+
+
+def _known_keys(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the section at `path`; a union's member is found by the discriminator that pydantic reports."""
+    current: list[type[BaseModel]] = [kind]
+    for part in path:
+        below: list[type[BaseModel]] = []
+        for section in current:
+            if part in section.model_fields:
+                below += _sections(section.model_fields[part].annotation)
+        tagged = [section for section in current if _tag(section) == part]
+        current = below or tagged or current
+    return sorted({name for section in current for name in section.model_fields})
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for member in get_args(annotation) for section in _sections(member)]
+
+
+def _tag(section: type[BaseModel]) -> str | None:
+    field = section.model_fields.get("kind")
+    choices = get_args(field.annotation) if field else ()
+    return choices[0] if len(choices) == 1 else None

@@ -1,0 +1,1 @@
+"""The one model: assembled in `lm`, looped in `stack`."""

@@ -1,0 +1,146 @@
+"""Parameters, FLOPs and KV bytes in closed form, from a config alone.
+
+Every cost is a part's cost times the share of tokens that visit it: c_r for routers with capacities, balance for
+token choice, or shares that were measured. FLOPs leave padding out; a multiply-add is two; training is three forward
+passes (Kaplan et al. 2020, section 2.1). Attention is counted over the full square, causal half included.
+"""
+
+from dataclasses import dataclass
+
+from morex.config import FeedForwardConfig, ModelConfig, MoEConfig
+from morex.depth.policy import Depth, DepthPolicy, parse_depth
+from morex.depth.routers import ROUTERS
+from morex.experts.moe import moe_costs
+from morex.experts.recursive import recursive_experts_costs
+from morex.model.lm import expert_shape, router_options
+from morex.nn.attention import attention_costs
+from morex.nn.costs import Costs
+from morex.nn.mixers import feed_forward_costs
+
+
+@dataclass(frozen=True)
+class Count:
+    """Closed-form counts of a model."""
+
+    parameters: int
+    """All parameters, each shared one once."""
+    unique_non_embedding: int
+    """Parameters without the embedding and an untied head."""
+    unrolled_depth: int
+    """Blocks that a token passes when it takes every recursion."""
+    forward_flops_per_token: float
+    """Forward FLOPs of a token in a sequence of `seq_len`."""
+    train_flops_per_token: float
+    """Forward and backward FLOPs of a token in a sequence of `seq_len`."""
+    decode_flops_per_token: float
+    """FLOPs of one decoded token with `context` tokens in the cache."""
+    kv_bytes_per_token: float
+    """Bytes of keys and values that a token leaves in the cache, in the model's fp32."""
+
+
+def count(
+    config: ModelConfig,
+    seq_len: int = 1024,
+    context: int | None = None,
+    depth: Depth = None,
+    shares: tuple[float, ...] | None = None,
+    bytes_per_value: int = 4,
+) -> Count:
+    """Counts a model without building it.
+
+    Args:
+        config: the model.
+        seq_len: tokens of a training sequence.
+        context: tokens in the cache when decoding; default `seq_len`.
+        depth: depth at call time, as in the model's forward.
+        shares: share of the tokens active at recursion r = 1..R, where it was measured.
+        bytes_per_value: of a cached value; 4 for fp32, 2 for bf16.
+    """
+    schedule = config.schedule.resolved
+    active = shares or expected_shares(config, seq_len, depth)
+    block, router = block_costs(config), router_costs(config)
+    groups = len(schedule.groups)
+    embedding = config.vocab_size * config.d_model
+    steps = config.d_model * schedule.recursions * config.step_embedding
+    unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + config.d_model
+
+    def forward(tokens: int) -> float:
+        flops = (schedule.prelude + schedule.coda) * _visit(block, 1.0, 1.0, tokens, rereads=False)
+        for r, share in enumerate(active, start=1):
+            rereads = config.kv == "shared_first" and r > 1
+            flops += schedule.core * _visit(block, share, active[0] if rereads else share, tokens, rereads)
+        return flops + groups * router.per_token + 2.0 * embedding
+
+    values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
+    for r, share in enumerate(active, start=1):
+        values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
+    return Count(
+        parameters=unique + embedding * (1 if config.tie_embeddings else 2),
+        unique_non_embedding=unique,
+        unrolled_depth=schedule.unrolled_depth,
+        forward_flops_per_token=forward(seq_len),
+        train_flops_per_token=3 * forward(seq_len),
+        decode_flops_per_token=forward(seq_len if context is None else context),
+        kv_bytes_per_token=values * bytes_per_value,
+    )
+
+
+def block_costs(config: ModelConfig) -> Costs:
+    """Costs of one block: attention, mixer and two norms."""
+    attention, mixer, d_model = config.attention, config.mixer, config.d_model
+    heads, kv_heads, dim = attention.heads, attention.num_kv_heads, attention.dim(d_model)
+    own = attention_costs(d_model, heads, kv_heads, dim) + Costs(2 * d_model)
+    if isinstance(mixer, FeedForwardConfig):
+        return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
+    experts, top_k = mixer.router.experts, mixer.router.top_k
+    if isinstance(mixer, MoEConfig):
+        return own + moe_costs(d_model, experts, top_k, mixer.expert.kind, mixer.expert.hidden(d_model))
+    return own + recursive_experts_costs(
+        d_model,
+        mixer.d_ff,
+        experts,
+        top_k,
+        expert_shape(config, mixer.steps),
+        mixer.attention_scope,
+        mixer.branch,
+        mixer.keep_unused_qk,
+    )
+
+
+def router_costs(config: ModelConfig) -> Costs:
+    """Costs of one group's depth router."""
+    kind = ROUTERS[config.depth.kind]
+    return kind.costs(config.d_model, config.schedule.recursions, **router_options(config))
+
+
+def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> tuple[float, ...]:
+    """Share of the tokens that takes recursion r = 1..R, in sequences of `seq_len`."""
+    kind, recursions = ROUTERS[config.depth.kind], config.schedule.recursions
+    any_depth = kind.any_depth and not config.step_embedding
+    policy = parse_depth(depth, recursions, config.max_seq_len, any_depth)
+    if not policy.is_forced:
+        return kind.shares(recursions, **router_options(config))
+    return tuple(_reach(policy, seq_len, r) for r in range(1, policy.recursions + 1))
+
+
+def _reach(policy: DepthPolicy, seq_len: int, r: int) -> float:
+    """Share of the positions 0..seq_len - 1 whose depth is r or more."""
+    if policy.kind == "uniform":
+        return 1.0
+    import torch
+
+    return float((policy.depths(torch.arange(seq_len)) >= r).double().mean())
+
+
+def _visit(block: Costs, share: float, key_share: float, tokens: int, rereads: bool) -> float:
+    """Forward FLOPs per token of the sequence, when `share` of the tokens visit and queries meet `key_share`."""
+    flops = block.per_token - (block.per_token_keys if rereads else 0.0)
+    for attention in block.attention:
+        present = key_share if attention.rereads else share
+        flops += attention.per_pair * attention.share * present * tokens
+    return share * flops
+
+
+def _cached(block: Costs, share: float, rereads: bool) -> float:
+    """Values cached per token of the sequence."""
+    return share * sum(a.key_values for a in block.attention if not (rereads and a.rereads))

@@ -1,0 +1,32 @@
+"""The table of initial weights.
+
+| parameter | `scaled` | `plain` |
+|---|---|---|
+| norm weights | 1 | 1 |
+| residual projections (`o`, `down`) | N(0, std / sqrt(2 L)) | N(0, std) |
+| every other matrix, embeddings, routers | N(0, std) | N(0, std) |
+
+L is the unrolled depth: each token adds 2 L branches to the residual stream (Radford et al. 2019, section 2.3).
+"""
+
+import math
+
+import torch
+from torch import nn
+
+RESIDUAL = ("o", "down")
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, seed: int) -> None:
+    """Draws all parameters on the CPU from one generator, in the order of their names' first appearance."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        owner, role = ["", *name.split(".")][-2:]
+        role = owner if role == "weight" and owner != "router" and not owner.isdigit() else role
+        if role.startswith("norm"):
+            parameter.fill_(1.0)
+            continue
+        scale = std / math.sqrt(2 * unrolled_depth) if kind == "scaled" and role in RESIDUAL else std
+        drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
+        parameter.copy_(drawn)

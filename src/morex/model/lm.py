@@ -1,0 +1,333 @@
+"""The language model, and the only place where a model is assembled from a config.
+
+embed -> prelude -> core under a depth router -> coda -> norm -> head
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.cache.contiguous import ContiguousCache
+from morex.cache.slots import KVCache
+from morex.config import FeedForwardConfig, GatedConfig, ModelConfig, MoEConfig
+from morex.depth.policy import Depth, DepthPolicy, parse_depth
+from morex.depth.router import DepthRouter
+from morex.depth.routers import ROUTERS
+from morex.experts.moe import MoE
+from morex.experts.recursive import ExpertShape, RecursiveExperts
+from morex.experts.router import ExpertRouter
+from morex.model.init import initialise
+from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack
+from morex.nn.attention import Attention
+from morex.nn.block import Block
+from morex.nn.mixers import FeedForward, SwiGLU
+from morex.nn.norm import RMSNorm
+from morex.nn.packing import Packing, pack_batch
+from morex.nn.signals import RouterStats
+
+
+@dataclass
+class Trace:
+    """What every token did in one forward pass."""
+
+    depth: Tensor
+    """Recursions that each token took, summed over routed groups [B, T]; 0 for padding."""
+    groups: dict[str, GroupTrace]
+    """Active tokens, scores and states of each routed group, by module path."""
+    experts: dict[str, list[Tensor]]
+    """Experts chosen in each call of an expert layer [B, T, K], by module path; -1 where a token did not come by."""
+
+    @property
+    def active(self) -> dict[str, list[Tensor]]:
+        """Tokens active at recursion r [B, T], bool, by group."""
+        return {name: group.active for name, group in self.groups.items()}
+
+    @property
+    def scores(self) -> dict[str, list[Tensor]]:
+        """Scores at recursion r [B, T], NaN where a token was no candidate, by group."""
+        return {name: group.scores for name, group in self.groups.items()}
+
+
+@dataclass
+class Output:
+    """Result of a forward pass."""
+
+    logits: Tensor
+    """[B, T, V], or the last `logits_to_keep` of each row; zeros at padding."""
+    loss: Tensor | None = None
+    """Language-model loss, plus the weighted auxiliary losses in training mode."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Raw losses by name: `lm` and the routers' auxiliary losses, means over routers and recursions."""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each auxiliary loss in `loss`."""
+    stats: RouterStats = field(default_factory=RouterStats)
+    """Router statistics by module path, for `update_routers`."""
+    trace: Trace | None = None
+
+
+class LanguageModel(nn.Module):
+    """A causal language model with adaptive depth. Build it with `build_model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.stack = _stack(config)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.loss_weights: dict[str, float] = {}
+        for module in self.modules():
+            if isinstance(module, DepthRouter | ExpertRouter):
+                self.loss_weights |= module.loss_weights
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        depth: Depth = None,
+        logits_to_keep: int | Tensor = 0,
+        return_trace: bool = False,
+    ) -> Output:
+        """Runs the model on a right-padded batch.
+
+        Args:
+            tokens: token ids [B, T].
+            labels: the tokens themselves [B, T], or with the next one [B, T + 1]; shifted inside, -100 is ignored.
+            lengths: true lengths of the rows [B]; default: all T.
+            positions: positions [B, T] for the position embedding; default: counted from 0, or from the cache.
+            document_ids: [B, T]; tokens attend only to tokens of the same document.
+            cache: keys and values of what came before; it takes in this call's.
+            depth: who decides how deep tokens go: None the router, an integer, 'uniform:N', 'adaptive[:SPAN]',
+                'progressive[:SPAN]', or 'oracle' (top-k of `expert_choice` in eval mode, which sees later tokens).
+            logits_to_keep: keep only the last so many logits of each row, or those at these places; 0 keeps all.
+            return_trace: also return what every token did.
+
+        Raises:
+            ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
+        """
+        self._check(tokens, labels, lengths)
+        policy = self._policy(depth, cache)
+        start = None if cache is None else cache.seen
+        packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
+        x = self.embedding(packing.gather(tokens.flatten()))
+        x, record = self.stack(x, packing, policy, cache, return_trace)
+        x = self.norm(x)
+        if cache is not None:
+            cache.advance(packing)
+        kept = _kept_rows(packing, logits_to_keep)
+        all_logits = self._head(x) if labels is not None or kept is None else None
+        logits = packing.pad(all_logits) if kept is None and all_logits is not None else self._head(x[kept])
+        if kept is not None:
+            logits = logits.view(tokens.shape[0], -1, logits.shape[-1])
+        out = Output(logits=_full_width(logits, tokens, kept), stats=record.stats, loss_weights=dict(self.loss_weights))
+        out.losses = {name: torch.stack(values).mean() for name, values in record.losses.items()}
+        if labels is not None and all_logits is not None:
+            self._add_loss(out, all_logits, labels, packing, tokens.shape[1])
+        if return_trace:
+            out.trace = _full_trace(record, packing, tokens)
+        return out
+
+    def new_cache(self, batch_size: int, room: int = 64) -> KVCache:
+        """An empty cache for `batch_size` sequences, with `room` entries a row set aside at first."""
+        return ContiguousCache(batch_size, self.embedding.weight.device, room)
+
+    @torch.no_grad()
+    def update_routers(self, stats: RouterStats, step: int) -> None:
+        """Moves router biases, thresholds and warm-ups.
+
+        Args:
+            stats: `Output.stats`, summed over the microbatches and ranks of one optimizer step.
+            step: optimizer steps taken so far, this one included.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, DepthRouter | ExpertRouter) and name in stats:
+                module.update(stats[name], step)
+
+    def generate(self, tokens: Tensor | list[list[int]], **options: Any) -> Tensor | list[list[int]]:
+        """Continues prompts; see `morex.model.generate.generate`."""
+        from morex.model.generate import generate
+
+        return generate(self, tokens, **options)
+
+    def _head(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(x, weight)
+
+    def _add_loss(self, out: Output, logits: Tensor, labels: Tensor, packing: Packing, time: int) -> None:
+        targets = labels[:, 1:]
+        if targets.shape[1] < time:
+            targets = F.pad(targets, (0, 1), value=-100)
+        wanted = packing.gather(targets.reshape(-1))
+        # The sum over a count of at least one keeps a batch without targets at zero, not NaN.
+        total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, wanted, reduction="sum")
+        language = total / (wanted != -100).sum().clamp(min=1)
+        loss = language
+        if self.training:
+            for name, weight in self.loss_weights.items():
+                if name in out.losses:
+                    loss = loss + weight * out.losses[name]
+        out.loss, out.losses = loss, {"lm": language, **out.losses}
+
+    def _policy(self, depth: Depth, cache: KVCache | None) -> DepthPolicy:
+        router = self.stack.core.groups[0].router
+        assert isinstance(router, DepthRouter)
+        any_depth = router.any_depth and not self.config.step_embedding
+        policy = parse_depth(depth, self.config.schedule.recursions, self.config.max_seq_len, any_depth)
+        chooses = self.config.depth.kind == "expert_choice"
+        if policy.kind == "oracle" and not chooses:
+            raise ValueError(f"depth 'oracle' is for expert_choice; this model's router is {self.config.depth.kind!r}")
+        if policy.kind == "oracle" and cache is not None:
+            raise ValueError("depth 'oracle' sees later tokens, so it cannot decode with a cache; leave depth out")
+        if policy.kind == "router" and not router.is_causal and not self.training:
+            raise ValueError(
+                "this router was trained with depth.causal 'none' and has no causal rule; pass depth='oracle' or a "
+                "fixed depth, or train with depth.causal 'aux_loss'"
+            )
+        return policy
+
+    def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must have the shape [batch, time] with time >= 1, not {list(tokens.shape)}")
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = (int(value) for value in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} "
+                    "(model.vocab_size)"
+                )
+        batch, time = tokens.shape
+        if labels is not None and tuple(labels.shape) not in ((batch, time), (batch, time + 1)):
+            raise ValueError(
+                f"labels must have the shape {[batch, time]} or {[batch, time + 1]}, not {list(labels.shape)}"
+            )
+        if lengths is not None and tuple(lengths.shape) != (batch,):
+            raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
+
+
+def build_model(
+    config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Builds a model with weights drawn from `config.seed`, the same on every device.
+
+    Args:
+        config: what to build.
+        device: where; `meta` builds shapes alone, for counting.
+        dtype: of the weights; default float32.
+    """
+    with torch.device(device):
+        model = LanguageModel(config)
+    if torch.device(device).type != "meta":
+        depth = config.schedule.resolved.unrolled_depth
+        initialise(model, config.init_std, config.init, depth, config.seed)
+    return model.to(dtype=dtype) if dtype is not None else model
+
+
+def _stack(config: ModelConfig) -> Stack:
+    schedule = config.schedule.resolved
+    core_blocks = [_block(config) for _ in range(schedule.core)]
+    core = Core(core_blocks, [_group(config) for _ in schedule.groups], schedule)
+    prelude, coda = ([_block(config) for _ in range(count)] for count in (schedule.prelude, schedule.coda))
+    return Stack(prelude, core, coda, config.kv)
+
+
+def _group(config: ModelConfig) -> RoutedGroup:
+    recursions = config.schedule.resolved.recursions
+    router = ROUTERS[config.depth.kind](config.d_model, recursions, **router_options(config))
+    embedding = nn.Parameter(torch.empty(recursions, config.d_model)) if config.step_embedding else None
+    return RoutedGroup(router, embedding)
+
+
+def router_options(config: ModelConfig) -> dict[str, Any]:
+    """Constructor options of the depth router, defaults filled in."""
+    options = config.depth.model_dump(exclude={"kind"})
+    if isinstance(config.depth, GatedConfig):
+        options["capacities"] = config.depth.shares(config.schedule.resolved.recursions)
+    return options
+
+
+def _block(config: ModelConfig) -> Block:
+    attention = config.attention
+    dim = attention.dim(config.d_model)
+    return Block(
+        RMSNorm(config.d_model, config.norm_eps),
+        Attention(
+            config.d_model,
+            attention.heads,
+            attention.num_kv_heads,
+            dim,
+            attention.scale or 1 / math.sqrt(dim),
+            attention.rope_base,
+        ),
+        RMSNorm(config.d_model, config.norm_eps),
+        _mixer(config),
+    )
+
+
+def _mixer(config: ModelConfig) -> nn.Module:
+    mixer, d_model = config.mixer, config.d_model
+    if isinstance(mixer, FeedForwardConfig):
+        hidden = mixer.hidden(d_model)
+        return SwiGLU(d_model, hidden) if mixer.kind == "swiglu" else FeedForward(d_model, hidden, mixer.kind)
+    router = ExpertRouter(d_model, **mixer.router.model_dump())
+    if isinstance(mixer, MoEConfig):
+        return MoE(d_model, router, mixer.expert.kind, mixer.expert.hidden(d_model))
+    shape = expert_shape(config, mixer.steps)
+    return RecursiveExperts(
+        d_model, mixer.d_ff, router, shape, mixer.attention_scope, mixer.branch, mixer.keep_unused_qk
+    )
+
+
+def expert_shape(config: ModelConfig, steps: int) -> ExpertShape:
+    """Sizes of a recursive expert: its attention has the shape of the block's."""
+    attention = config.attention
+    dim = attention.dim(config.d_model)
+    scale = attention.scale or 1 / math.sqrt(dim)
+    return ExpertShape(steps, attention.heads, attention.num_kv_heads, dim, scale, attention.rope_base, config.norm_eps)
+
+
+def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:
+    """Flat tokens whose logits are kept [B * k], or None for all."""
+    if isinstance(keep, int) and keep == 0:
+        return None
+    lengths = packing.lengths
+    first = lengths.cumsum(0) - lengths
+    if isinstance(keep, Tensor):
+        offset = keep.to(lengths.device).expand(packing.rows, -1)
+        offset = torch.where(offset < 0, offset + lengths[:, None], offset)
+    else:
+        offset = lengths[:, None] - keep + torch.arange(keep, device=lengths.device)
+    last = (lengths - 1).clamp(min=0)[:, None]
+    return (first[:, None] + offset.clamp(min=0).minimum(last)).flatten().clamp(max=packing.num_tokens - 1)
+
+
+def _full_width(logits: Tensor, tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Pads logits [B, M, V] of the longest row to the batch's [B, T, V]."""
+    missing = tokens.shape[1] - logits.shape[1]
+    return logits if kept is not None or missing == 0 else F.pad(logits, (0, 0, 0, missing))
+
+
+def _full_trace(record: Record, packing: Packing, tokens: Tensor) -> Trace:
+    def widen(frame: Tensor, value: float) -> Tensor:
+        missing = tokens.shape[1] - frame.shape[1]
+        return frame if missing == 0 else F.pad(frame, (0, 0) * (frame.dim() - 2) + (0, missing), value=value)
+
+    groups = {
+        name: GroupTrace(
+            [widen(mask, 0) for mask in group.active],
+            [widen(score, torch.nan) for score in group.scores],
+            [widen(state, 0) for state in group.states],
+        )
+        for name, group in record.groups.items()
+    }
+    experts = {name: [widen(chosen, -1) for chosen in calls] for name, calls in record.experts.items()}
+    active = [mask for group in groups.values() for mask in group.active]
+    depth = torch.stack(active).sum(0) if active else torch.zeros_like(tokens)
+    return Trace(depth, groups, experts)

@@ -1,0 +1,164 @@
+"""The loop over depth: prelude, the core under its routers, coda. The only loop over the schedule's steps.
+
+The core is one module whose forward holds all recursions, so that sharding gathers shared weights once a pass.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from morex.cache.slots import CallStore, KVCache, KVRule, SlotStore, views_of
+from morex.depth.policy import DepthPolicy
+from morex.depth.router import DepthRouter, Routing
+from morex.depth.schedule import Group, Schedule, Step
+from morex.nn.block import Block
+from morex.nn.packing import Packing
+from morex.nn.signals import RouterStats, Signals
+
+
+@dataclass
+class GroupTrace:
+    """What one routed group did: entry r - 1 of each list is recursion r, in the frame of the batch [B, T]."""
+
+    active: list[Tensor]
+    """Tokens that took the recursion, bool."""
+    scores: list[Tensor]
+    """Scores of the candidates, NaN elsewhere; empty for routers that score nothing."""
+    states: list[Tensor]
+    """Hidden states after the recursion [B, T, D]."""
+
+
+@dataclass
+class Record:
+    """What routers report in one forward pass, collected by module path."""
+
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    stats: RouterStats = field(default_factory=RouterStats)
+    groups: dict[str, GroupTrace] = field(default_factory=dict)
+    experts: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Chosen experts of each call [B, T, K], -1 where a token did not come by."""
+    traces: bool = False
+
+    def add(self, name: str, signals: Signals) -> None:
+        """Adds one router's report."""
+        for loss, value in signals.losses.items():
+            self.losses.setdefault(loss, []).append(value)
+        self.stats.include(name, signals.stats)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass needs at every step."""
+
+    rule: KVRule
+    cache: KVCache | None
+    call: SlotStore
+    record: Record
+    batch: Packing
+    """All tokens of the batch."""
+
+    def run(self, block: nn.Module, step: Step, x: Tensor, packing: Packing, name: str, counts: bool = True) -> Tensor:
+        """One step: a block on the packed tokens x [M, D]."""
+        x, signals = block(x, packing, views_of(step, self.rule, self.cache, self.call))
+        if signals is not None and counts:
+            path = f"{name}.mixer.router"
+            self.record.add(path, signals)
+            if self.record.traces and signals.chosen is not None:
+                self.record.experts.setdefault(path, []).append(self.spread(signals.chosen, packing, -1))
+        return x
+
+    def spread(self, values: Tensor, packing: Packing, missing: float) -> Tensor:
+        """Values of packed tokens [M, ...] -> the frame of the batch [B, T, ...]."""
+        if packing.index is not None:
+            everyone = values.new_full((self.batch.num_tokens, *values.shape[1:]), missing)
+            values = everyone.index_copy(0, packing.index, values)
+        return self.batch.pad(values.detach(), missing)
+
+
+class RoutedGroup(nn.Module):
+    """Core blocks that recur together under one router; owns what belongs to a recursion, not to a block."""
+
+    router: DepthRouter
+    step_embedding: nn.Parameter | None
+
+    def __init__(self, router: DepthRouter, step_embedding: nn.Parameter | None) -> None:
+        super().__init__()
+        self.router = router
+        self.register_parameter("step_embedding", step_embedding)
+
+
+class Core(nn.Module):
+    """The shared blocks and their recursions."""
+
+    def __init__(self, blocks: list[Block], groups: list[RoutedGroup], schedule: Schedule) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.groups = nn.ModuleList(groups)
+        self.schedule = schedule
+
+    def forward(self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass) -> Tensor:
+        """h [N, D] -> [N, D], each token through as many recursions as its router or the policy says."""
+        schedule = replace(self.schedule, recursions=policy.recursions)
+        for g, (group, own) in enumerate(zip(schedule.groups, self.groups, strict=True)):
+            assert isinstance(own, RoutedGroup)
+            h = self._recur(h, packing, policy, run, group, own, f"stack.core.groups.{g}")
+        return h
+
+    def _recur(
+        self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass, group: Group, own: RoutedGroup, name: str
+    ) -> Tensor:
+        h, routing = own.router.begin(h, packing, policy)
+        states = []
+        for r, steps in enumerate(group.recursions, start=1):
+            visit = own.router.visit(h, routing, r)
+            if visit is not None:
+                y = visit.packing.gather(h)
+                if own.step_embedding is not None:
+                    y = y + own.step_embedding[r - 1]
+                for step in steps:
+                    index = step.block - self.schedule.prelude
+                    path = f"stack.core.blocks.{index}"
+                    y = run.run(self.blocks[index], step, y, visit.packing, path, not visit.is_dummy)
+                if visit.is_dummy:
+                    h = h + 0.0 * (y.sum() if visit.gate is None else y.sum() * visit.gate.sum())
+                else:
+                    h = own.router.merge(h, y, routing, visit)
+            if run.record.traces:
+                states.append(packing.pad(h.detach()))
+        h, signals = own.router.finish(h, routing)
+        run.record.add(f"{name}.router", signals)
+        if run.record.traces:
+            run.record.groups[name] = _trace(routing, states)
+        return h
+
+
+class Stack(nn.Module):
+    """Prelude, core, coda."""
+
+    def __init__(self, prelude: list[Block], core: Core, coda: list[Block], rule: KVRule) -> None:
+        super().__init__()
+        self.prelude = nn.ModuleList(prelude)
+        self.core = core
+        self.coda = nn.ModuleList(coda)
+        self.rule = rule
+
+    def forward(
+        self, x: Tensor, packing: Packing, policy: DepthPolicy, cache: KVCache | None, traces: bool
+    ) -> tuple[Tensor, Record]:
+        """x [N, D], the batch's real tokens -> [N, D] and what the routers report."""
+        schedule, batch = self.core.schedule, packing.root()
+        run = Pass(self.rule, cache, CallStore(), Record(traces=traces), batch)
+        for i, step in enumerate(schedule.prelude_steps):
+            x = run.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
+        x = self.core(x, batch, policy, run)
+        for i, step in enumerate(schedule.coda_steps):
+            x = run.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
+        return x, run.record
+
+
+def _trace(routing: Routing, states: list[Tensor]) -> GroupTrace:
+    pad = routing.packing.pad
+    active = [pad(mask, False) for mask in routing.masks]
+    scores = [pad(score, torch.nan) for score in routing.scores]
+    return GroupTrace(active, scores, states)

@@ -1,0 +1,120 @@
+"""Causal attention with grouped key/value heads over flat tokens, with or without cached keys."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.nn.costs import AttentionCosts, Costs, linear_costs
+from morex.nn.packing import Packing
+from morex.nn.rope import rotate
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values that queries may read, right-padded: k and v [B, S, KV, dim]; time and documents [B, S]."""
+
+    k: Tensor
+    v: Tensor
+    time: Tensor
+    """Time of each key; NEVER where there is none."""
+    documents: Tensor | None = None
+
+
+class KeyView(Protocol):
+    """One slot of a KV cache, as an attention sees it."""
+
+    writes: bool
+    """False: the slot was written at another recursion, and only queries are new."""
+
+    def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
+        """Adds keys and values [N, KV, dim] of the tokens; True if the slot was empty before."""
+
+    def read(self) -> Keys:
+        """All keys of the slot."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Causal attention of each token over its row of the packing.
+
+    Args:
+        q: [N, H, dim]; k and v: [N, KV, dim], KV dividing H.
+        scale: factor on the scores.
+
+    Returns:
+        [N, H, dim].
+    """
+    mask = None
+    if packing.documents is not None:
+        documents = packing.pad(packing.documents, -1)
+        time = torch.arange(packing.width, device=q.device)
+        mask = (documents[:, :, None] == documents[:, None, :]) & (time[:, None] >= time)
+    frame = _sdpa(packing.pad(q), packing.pad(k), packing.pad(v), mask, scale)
+    return packing.unpad(frame)
+
+
+def attend_to(q: Tensor, packing: Packing, keys: Keys, scale: float) -> Tensor:
+    """Attention of queries [N, H, dim] to stored keys that are not later than they. Returns [N, H, dim]."""
+    query_time = packing.pad(packing.time, NEVER)
+    mask = keys.time[:, None, :] <= query_time[:, :, None]
+    if packing.documents is not None and keys.documents is not None:
+        mask &= packing.pad(packing.documents, -1)[:, :, None] == keys.documents[:, None, :]
+    # Padding may look at the first key: its output is dropped, but an empty row would be NaN and poison gradients.
+    mask[:, :, 0] |= query_time == NEVER
+    return packing.unpad(_sdpa(packing.pad(q), keys.k, keys.v, mask, scale))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [B, M, H, dim], k and v [B, S, KV, dim], mask [B, M, S] or None for causal -> [B, M, H, dim]."""
+    frame = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if mask is None else mask[:, None],
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return frame.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
+
+    def __init__(self, d_model: int, heads: int, kv_heads: int, head_dim: int, scale: float, rope_base: float) -> None:
+        super().__init__()
+        self.q = nn.Linear(d_model, heads * head_dim, bias=False)
+        self.k = nn.Linear(d_model, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(d_model, kv_heads * head_dim, bias=False)
+        self.o = nn.Linear(heads * head_dim, d_model, bias=False)
+        self.head_dim, self.scale, self.rope_base = head_dim, scale, rope_base
+
+    def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None) -> Tensor:
+        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it."""
+        n, dim = x.shape[0], self.head_dim
+        table = packing.rotary(dim, self.rope_base, torch.promote_types(x.dtype, torch.float32))
+        q = rotate(self.q(x).view(n, -1, dim), table)
+        fresh = view is None
+        if view is None or view.writes:
+            k = rotate(self.k(x).view(n, -1, dim), table)
+            v = self.v(x).view(n, -1, dim)
+            if view is not None:
+                fresh = view.append(k, v, packing)
+        if fresh:
+            y = attend(q, k, v, packing, self.scale)
+        else:
+            assert view is not None
+            y = attend_to(q, packing, view.read(), self.scale)
+        return self.o(y.reshape(n, -1))
+
+
+def attention_costs(d_model: int, heads: int, kv_heads: int, head_dim: int) -> Costs:
+    """Closed-form costs of `Attention`."""
+    queries, keys = linear_costs(d_model, heads * head_dim), linear_costs(d_model, 2 * kv_heads * head_dim)
+    output = linear_costs(heads * head_dim, d_model)
+    pairs = AttentionCosts(4.0 * heads * head_dim, key_values=2 * kv_heads * head_dim)
+    return queries + keys + output + Costs(0, 0.0, (pairs,), keys.per_token)

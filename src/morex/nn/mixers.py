@@ -1,0 +1,69 @@
+"""Feed-forward mixers: the channel part of a block."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morex.nn.attention import KeyView
+from morex.nn.costs import Costs, linear_costs
+from morex.nn.packing import Packing
+from morex.nn.signals import Signals
+
+
+class ExpertViews(Protocol):
+    """The cache slots of the experts of one step."""
+
+    def expert(self, expert: int, step: int) -> KeyView | None:
+        """The slot of one expert's step."""
+
+
+class Mixer(Protocol):
+    """The channel part of a block: a feed-forward net or an expert layer."""
+
+    def __call__(self, x: Tensor, packing: Packing, views: ExpertViews | None) -> tuple[Tensor, Signals | None]:
+        """x [N, D] -> the branch's output [N, D], and what a router reports."""
+
+
+def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) (Shazeer 2020, eq. 6); x [N, D], weights as in `nn.Linear`."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward net with three matrices."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
+    ) -> tuple[Tensor, Signals | None]:
+        return swiglu(x, self.gate.weight, self.up.weight, self.down.weight), None
+
+
+class FeedForward(nn.Module):
+    """Feed-forward net with two matrices and `gelu` or `relu` between."""
+
+    def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
+    ) -> tuple[Tensor, Signals | None]:
+        return self.down(self.activation(self.up(x))), None
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+def feed_forward_costs(kind: str, d_model: int, d_ff: int) -> Costs:
+    """Closed-form costs of a feed-forward mixer."""
+    return linear_costs(d_model, (3 if kind == "swiglu" else 2) * d_ff)

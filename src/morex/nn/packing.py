@@ -1,0 +1,146 @@
+"""The one primitive: some tokens visit a piece of network in time order, and come back.
+
+Tokens travel as flat rows [N, D], sequence by sequence in time order, without padding. A `Packing` says which tokens
+these are. Norms and linear maps need nothing of it; attention asks it for the right-padded frame [B, M], in which
+`is_causal` is exact because padding sits after every real token and its output is dropped. Depth routers, exit rules
+and experts with attention all stand on this.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """N tokens of B rows, in time order, and where they stand in the frame [B, M]."""
+
+    rows: int
+    """Rows of the frame: sequences B."""
+    width: int
+    """Width of the frame: the longest row, M."""
+    row: Tensor
+    """Row of each token [N], ascending."""
+    time: Tensor
+    """Place of each token in its own sequence [N]; what causality goes by."""
+    positions: Tensor
+    """Position of each token for the position embedding [N]; the time unless the caller says otherwise."""
+    documents: Tensor | None = None
+    """Document of each token [N]; tokens attend only to their own."""
+    place: Tensor | None = None
+    """Flat index of each token in the frame [N]; None where the frame has no padding."""
+    index: Tensor | None = None
+    """Where each token stands in the list that these were selected from [N]; None where all were."""
+    _tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens here, N."""
+        return self.time.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row [B]."""
+        return torch.bincount(self.row, minlength=self.rows)
+
+    @property
+    def rank(self) -> Tensor:
+        """Rank of each token within its row [N]."""
+        place = torch.arange(self.num_tokens, device=self.row.device) if self.place is None else self.place
+        return place - self.row * self.width
+
+    def select(self, index: Tensor) -> "Packing":
+        """The tokens at `index` [N'], ascending; an index into this packing's own list of tokens."""
+        if index.shape[0] == self.num_tokens:
+            return self
+        row = self.row[index]
+        rank, width = _ranks(row, self.rows)
+        full = width * self.rows == index.shape[0]
+        return replace(
+            self,
+            width=width,
+            row=row,
+            time=self.time[index],
+            positions=self.positions[index],
+            documents=None if self.documents is None else self.documents[index],
+            place=None if full else row * width + rank,
+            index=index if self.index is None else self.index[index],
+            _tables={},
+        )
+
+    def root(self) -> "Packing":
+        """The same tokens as a list of their own, from which others are selected."""
+        return self if self.index is None else replace(self, index=None)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """These tokens' rows of `x`, the list that they were selected from: [N_all, ...] -> [N, ...]."""
+        return x if self.index is None else x[self.index]
+
+    def pad(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """[N, ...] -> the frame [B, M, ...]."""
+        shape = (self.rows, self.width, *x.shape[1:])
+        if self.place is None:
+            return x.reshape(shape)
+        frame = x.new_full((self.rows * self.width, *x.shape[1:]), value)
+        return frame.index_copy(0, self.place, x).view(shape)
+
+    def unpad(self, frame: Tensor) -> Tensor:
+        """The frame [B, M, ...] -> [N, ...]."""
+        flat = frame.reshape(self.rows * self.width, *frame.shape[2:])
+        return flat if self.place is None else flat[self.place]
+
+    def rotary(self, dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, dim / 2] of the rotary position embedding; computed once and kept."""
+        key = (dim, base, dtype)
+        if key not in self._tables:
+            exponent = torch.arange(0, dim, 2, device=self.positions.device, dtype=dtype) / dim
+            angle = self.positions.to(dtype)[:, None] / base**exponent
+            self._tables[key] = (angle.cos(), angle.sin())
+        return self._tables[key]
+
+
+def pack_batch(
+    shape: tuple[int, int],
+    device: torch.device,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    positions: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> Packing:
+    """The real tokens of a right-padded batch.
+
+    Args:
+        shape: (B, T) of the batch.
+        lengths: true lengths [B]; default: all T.
+        start: tokens of each row that came before this call [B], as a cache knows.
+        positions: positions [B, T] for the position embedding; default: the time.
+        documents: document of each token [B, T].
+
+    Returns:
+        The packing; its `index` points into the flattened batch [B * T], or is None where nothing is padding.
+    """
+    batch, time = shape
+    row = torch.arange(batch, device=device).repeat_interleave(time)
+    step = torch.arange(time, device=device).repeat(batch)
+    now = step if start is None else step + start.to(device)[row]
+    packing = Packing(
+        rows=batch,
+        width=time,
+        row=row,
+        time=now,
+        positions=now if positions is None else positions.expand(batch, time).reshape(-1),
+        documents=None if documents is None else documents.reshape(-1),
+    )
+    if lengths is None:
+        return packing
+    real = (step < lengths.to(device)[row]).nonzero().squeeze(1)
+    return packing.select(real)
+
+
+def _ranks(row: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Rank of each token within its row [N], and the longest row's length."""
+    lengths = torch.bincount(row, minlength=rows)
+    first = lengths.cumsum(0) - lengths
+    rank = torch.arange(row.shape[0], device=row.device) - first[row]
+    return rank, int(lengths.max()) if rows else 0

@@ -1,0 +1,39 @@
+"""What routers report beside their output. Nothing here is written to a module during a forward pass."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Signals:
+    """One router's report on one call: raw auxiliary losses, statistics that add up, and decisions for the trace."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars by name; the weights stand in the router's `loss_weights`."""
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    """Statistics; fields that begin with `samples` are lists of values, all others are sums."""
+    chosen: Tensor | None = None
+    """Experts chosen [N, K]."""
+
+
+class RouterStats(dict[str, dict[str, Tensor]]):
+    """Statistics of all routers, by module path; `a + b` joins microbatches, recursions and ranks."""
+
+    def __add__(self, other: "RouterStats") -> "RouterStats":
+        joined = RouterStats({name: dict(fields) for name, fields in self.items()})
+        for name, fields in other.items():
+            joined.include(name, fields)
+        return joined
+
+    def include(self, name: str, fields: dict[str, Tensor]) -> None:
+        """Adds one router's statistics in place."""
+        known = self.setdefault(name, {})
+        for key, value in fields.items():
+            if key not in known:
+                known[key] = value
+            elif key.startswith("samples"):
+                known[key] = torch.cat((known[key], value))
+            else:
+                known[key] = known[key] + value
