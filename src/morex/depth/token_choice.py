@@ -16,7 +16,6 @@ from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
-
 DEFAULT_ALPHA = {"softmax": 1.0, "sigmoid": 0.1}
 
 

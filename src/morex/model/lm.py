@@ -40,6 +40,8 @@ class Trace:
     """Active tokens, scores and states of each routed group, by module path."""
     experts: dict[str, list[Tensor]]
     """Experts chosen in each call of an expert layer [B, T, K], by module path; -1 where a token did not come by."""
+    num_experts: int = 0
+    """Experts E of a layer; 0 without expert layers."""
 
     @property
     def active(self) -> dict[str, list[Tensor]]:
@@ -50,6 +52,19 @@ class Trace:
     def scores(self) -> dict[str, list[Tensor]]:
         """Scores at recursion r [B, T], NaN where a token was no candidate, by group."""
         return {name: group.scores for name, group in self.groups.items()}
+
+    @property
+    def states(self) -> dict[str, list[Tensor]]:
+        """Hidden states after recursion r [B, T, D], by group."""
+        return {name: group.states for name, group in self.groups.items()}
+
+    @property
+    def loads(self) -> dict[str, list[Tensor]]:
+        """Tokens that came to each expert in each call [E], by expert layer."""
+        return {
+            name: [torch.bincount(chosen[chosen >= 0], minlength=self.num_experts) for chosen in calls]
+            for name, calls in self.experts.items()
+        }
 
 
 @dataclass
@@ -79,6 +94,8 @@ class LanguageModel(nn.Module):
         self.stack = _stack(config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        mixer = config.mixer
+        self._num_experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
         self.loss_weights: dict[str, float] = {}
         for module in self.modules():
             if isinstance(module, DepthRouter | ExpertRouter):
@@ -113,7 +130,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
-        self._check(tokens, labels, lengths)
+        self._check(tokens, labels, lengths, document_ids, cache)
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
@@ -132,7 +149,7 @@ class LanguageModel(nn.Module):
         if labels is not None and all_logits is not None:
             self._add_loss(out, all_logits, labels, packing, tokens.shape[1])
         if return_trace:
-            out.trace = _full_trace(record, packing, tokens)
+            out.trace = _full_trace(record, packing, tokens, self._num_experts)
         return out
 
     def new_cache(self, batch_size: int, room: int = 64) -> KVCache:
@@ -193,7 +210,14 @@ class LanguageModel(nn.Module):
             )
         return policy
 
-    def _check(self, tokens: Tensor, labels: Tensor | None, lengths: Tensor | None) -> None:
+    def _check(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None,
+        lengths: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must have the shape [batch, time] with time >= 1, not {list(tokens.shape)}")
         if tokens.device.type == "cpu" and tokens.numel():
@@ -210,6 +234,12 @@ class LanguageModel(nn.Module):
             )
         if lengths is not None and tuple(lengths.shape) != (batch,):
             raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
+        if lengths is not None and lengths.device.type == "cpu" and batch and not 0 <= int(lengths.max()) <= time:
+            raise ValueError(f"lengths go up to {int(lengths.max())}, but tokens have only {time} columns")
+        if cache is not None and documents is not None:
+            raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
+        if cache is not None and cache.seen.shape[0] != batch:
+            raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
 
 
 def build_model(
@@ -314,7 +344,7 @@ def _full_width(logits: Tensor, tokens: Tensor, kept: Tensor | None) -> Tensor:
     return logits if kept is not None or missing == 0 else F.pad(logits, (0, 0, 0, missing))
 
 
-def _full_trace(record: Record, packing: Packing, tokens: Tensor) -> Trace:
+def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: int) -> Trace:
     def widen(frame: Tensor, value: float) -> Tensor:
         missing = tokens.shape[1] - frame.shape[1]
         return frame if missing == 0 else F.pad(frame, (0, 0) * (frame.dim() - 2) + (0, missing), value=value)
@@ -330,4 +360,4 @@ def _full_trace(record: Record, packing: Packing, tokens: Tensor) -> Trace:
     experts = {name: [widen(chosen, -1) for chosen in calls] for name, calls in record.experts.items()}
     active = [mask for group in groups.values() for mask in group.active]
     depth = torch.stack(active).sum(0) if active else torch.zeros_like(tokens)
-    return Trace(depth, groups, experts)
+    return Trace(depth, groups, experts, num_experts)
