@@ -47,9 +47,16 @@ class AttentionConfig(Section):
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs of channels")
         return self
 
-    def dim(self, d_model: int) -> int:
-        """Width of a head in a model of width `d_model`."""
-        return self.head_dim or d_model // self.heads
+    def options(self, d_model: int) -> dict[str, Any]:
+        """Sizes of an attention in a model of width `d_model`, defaults filled in."""
+        dim = self.head_dim or d_model // self.heads
+        return {
+            "heads": self.heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": dim,
+            "scale": self.scale or dim**-0.5,
+            "rope_base": self.rope_base,
+        }
 
 
 class FeedForwardConfig(Section):
@@ -94,6 +101,10 @@ class MoEConfig(Section):
     router: ExpertRouterConfig = ExpertRouterConfig()
     expert: FeedForwardConfig = FeedForwardConfig()
 
+    def options(self, d_model: int) -> dict[str, Any]:
+        """Constructor options of the layer, without its router."""
+        return {"expert": self.expert.kind, "d_ff": self.expert.hidden(d_model)}
+
 
 class RecursiveExpertsConfig(Section):
     """Experts that are small recursive transformers: each loops `steps` times through attention and swiglu."""
@@ -110,6 +121,10 @@ class RecursiveExpertsConfig(Section):
     """What the expert returns: `change` z - x, or `output` norm(z)."""
     keep_unused_qk: bool = False
     """Store the query and key weights that `token` never uses, to match a parameter count."""
+
+    def options(self, d_model: int) -> dict[str, Any]:
+        """Constructor options of the layer, without its router."""
+        return self.model_dump(exclude={"kind", "router"})
 
 
 MixerConfig = Annotated[FeedForwardConfig | MoEConfig | RecursiveExpertsConfig, Field(discriminator="kind")]
@@ -156,13 +171,21 @@ class ScheduleConfig(Section):
         return self
 
 
-class FixedConfig(Section):
+class RouterConfig(Section):
+    """Base of the depth routers."""
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        """Constructor options of the router, defaults filled in."""
+        return self.model_dump(exclude={"kind"})
+
+
+class FixedConfig(RouterConfig):
     """Every token takes all recursions; at call time any number."""
 
     kind: Literal["fixed"] = "fixed"
 
 
-class GatedConfig(Section):
+class GatedConfig(RouterConfig):
     """What routers with one gated decision per recursion share."""
 
     capacities: tuple[Share, ...] | None = None
@@ -175,6 +198,9 @@ class GatedConfig(Section):
     def shares(self, recursions: int) -> tuple[float, ...]:
         """Capacities c_1..c_R."""
         return self.capacities or tuple((recursions - r) / recursions for r in range(recursions))
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        return super().options(recursions) | {"capacities": self.shares(recursions)}
 
 
 class LearnedGateConfig(GatedConfig):
@@ -203,7 +229,7 @@ class ExpertChoiceConfig(LearnedGateConfig):
     """Only tokens active at r - 1 are candidates at r; if false, every token is a candidate at every r."""
 
 
-class TokenChoiceConfig(Section):
+class TokenChoiceConfig(RouterConfig):
     """Mixture of Recursions, token choice: each token chooses its depth once, before recursion 1."""
 
     kind: Literal["token_choice"]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from morex.experts.dispatch import dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
+from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ACTIVATIONS, ExpertViews, feed_forward_costs, swiglu
 from morex.nn.packing import Packing
@@ -15,8 +16,15 @@ from morex.nn.signals import Signals
 class MoE(nn.Module):
     """E feed-forward nets, K of them for each token; weights stacked by expert [E, out, in]."""
 
-    def __init__(self, d_model: int, router: ExpertRouter, kind: str, d_ff: int) -> None:
+    def __init__(
+        self, d_model: int, router: ExpertRouter, shape: AttentionShape, eps: float, expert: str, d_ff: int
+    ) -> None:
+        """Args:
+        expert: `swiglu`, `gelu` or `relu`, kind of the feed-forward nets.
+        d_ff: their hidden width.
+        """
         super().__init__()
+        kind = expert
         self.router, self.kind = router, kind
         if kind == "swiglu":
             self.gate = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
@@ -39,8 +47,8 @@ class MoE(nn.Module):
                 outputs.append(F.linear(ACTIVATIONS[self.kind](F.linear(z, u)), d))
         return sent.combine(torch.cat(outputs), weights), signals
 
-
-def moe_costs(d_model: int, experts: int, top_k: int, kind: str, d_ff: int) -> Costs:
-    """Closed-form costs of `MoE`."""
-    one = feed_forward_costs(kind, d_model, d_ff)
-    return expert_router_costs(d_model, experts) + Costs(experts * one.parameters, top_k * one.per_token)
+    @staticmethod
+    def costs(d_model: int, experts: int, top_k: int, shape: AttentionShape, expert: str, d_ff: int) -> Costs:
+        """Closed-form costs."""
+        one = feed_forward_costs(expert, d_model, d_ff)
+        return expert_router_costs(d_model, experts) + Costs(experts * one.parameters, top_k * one.per_token)

@@ -8,15 +8,13 @@ and returns norm(z) (`output`) or z - x (`change`). Attention runs causally over
 the same expert (`routed`), or over the token alone (`token`): softmax over one key is 1, so it is exactly W_o W_v.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.experts.dispatch import dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
-from morex.nn.attention import KeyView, attend, attend_to
+from morex.nn.attention import AttentionShape, KeyView, attend, attend_to
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews, swiglu
 from morex.nn.norm import rms_norm
@@ -25,49 +23,43 @@ from morex.nn.rope import rotate
 from morex.nn.signals import Signals
 
 
-@dataclass(frozen=True)
-class ExpertShape:
-    """Sizes of one expert."""
-
-    steps: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    rope_base: float
-    eps: float
-
-
 class RecursiveExperts(nn.Module):
     """E recursive transformers, K of them for each token; weights stacked by expert."""
 
     def __init__(
         self,
         d_model: int,
-        d_ff: int,
         router: ExpertRouter,
-        shape: ExpertShape,
-        scope: str,
+        shape: AttentionShape,
+        eps: float,
+        steps: int,
+        d_ff: int,
+        attention_scope: str,
         branch: str,
         keep_unused_qk: bool,
     ) -> None:
         """Args:
-        scope: `routed` or `token`, what an expert's attention sees.
+        shape: of an expert's attention.
+        eps: of its norms.
+        steps: times S that it loops.
+        d_ff: hidden width of its swiglu.
+        attention_scope: `routed` or `token`, what its attention sees.
         branch: `change` (z - x) or `output` (norm(z)).
         keep_unused_qk: store the query and key weights that `token` never uses.
         """
         super().__init__()
-        self.router, self.shape, self.scope, self.branch = router, shape, scope, branch
+        self.router, self.shape, self.eps = router, shape, eps
+        self.steps, self.scope, self.branch = steps, attention_scope, branch
         experts, queries, keys = router.experts, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
         def stacked(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(experts, *size))
 
-        self.step_embedding = stacked(shape.steps, d_model)
+        self.step_embedding = stacked(steps, d_model)
         self.norm_attention, self.norm_mixer = stacked(d_model), stacked(d_model)
         if branch == "output":
             self.norm_out = stacked(d_model)
-        if scope == "routed" or keep_unused_qk:
+        if attention_scope == "routed" or keep_unused_qk:
             self.q, self.k = stacked(queries, d_model), stacked(keys, d_model)
         self.v, self.o = stacked(keys, d_model), stacked(d_model, queries)
         self.gate, self.up = stacked(d_ff, d_model), stacked(d_ff, d_model)
@@ -87,9 +79,9 @@ class RecursiveExperts(nn.Module):
 
     def _expert(self, e: int, x: Tensor, w: dict[str, Tensor], packing: Packing, views: ExpertViews | None) -> Tensor:
         """One expert on its own tokens x [M, D]."""
-        eps, z = self.shape.eps, x
+        eps, z = self.eps, x
         folded = self._folded(w) if self.scope == "token" else None
-        for s in range(self.shape.steps):
+        for s in range(self.steps):
             z = z + w["step_embedding"][s]
             inner = rms_norm(z, w["norm_attention"], eps)
             if folded is not None:
@@ -119,29 +111,29 @@ class RecursiveExperts(nn.Module):
             y = attend_to(q, packing, view.read(), shape.scale)
         return F.linear(y.reshape(n, -1), w["o"])
 
+    @staticmethod
+    def costs(
+        d_model: int,
+        experts: int,
+        top_k: int,
+        shape: AttentionShape,
+        steps: int,
+        d_ff: int,
+        attention_scope: str,
+        branch: str,
+        keep_unused_qk: bool,
+    ) -> Costs:
+        """Closed-form costs.
 
-def recursive_experts_costs(
-    d_model: int,
-    d_ff: int,
-    experts: int,
-    top_k: int,
-    shape: ExpertShape,
-    scope: str,
-    branch: str,
-    keep_unused_qk: bool,
-) -> Costs:
-    """Closed-form costs of `RecursiveExperts`.
-
-    Folding W_o W_v is one matrix product an expert and a forward pass; spread over a batch's tokens it is left out.
-    """
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    has_qk = scope == "routed" or keep_unused_qk
-    projections = d_model * (queries + keys) * (2 if has_qk else 1)
-    vectors = d_model * (shape.steps + 2 + (branch == "output"))
-    parameters = experts * (projections + 3 * d_model * d_ff + vectors)
-    mixing = d_model * d_model if scope == "token" else 2 * d_model * (queries + keys)
-    visits = top_k * shape.steps
-    pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False)
-    attention = (pairs,) if scope == "routed" else ()
-    per_token = visits * 2.0 * (mixing + 3 * d_model * d_ff)
-    return expert_router_costs(d_model, experts) + Costs(parameters, per_token, attention)
+        Folding W_o W_v is one matrix product an expert and a forward pass; spread over a batch's tokens it is left out.
+        """
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        routed = attention_scope == "routed"
+        projections = d_model * (queries + keys) * (2 if routed or keep_unused_qk else 1)
+        vectors = d_model * (steps + 2 + (branch == "output"))
+        parameters = experts * (projections + 3 * d_model * d_ff + vectors)
+        mixing = 2 * d_model * (queries + keys) if routed else d_model * d_model
+        visits = top_k * steps
+        pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False)
+        per_token = visits * 2.0 * (mixing + 3 * d_model * d_ff)
+        return expert_router_costs(d_model, experts) + Costs(parameters, per_token, (pairs,) if routed else ())

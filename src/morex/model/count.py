@@ -7,13 +7,11 @@ passes (Kaplan et al. 2020, section 2.1). Attention is counted over the full squ
 
 from dataclasses import dataclass
 
-from morex.config import FeedForwardConfig, ModelConfig, MoEConfig
+from morex.config import FeedForwardConfig, ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
-from morex.experts.moe import moe_costs
-from morex.experts.recursive import recursive_experts_costs
-from morex.model.lm import expert_shape, router_options
-from morex.nn.attention import attention_costs
+from morex.experts.kinds import EXPERTS
+from morex.nn.attention import AttentionShape, attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
 
@@ -87,30 +85,19 @@ def count(
 
 def block_costs(config: ModelConfig) -> Costs:
     """Costs of one block: attention, mixer and two norms."""
-    attention, mixer, d_model = config.attention, config.mixer, config.d_model
-    heads, kv_heads, dim = attention.heads, attention.num_kv_heads, attention.dim(d_model)
-    own = attention_costs(d_model, heads, kv_heads, dim) + Costs(2 * d_model)
+    mixer, d_model = config.mixer, config.d_model
+    shape = AttentionShape(**config.attention.options(d_model))
+    own = attention_costs(d_model, shape) + Costs(2 * d_model)
     if isinstance(mixer, FeedForwardConfig):
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k
-    if isinstance(mixer, MoEConfig):
-        return own + moe_costs(d_model, experts, top_k, mixer.expert.kind, mixer.expert.hidden(d_model))
-    return own + recursive_experts_costs(
-        d_model,
-        mixer.d_ff,
-        experts,
-        top_k,
-        expert_shape(config, mixer.steps),
-        mixer.attention_scope,
-        mixer.branch,
-        mixer.keep_unused_qk,
-    )
+    return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **mixer.options(d_model))
 
 
 def router_costs(config: ModelConfig) -> Costs:
     """Costs of one group's depth router."""
-    kind = ROUTERS[config.depth.kind]
-    return kind.costs(config.d_model, config.schedule.recursions, **router_options(config))
+    recursions = config.schedule.recursions
+    return ROUTERS[config.depth.kind].costs(config.d_model, recursions, **config.depth.options(recursions))
 
 
 def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> tuple[float, ...]:
@@ -119,7 +106,7 @@ def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> t
     any_depth = kind.any_depth and not config.step_embedding
     policy = parse_depth(depth, recursions, config.max_seq_len, any_depth)
     if not policy.is_forced:
-        return kind.shares(recursions, **router_options(config))
+        return kind.shares(recursions, **config.depth.options(recursions))
     return tuple(_reach(policy, seq_len, r) for r in range(1, policy.recursions + 1))
 
 

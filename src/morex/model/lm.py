@@ -3,7 +3,6 @@
 embed -> prelude -> core under a depth router -> coda -> norm -> head
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,16 +12,15 @@ from torch import Tensor, nn
 
 from morex.cache.contiguous import ContiguousCache
 from morex.cache.slots import KVCache
-from morex.config import FeedForwardConfig, GatedConfig, ModelConfig, MoEConfig
+from morex.config import FeedForwardConfig, ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
-from morex.experts.moe import MoE
-from morex.experts.recursive import ExpertShape, RecursiveExperts
+from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
 from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack
-from morex.nn.attention import Attention
+from morex.nn.attention import Attention, AttentionShape
 from morex.nn.block import Block
 from morex.nn.mixers import FeedForward, SwiGLU
 from morex.nn.norm import RMSNorm
@@ -269,58 +267,23 @@ def _stack(config: ModelConfig) -> Stack:
 
 
 def _group(config: ModelConfig) -> RoutedGroup:
-    recursions = config.schedule.resolved.recursions
-    router = ROUTERS[config.depth.kind](config.d_model, recursions, **router_options(config))
+    recursions = config.schedule.recursions
+    router = ROUTERS[config.depth.kind](config.d_model, recursions, **config.depth.options(recursions))
     embedding = nn.Parameter(torch.empty(recursions, config.d_model)) if config.step_embedding else None
     return RoutedGroup(router, embedding)
 
 
-def router_options(config: ModelConfig) -> dict[str, Any]:
-    """Constructor options of the depth router, defaults filled in."""
-    options = config.depth.model_dump(exclude={"kind"})
-    if isinstance(config.depth, GatedConfig):
-        options["capacities"] = config.depth.shares(config.schedule.resolved.recursions)
-    return options
-
-
 def _block(config: ModelConfig) -> Block:
-    attention = config.attention
-    dim = attention.dim(config.d_model)
-    return Block(
-        RMSNorm(config.d_model, config.norm_eps),
-        Attention(
-            config.d_model,
-            attention.heads,
-            attention.num_kv_heads,
-            dim,
-            attention.scale or 1 / math.sqrt(dim),
-            attention.rope_base,
-        ),
-        RMSNorm(config.d_model, config.norm_eps),
-        _mixer(config),
-    )
-
-
-def _mixer(config: ModelConfig) -> nn.Module:
-    mixer, d_model = config.mixer, config.d_model
+    d_model, eps, mixer = config.d_model, config.norm_eps, config.mixer
+    shape = AttentionShape(**config.attention.options(d_model))
+    built: nn.Module
     if isinstance(mixer, FeedForwardConfig):
         hidden = mixer.hidden(d_model)
-        return SwiGLU(d_model, hidden) if mixer.kind == "swiglu" else FeedForward(d_model, hidden, mixer.kind)
-    router = ExpertRouter(d_model, **mixer.router.model_dump())
-    if isinstance(mixer, MoEConfig):
-        return MoE(d_model, router, mixer.expert.kind, mixer.expert.hidden(d_model))
-    shape = expert_shape(config, mixer.steps)
-    return RecursiveExperts(
-        d_model, mixer.d_ff, router, shape, mixer.attention_scope, mixer.branch, mixer.keep_unused_qk
-    )
-
-
-def expert_shape(config: ModelConfig, steps: int) -> ExpertShape:
-    """Sizes of a recursive expert: its attention has the shape of the block's."""
-    attention = config.attention
-    dim = attention.dim(config.d_model)
-    scale = attention.scale or 1 / math.sqrt(dim)
-    return ExpertShape(steps, attention.heads, attention.num_kv_heads, dim, scale, attention.rope_base, config.norm_eps)
+        built = SwiGLU(d_model, hidden) if mixer.kind == "swiglu" else FeedForward(d_model, hidden, mixer.kind)
+    else:
+        router = ExpertRouter(d_model, **mixer.router.model_dump())
+        built = EXPERTS[mixer.kind](d_model, router, shape, eps, **mixer.options(d_model))
+    return Block(RMSNorm(d_model, eps), Attention(d_model, shape), RMSNorm(d_model, eps), built)
 
 
 def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:

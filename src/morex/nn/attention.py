@@ -82,21 +82,33 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     return frame.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention: of a block's, and of the experts' inside it."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope_base: float
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
 
-    def __init__(self, d_model: int, heads: int, kv_heads: int, head_dim: int, scale: float, rope_base: float) -> None:
+    def __init__(self, d_model: int, shape: AttentionShape) -> None:
         super().__init__()
+        heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.q = nn.Linear(d_model, heads * head_dim, bias=False)
         self.k = nn.Linear(d_model, kv_heads * head_dim, bias=False)
         self.v = nn.Linear(d_model, kv_heads * head_dim, bias=False)
         self.o = nn.Linear(heads * head_dim, d_model, bias=False)
-        self.head_dim, self.scale, self.rope_base = head_dim, scale, rope_base
+        self.shape = shape
 
     def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None) -> Tensor:
         """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it."""
-        n, dim = x.shape[0], self.head_dim
-        table = packing.rotary(dim, self.rope_base, torch.promote_types(x.dtype, torch.float32))
+        n, dim = x.shape[0], self.shape.head_dim
+        table = packing.rotary(dim, self.shape.rope_base, torch.promote_types(x.dtype, torch.float32))
         q = rotate(self.q(x).view(n, -1, dim), table)
         fresh = view is None
         if view is None or view.writes:
@@ -105,15 +117,16 @@ class Attention(nn.Module):
             if view is not None:
                 fresh = view.append(k, v, packing)
         if fresh:
-            y = attend(q, k, v, packing, self.scale)
+            y = attend(q, k, v, packing, self.shape.scale)
         else:
             assert view is not None
-            y = attend_to(q, packing, view.read(), self.scale)
+            y = attend_to(q, packing, view.read(), self.shape.scale)
         return self.o(y.reshape(n, -1))
 
 
-def attention_costs(d_model: int, heads: int, kv_heads: int, head_dim: int) -> Costs:
+def attention_costs(d_model: int, shape: AttentionShape) -> Costs:
     """Closed-form costs of `Attention`."""
+    heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
     queries, keys = linear_costs(d_model, heads * head_dim), linear_costs(d_model, 2 * kv_heads * head_dim)
     output = linear_costs(heads * head_dim, d_model)
     pairs = AttentionCosts(4.0 * heads * head_dim, key_values=2 * kv_heads * head_dim)
