@@ -1,0 +1,114 @@
+"""The cache folder, and writing to it so that nothing half-written is ever taken for whole.
+
+Files and folders are written under a temporary name and renamed when they are complete. Two processes that build the
+same thing at once both build it; the first to rename wins, and both read what won.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from morex.data.errors import DataError
+
+TEMPORARY = ".unfinished-"
+ABANDONED_AFTER_SECONDS = 24 * 3600
+
+
+def cache_folder() -> Path:
+    """$MOREX_CACHE, or ~/.cache/morex."""
+    return Path(os.environ.get("MOREX_CACHE") or Path.home() / ".cache" / "morex").expanduser()
+
+
+def key_of(*parts: Any) -> str:
+    """A short name for anything that JSON can hold: equal parts, equal key."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends without an exception, and is gone otherwise.
+
+    Raises:
+        DataError: nothing can be written there, or the disk is full.
+    """
+    with _write_faults(folder):
+        temporary = _temporary_name(folder)
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(folder.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a whole file under a temporary name and renames it; raises DataError where that fails."""
+    with _write_faults(path):
+        temporary = _temporary_name(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of the cache, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder of the cache that turned out to be damaged."""
+    with _write_faults(folder):
+        doomed = _temporary_name(folder)
+        try:
+            folder.rename(doomed)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def _write_faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write '{path}': {error.strerror or error}; free some space, or let MOREX_CACHE name a folder that "
+            "can be written"
+        ) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed long ago have left."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        try:
+            abandoned = time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS
+        except FileNotFoundError:
+            continue
+        if abandoned:
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,199 @@
+"""Batches of windows: drawn for training, in order for evaluation.
+
+A window is `seq_len` tokens and the token after them. The k-th window that a loader draws is a function of the seed and
+k alone, so its whole state is k: nothing is shuffled in memory and a loader resumes exactly, at any batch size.
+Shapes: B windows, T tokens.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from morex.data.errors import DataError
+from morex.data.stream import TokenStream
+
+IGNORED = -100
+PADDING = 0
+# Rounds after which the Feistel network below is as good as a random order.
+ROUNDS = 6
+Counters = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one training or evaluation step."""
+
+    tokens: Tensor
+    """[B, T] int64."""
+    labels: Tensor
+    """[B, T+1] int64: the tokens and the token after them; -100 where nothing is to be predicted."""
+    document_ids: Tensor
+    """[B, T] int64 number of the document that each token belongs to."""
+    lengths: Tensor | None = None
+    """[B] int64 true lengths where a window is padded on the right; None where all are full."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            document_ids=self.document_ids.to(device, non_blocking=True),
+            lengths=lengths,
+        )
+
+
+class Loader:
+    """Draws training windows without end.
+
+    `packed`: the stream is cut into windows back to back; each epoch takes every window once in an order of its own and
+    begins a little later, so that the tokens left over at the end are not always the same. `random`: every window
+    starts at a uniformly random token.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        batch_size: int,
+        windows: Literal["packed", "random"] = "packed",
+        seed: int = 0,
+    ) -> None:
+        """Raises DataError where the stream is smaller than one window."""
+        _check_size(stream, seq_len + 1, seq_len)
+        if windows not in ("packed", "random"):
+            raise DataError(f"data.windows {windows!r} is unknown; use packed or random")
+        if batch_size < 1:
+            raise DataError(f"a batch of {batch_size} windows cannot be drawn; train.batch_size must be at least 1")
+        self._stream = stream
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._windows = windows
+        self._seed = seed
+        self._key = np.uint64(int.from_bytes(hashlib.sha256(f"windows {seed}".encode()).digest()[:8], "big"))
+        self._drawn = 0
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows that hold every token once, but for a remainder shorter than a window."""
+        return (self._stream.num_tokens - 1) // self._seq_len
+
+    @property
+    def epoch(self) -> float:
+        """How often the stream has been gone through, counted in windows."""
+        return self._drawn / self.windows_per_epoch
+
+    def next_batch(self) -> Batch:
+        """The next `batch_size` windows; a batch may end one epoch and begin the next."""
+        counters = np.arange(self._drawn, self._drawn + self._batch_size, dtype=np.uint64)
+        starts = self._packed_starts(counters) if self._windows == "packed" else self._random_starts(counters)
+        self._drawn += self._batch_size
+        return _gather(self._stream, starts, self._seq_len)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on exactly; plain JSON data."""
+        return {"drawn": self._drawn, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another loader of the same stream stood; raises DataError where it is not the same."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise DataError(
+                    f"the saved place in the data has {name} {state.get(name)!r} but this run has {mine!r}; go on with "
+                    "the corpus and the settings of the run that was saved"
+                )
+        self._drawn = int(state["drawn"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "windows": self._windows,
+            "seq_len": self._seq_len,
+            "seed": self._seed,
+            "num_tokens": self._stream.num_tokens,
+        }
+
+    def _packed_starts(self, counters: Counters) -> NDArray[np.int64]:
+        count = self.windows_per_epoch
+        spare = self._stream.num_tokens - 1 - count * self._seq_len
+        epochs = counters // np.uint64(count)
+        keys = _mixed(self._key ^ epochs)
+        order = _permuted(counters % np.uint64(count), count, keys)
+        offsets = _mixed(keys) % np.uint64(spare + 1)
+        return (order * np.uint64(self._seq_len) + offsets).astype(np.int64)
+
+    def _random_starts(self, counters: Counters) -> NDArray[np.int64]:
+        return (_mixed(self._key ^ counters) % np.uint64(self._stream.num_tokens - self._seq_len)).astype(np.int64)
+
+
+def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int) -> Iterator[Batch]:
+    """Goes through a stream once in consecutive windows, so that every token but the first is predicted once.
+
+    The last window may be shorter; it is padded on the right, with label -100 and its true length in `lengths`.
+
+    Raises:
+        DataError: the stream has nothing to predict.
+    """
+    _check_size(stream, 2, 1)
+    targets = stream.num_tokens - 1
+    count = -(-targets // seq_len)
+    for begin in range(0, count, batch_size):
+        starts = np.arange(begin, min(begin + batch_size, count), dtype=np.int64) * seq_len
+        yield _gather(stream, starts, seq_len)
+
+
+def _gather(stream: TokenStream, starts: NDArray[np.int64], seq_len: int) -> Batch:
+    """The windows that start at `starts` [B], padded where the stream ends before they do."""
+    places = starts[:, None] + np.arange(seq_len + 1)
+    missing = places >= stream.num_tokens
+    padded = bool(missing[-1, -1])
+    if padded:
+        places = np.where(missing, stream.num_tokens - 1, places)
+    window = np.asarray(stream.tokens)[places].astype(np.int64)
+    documents = np.searchsorted(np.asarray(stream.document_starts), places[:, :-1], side="right") - 1
+    tokens, lengths = window[:, :-1].copy(), None
+    if padded:
+        true = np.minimum(stream.num_tokens - 1 - starts, seq_len)
+        tokens[np.arange(seq_len) >= true[:, None]] = PADDING
+        window[missing] = IGNORED
+        lengths = torch.from_numpy(true)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(window), torch.from_numpy(documents), lengths)
+
+
+def _check_size(stream: TokenStream, least: int, seq_len: int) -> None:
+    if stream.num_tokens < least:
+        raise DataError(
+            f"{stream.num_tokens} tokens are fewer than the {least} of one window (train.seq_len {seq_len} and the "
+            "token after it); give more text or lower train.seq_len"
+        )
+
+
+def _mixed(values: Counters) -> Counters:
+    """Spreads 64-bit values over 64 bits, one to one: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _permuted(values: Counters, count: int, keys: Counters) -> Counters:
+    """Sends each of 0 .. count - 1 to another, one to one for equal keys: a Feistel network, walked until in range."""
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    values = values.copy()
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for round_number in range(ROUNDS):
+            mixed = _mixed(keys[outside] ^ _mixed(right + (np.uint64(round_number) << np.uint64(32)))) & mask
+            left, right = right, left ^ mixed
+        values[outside] = (left << half) | right
+        outside = values >= count
+    return values

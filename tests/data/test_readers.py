@@ -1,0 +1,156 @@
+"""Reading files: text comes back as it is, in pieces, and every fault is named with its place."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from morex.data import readers
+from morex.data.readers import format_of, read_jsonl, read_text
+
+Refused = Callable[..., str]
+
+
+def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    text = "first\r\nsecond\n\n  naïve café \U0001f989\tend \n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert "".join(read_text(path)) == text
+
+
+def test_long_text_comes_in_pieces_and_characters_survive_their_borders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 5)
+    text = "aé\U0001f989ß" * 20
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    pieces = list(read_text(path))
+    assert "".join(pieces) == text
+    assert len(pieces) > 20 and all(pieces)
+
+
+def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_bytes(b"\xef\xbb\xbfhello")
+    lines.write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
+    assert list(read_text(text)) == ["hello"]
+    assert list(read_jsonl(lines, "text")) == ["hello"]
+
+
+def test_gzip_reads_like_the_file_itself(tmp_path: Path) -> None:
+    text, lines = tmp_path / "a.txt.gz", tmp_path / "a.jsonl.gz"
+    text.write_bytes(gzip.compress("größe".encode()))
+    lines.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}'))
+    assert list(read_text(text)) == ["größe"]
+    assert list(read_jsonl(lines, "text")) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("a.txt", ".txt"), ("a.JSONL.gz", ".jsonl"), ("a.md.gz", ".md"), ("plain", ""), ("b.gz", "")]
+)
+def test_format_is_the_suffix_before_gz(name: str, suffix: str) -> None:
+    assert format_of(Path(name)) == suffix
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1))
+@settings(max_examples=50)
+def test_json_lines_give_every_text_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts), encoding="utf-8")
+    assert list(read_jsonl(path, "body")) == texts
+
+
+def test_blank_lines_and_empty_texts_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": "one"}\n   \n{"text": ""}\n{"text": "two"}\n\n')
+    assert list(read_jsonl(path, "text")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
+def test_empty_text_is_refused(tmp_path: Path, refused: Refused, content: bytes) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    refused(lambda: list(read_text(path)), str(path), "empty")
+
+
+def test_empty_json_lines_are_refused(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"")
+    refused(lambda: list(read_jsonl(path, "text")), str(path), "empty")
+
+
+@pytest.mark.parametrize("chunk", [4, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "place", "word"),
+    [
+        (b"plain text\0more", 10, "binary"),
+        (b"caf\xe9 au lait", 3, "UTF-8"),
+        ("größ".encode() + b"\xff!", 6, "UTF-8"),
+        ("abcdefg é".encode()[:-1], 8, "UTF-8"),
+        ("abc".encode("utf-16"), 3, "binary"),
+    ],
+)
+def test_binary_and_foreign_encodings_are_refused_with_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, content: bytes, place: int, word: str, chunk: int
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    refused(lambda: list(read_text(path)), str(path), word, f"byte {place} ")
+
+
+def test_json_lines_report_bytes_of_the_whole_file(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "one"}\n'
+    path.write_bytes(good + b'{"text": "caf\xe9"}\n')
+    refused(lambda: list(read_jsonl(path, "text")), str(path), "UTF-8", f"byte {len(good) + 13} ")
+    path.write_bytes(good + b"\0\n")
+    refused(lambda: list(read_jsonl(path, "text")), str(path), "binary", f"byte {len(good)} ")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("not json", ("not JSON",)),
+        ('{"text": "cut', ("not JSON",)),
+        ("[" * 100_000, ("not JSON",)),
+        ('["text"]', ("a list",)),
+        ("3", ("a number",)),
+        ('{"body": "b", "title": "t"}', ("no column 'text'", "data.column", "'body', 'title'")),
+        ("{}", ("no column 'text'", "none")),
+        ('{"text": null}', ("'text' holds null",)),
+        ('{"text": 3.5}', ("'text' holds a number",)),
+        ('{"text": ["a"]}', ("'text' holds a list",)),
+        ('{"text": "a\\ud800b"}', ("'text' holds \\ud800", "surrogate")),
+    ],
+)
+def test_lines_that_cannot_be_used_are_named_by_number(
+    tmp_path: Path, refused: Refused, line: str, words: tuple[str, ...]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n' + line + "\n")
+    refused(lambda: list(read_jsonl(path, "text")), f"{path}:3: ", *words)
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83e\\udd89"}\n')
+    assert list(read_jsonl(path, "text")) == ["\U0001f989"]
+
+
+def test_damaged_gzip_is_refused(tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some text " * 100)[:-12])
+    refused(lambda: list(read_text(path)), str(path), "gzip")
+    path.write_bytes(b"no gzip at all")
+    refused(lambda: list(read_text(path)), str(path), "gzip")
+
+
+def test_missing_file_is_refused(tmp_path: Path, refused: Refused) -> None:
+    refused(lambda: list(read_text(tmp_path / "gone.txt")), "gone.txt", "does not exist")
+    refused(lambda: list(read_text(tmp_path)), str(tmp_path), "cannot be read")
