@@ -1,0 +1,1 @@
+"""Training: one loop, run folders, checkpoints."""

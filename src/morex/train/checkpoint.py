@@ -1,0 +1,243 @@
+"""Checkpoints: safetensors and JSON in a folder `checkpoints/step-N/`, whole or not there at all. Nothing is pickled.
+
+- model.safetensors: weights and router buffers by name; a tensor with two names is stored once
+- optimizer.safetensors: `exp_avg/PARAMETER` and so on, and the random state, `random/cpu`
+- state.json: step, tokens, seconds, losses, place in the data, config
+- checksums.json: sha256 of the three
+"""
+
+import hashlib
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from morex.config import Config
+from morex.data.tokenizer import Tokenizer, load_tokenizer
+from morex.loading import validate
+from morex.model.lm import LanguageModel, build_model
+from morex.train.errors import CheckpointError, RunFolderError
+from morex.train.precision import resolve_device, weight_dtype
+from morex.train.runs import RunFolder, read_json, sync_folder, write_json
+from morex.train.tensors import (
+    model_tensors,
+    optimizer_tensors,
+    random_state,
+    read_tensors,
+    refuse_other_model,
+    set_optimizer_tensors,
+    set_random_state,
+    write_tensors,
+)
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE, CHECKSUMS = "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"
+RESUMABLE = frozenset(
+    f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "threads")
+)
+"""Options that may differ between a checkpoint and the run that goes on from it."""
+ABSENT = "absent"
+
+
+@dataclass
+class TrainState:
+    """Where a training stands, beside its tensors."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = 0.0
+    """Time spent in training steps, without evaluation and saving."""
+    max_seconds: float | None = None
+    """Budget of the run, where it has one in seconds."""
+    last_loss: float | None = None
+    """Language-model loss of the last step's tokens."""
+    best_val_loss: float | None = None
+    evaluation: dict[str, Any] | None = None
+    """Line of the last evaluation."""
+    peak_memory_bytes: int = 0
+    """Largest use of memory in any process of the run."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Digests of text and tokenizer, to notice a corpus that has changed."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """Place in the data."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """The state in the content of a state.json."""
+        return cls(**{known.name: content[known.name] for known in fields(cls)})
+
+
+def save_checkpoint(
+    run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, config: Config
+) -> Path:
+    """Writes `checkpoints/step-N` under a temporary name, forces it to disk, renames it, then drops the oldest ones.
+
+    Raises:
+        OSError: the disk is full or not writable; then nothing of the new checkpoint stays and the others are intact.
+    """
+    run.checkpoints.mkdir(exist_ok=True)
+    _remove_leftovers(run)
+    target = run.checkpoints / f"step-{state.step}"
+    temporary = run.checkpoints / f".{target.name}.new"
+    try:
+        temporary.mkdir()
+        write_tensors(temporary / MODEL, model_tensors(model))
+        write_tensors(temporary / OPTIMIZER, optimizer_tensors(model, optimizer) | random_state(_device(model)))
+        write_json(temporary / STATE, {"format": FORMAT, **asdict(state), "config": config.to_dict()})
+        write_json(temporary / CHECKSUMS, {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)})
+        if target.exists():  # a damaged one, which the run went around
+            target.rename(run.checkpoints / f".{target.name}.old")
+        temporary.rename(target)
+    finally:
+        _remove_leftovers(run)
+    sync_folder(run.checkpoints)
+    for old in list_checkpoints(run)[: -config.train.keep_checkpoints]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, config: Config | None = None
+) -> TrainState:
+    """Reads a checkpoint into a model, and with an optimizer also into that and the random state.
+
+    Args:
+        config: what the checkpoint must have been trained with, up to the options in RESUMABLE.
+
+    Raises:
+        CheckpointError: it is damaged, of another config, or does not fit the model; the model is untouched then.
+    """
+    content = read_state(path)
+    if config is not None:
+        refuse_other_config(f"checkpoint '{path}'", content["config"], config)
+    tensors, own = read_tensors(path / MODEL), model_tensors(model)
+    refuse_other_model(path, tensors, own)
+    if optimizer is not None:
+        resumed = read_tensors(path / OPTIMIZER)
+        set_optimizer_tensors(model, optimizer, resumed)
+        set_random_state(resumed, _device(model))
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return TrainState.of(content)
+
+
+def newest_checkpoint(run: RunFolder | str | Path) -> Path | None:
+    """The newest intact checkpoint of a run folder, or None where there is none yet; warns about damaged ones.
+
+    Raises CheckpointError where every checkpoint is damaged.
+    """
+    run = run if isinstance(run, RunFolder) else RunFolder(Path(run))
+    found = list_checkpoints(run)
+    for path in reversed(found):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; looking for an older one", stacklevel=2)
+        else:
+            return path
+    if found:
+        raise CheckpointError(f"every checkpoint of run folder '{run.path}' is damaged; train again in another folder")
+    return None
+
+
+def load(path: str | Path, device: str = "cpu") -> tuple[LanguageModel, Tokenizer]:
+    """A trained model in eval mode and its tokenizer, from a run folder (its newest checkpoint) or a checkpoint folder.
+
+    Raises:
+        RunFolderError: `path` is neither, or its tokenizer is missing.
+        CheckpointError: the checkpoint is damaged, or the run has none yet.
+    """
+    path = Path(path)
+    if (path / STATE).is_file() or (path / CHECKSUMS).is_file():
+        checkpoint, run = path, RunFolder(path.resolve().parent.parent)
+    else:
+        run = RunFolder(path)
+        if not run.is_run():
+            raise RunFolderError(f"'{path}' is neither a run folder nor a checkpoint folder of one")
+        newest = newest_checkpoint(run)
+        if newest is None:
+            raise CheckpointError(
+                f"run folder '{path}' has no checkpoint yet; train it with `morex train --resume {path}`"
+            )
+        checkpoint = newest
+    config = validate(Config, read_state(checkpoint)["config"])
+    if not run.tokenizer_path.is_dir():
+        raise RunFolderError(f"run folder '{run.path}' of checkpoint '{checkpoint}' has no tokenizer folder")
+    model = build_model(config.model, device=str(resolve_device(device)), dtype=weight_dtype(config.train.precision))
+    load_checkpoint(checkpoint, model)
+    return model.eval(), load_tokenizer(run.tokenizer_path)
+
+
+def list_checkpoints(run: RunFolder) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, intact or not."""
+    if not run.checkpoints.is_dir():
+        return []
+    steps = {int(path.name[5:]): path for path in run.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name)}
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of an intact checkpoint. Raises CheckpointError where it is not intact or of another format."""
+    verify(path)
+    content = read_json(path / STATE)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint '{path}' has format {content.get('format')}; this version reads {FORMAT}")
+    return content
+
+
+def verify(path: Path) -> None:
+    """Raises CheckpointError, naming the file, where a checkpoint is incomplete or its checksums do not match."""
+    for name in (CHECKSUMS, MODEL, OPTIMIZER, STATE):
+        if not (path / name).is_file():
+            raise CheckpointError(f"checkpoint '{path}' is damaged: {name} is missing")
+    try:
+        expected = read_json(path / CHECKSUMS)
+    except RunFolderError:
+        raise CheckpointError(f"checkpoint '{path}' is damaged: {CHECKSUMS} cannot be read") from None
+    for name in (MODEL, OPTIMIZER, STATE):
+        if expected.get(name) != _sha256(path / name):
+            raise CheckpointError(f"checkpoint '{path}' is damaged: {name} does not match its checksum")
+
+
+def refuse_other_config(what: str, theirs: Mapping[str, Any], config: Config) -> None:
+    """Raises CheckpointError that names the first differing option and both values, those in RESUMABLE apart."""
+    for option, there, here in _differences(theirs, config.to_dict()):
+        if option not in RESUMABLE:
+            raise CheckpointError(
+                f"{what} is of another config: {option} is {there!r} there and {here!r} here; only "
+                f"{', '.join(sorted(RESUMABLE))} may change"
+            )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted option, old value, new value) of each difference between two configs."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key, ABSENT), new.get(key, ABSENT)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{at}{key}.")
+        elif before != after:
+            yield f"{at}{key}", before, after
+
+
+def _remove_leftovers(run: RunFolder) -> None:
+    """Removes what a process that died while saving has left."""
+    for path in run.checkpoints.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

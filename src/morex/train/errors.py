@@ -1,0 +1,57 @@
+"""What ends a training early. Every message is one sentence; `exit_code` is what a command line returns."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from morex.loading import ConfigError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk and of a used-up quota."""
+
+
+class RunFolderError(ConfigError):
+    """A run folder that cannot be used: in use, of another run, finished, or not a run at all."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used: damaged, incomplete, or of another config."""
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on."""
+
+    exit_code = 2
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient that is not a finite number; raised before it reaches the weights."""
+
+
+class DiskFullError(TrainingError):
+    """No space left for a file of the run; everything written before stands."""
+
+
+class Interrupted(TrainingError):
+    """A signal asked the training to stop; it has saved a checkpoint."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def disk_full_explained(run_path: Path) -> Iterator[None]:
+    """Turns "no space left" from any write inside into one sentence that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        begun = (run_path / "config.yaml").is_file()
+        then = f"go on with `morex train --resume {run_path}`" if begun else "start again"
+        raise DiskFullError(
+            f"no space left on the disk of run folder '{run_path}'; nothing saved before was touched: free "
+            f"some space and {then}"
+        ) from error

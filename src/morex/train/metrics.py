@@ -1,0 +1,154 @@
+"""What a run writes down about itself: the lines of metrics.jsonl, and the summary at its end."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from morex.eval.loss import EvalResult
+from morex.train.runs import read_json_lines, write_whole
+from morex.train.setup import Training
+
+
+class MetricsWriter:
+    """Appends one JSON object a line, each forced to disk before the training goes on.
+
+    Args:
+        path: metrics.jsonl; lines of later steps, which a run wrote after its last checkpoint, are dropped.
+        step: step that the run continues from.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        if path.exists():
+            kept = [line for line in read_json_lines(path) if line["step"] <= step]
+            write_whole(path, "".join(_encode(line) for line in kept))
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes one line, whole or not at all."""
+        before = os.fstat(self._descriptor).st_size
+        left = memoryview(_encode(line).encode())
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+            os.fsync(self._descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, before)
+            raise
+
+
+def training_line(
+    t: Training, lr: float, losses: Mapping[str, float], grad_norm: float, stats: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """A line about the step just done; `loss` is the language-model loss of that step's tokens, no running mean."""
+    speed = t.pace.tokens_per_second(t.state.tokens, t.state.seconds)
+    return {
+        "kind": "train",
+        "step": t.state.step,
+        "tokens": t.state.tokens,
+        "seconds": t.state.seconds,
+        "flops": t.state.tokens * t.counts.train_flops_per_token,
+        "loss": losses["lm"],
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_s": speed,
+        "flops_per_s": speed * t.counts.train_flops_per_token,
+        "memory_bytes": t.memory.bytes(),
+        "losses": dict(losses),
+        **{f"loss_{name}": value for name, value in losses.items() if name != "lm"},
+        **router_report(stats),
+    }
+
+
+def evaluation_line(t: Training, result: EvalResult) -> dict[str, Any]:
+    """A line about an evaluation of the whole held-out set."""
+    return {
+        "kind": "eval",
+        "step": t.state.step,
+        "tokens": t.state.tokens,
+        "seconds": t.state.seconds,
+        "flops": t.state.tokens * t.counts.train_flops_per_token,
+        **_held_out(result),
+    }
+
+
+def _held_out(result: EvalResult) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "val_loss": result.loss,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+        "bits_per_byte": result.bits_per_byte,
+        "val_tokens": result.tokens,
+    }
+    if result.oracle_loss is not None:
+        line["val_loss_oracle"] = result.oracle_loss
+    if result.is_oracle:
+        line["val_loss_is_oracle"] = True
+    if result.by_depth is not None:
+        line["val_loss_by_depth"] = {str(depth): loss for depth, loss in result.by_depth.items()}
+    return line
+
+
+def summarise(t: Training) -> dict[str, Any]:
+    """The run in numbers, as written to summary.json: the last evaluation, speed, memory and closed-form counts."""
+    state, counts = t.state, t.counts
+    assert state.evaluation is not None
+    about_run = ("kind", "step", "tokens", "seconds", "flops")
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "train_flops": state.tokens * counts.train_flops_per_token,
+        "final_train_loss": state.last_loss,
+        **{key: value for key, value in state.evaluation.items() if key not in about_run},
+        "best_val_loss": state.best_val_loss,
+        "tokens_per_s": state.tokens / state.seconds if state.seconds else 0.0,
+        "peak_memory_bytes": max(state.peak_memory_bytes, t.memory.bytes()),
+        "parameters": counts.parameters,
+        "unique_non_embedding": counts.unique_non_embedding,
+        "train_flops_per_token": counts.train_flops_per_token,
+        "decode_flops_per_token": counts.decode_flops_per_token,
+        "kv_bytes_per_token": counts.kv_bytes_per_token,
+        "precision": t.config.train.precision,
+        "device": str(t.device),
+        "finished": True,
+    }
+
+
+def router_report(stats: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """What the routers did in one step, by module path.
+
+    Returns:
+        active_share: share of the tokens active at recursions 1..R, of each depth router.
+        expert_load: share of the assignments that each expert got, of each expert router.
+        router_entropy: mean entropy of a token's expert probabilities in nats, of each expert router.
+    """
+    report: dict[str, dict[str, Any]] = {"active_share": {}, "expert_load": {}, "router_entropy": {}}
+    for name, fields in stats.items():
+        tokens = max(float(fields["tokens"]), 1.0)
+        if "active" in fields:
+            report["active_share"][name] = (fields["active"].double() / tokens).tolist()
+        if "load" in fields:
+            load = fields["load"].double()
+            report["expert_load"][name] = (load / load.sum().clamp(min=1)).tolist()
+        if "entropy" in fields:
+            report["router_entropy"][name] = float(fields["entropy"]) / tokens
+    return report
+
+
+def _encode(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"

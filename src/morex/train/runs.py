@@ -1,0 +1,237 @@
+"""The run folder: one training, in one folder. Everything that draws or compares reads run folders through here.
+
+- config.yaml: the resolved config
+- metrics.jsonl: one object a line, `kind` train or eval
+- checkpoints/step-N/: see `morex.train.checkpoint`
+- tokenizer/: the tokenizer that made the tokens
+- env.json: versions, device, CPU, threads, commit
+- summary.json: the end of the run in numbers; only finished runs have it
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from morex.config import Config
+from morex.loading import load_config
+from morex.train.errors import FULL, RunFolderError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there nothing keeps two processes apart.
+    fcntl = None  # type: ignore[assignment]
+
+PACKAGES = ("morex", "torch", "numpy", "safetensors", "tokenizers", "pydantic")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run and what is in them."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def env_path(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    def is_run(self) -> bool:
+        """Whether a training has begun here."""
+        return self.config_path.is_file()
+
+    def config(self) -> Config:
+        """The resolved config. Raises RunFolderError where there is no run, ConfigError where the file is not valid."""
+        if not self.is_run():
+            raise RunFolderError(f"'{self.path}' is not a run folder: it has no config.yaml")
+        return load_config(self.config_path)
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl in order, of one `kind` or all; [] where there are none yet."""
+        if not self.metrics_path.is_file():
+            return []
+        lines = read_json_lines(self.metrics_path)
+        return lines if kind is None else [line for line in lines if line.get("kind") == kind]
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json, or None where the run is not finished."""
+        return read_json(self.summary_path) if self.summary_path.is_file() else None
+
+    def environment(self) -> dict[str, Any] | None:
+        """env.json, or None where the run has not begun."""
+        return read_json(self.env_path) if self.env_path.is_file() else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder, made if need be, against other processes.
+
+        Raises:
+            RunFolderError: another process holds it, or it cannot be made or written.
+            OSError: the disk is full.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            raise RunFolderError(
+                f"run folder '{self.path}' cannot be made or written ({error.strerror}); name another folder"
+            ) from None
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+                    raise RunFolderError(
+                        f"run folder '{self.path}' is in use by process {holder}; wait for it or name another folder"
+                    ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises RunFolderError where it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"'{path}' is damaged: it is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RunFolderError(f"'{path}' is damaged: it must hold a JSON object")
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; an incomplete last line, which a killed process leaves, is left out."""
+    raw = path.read_bytes().split(b"\n")
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(raw, start=1):
+        if not line:
+            continue
+        try:
+            lines.append(json.loads(line))
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            if number == len(raw):
+                break
+            raise RunFolderError(f"'{path}' is damaged: line {number} is not valid JSON") from None
+    return lines
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Writes a config as YAML, whole or not at all."""
+    write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, forces it to disk and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Forces a folder's entries to disk, so that a rename survives a power cut."""
+    with suppress(PermissionError):  # Windows cannot open folders.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, CPU, threads and commit, as written to env.json."""
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's model name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that the package runs from, `-dirty` where files differ; None outside a checkout."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=here.parent,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie inside the checkout of another project: ask whether this very file is tracked.
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None

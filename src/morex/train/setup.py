@@ -1,0 +1,209 @@
+"""The start of a training: checks the run folder, then builds everything that the loop works with, new or resumed."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from morex.config import Config, TrainConfig
+from morex.data.loader import Loader
+from morex.data.prepare import PreparedData, prepare
+from morex.data.tokenizer import load_tokenizer
+from morex.loading import validate
+from morex.model.count import Count, count
+from morex.model.lm import LanguageModel, build_model
+from morex.train.checkpoint import (
+    TrainState,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    refuse_other_config,
+)
+from morex.train.errors import CheckpointError, RunFolderError
+from morex.train.memory import PeakMemory
+from morex.train.optim import build_optimizer, same_path
+from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
+from morex.train.runs import RunFolder, environment, write_config, write_json
+
+
+@dataclass
+class Training:
+    """What the loop works with."""
+
+    run: RunFolder
+    config: Config
+    """Resolved, as written to the run folder."""
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    data: PreparedData
+    loader: Loader
+    state: TrainState
+    counts: Count
+    device: torch.device
+    autocast: torch.dtype | None
+    memory: PeakMemory
+    pace: "Pace"
+    saved_step: int | None = None
+    """Step of the newest checkpoint."""
+
+
+@dataclass
+class Pace:
+    """Speed since the last metric line."""
+
+    tokens: int
+    seconds: float
+
+    def tokens_per_second(self, tokens: int, seconds: float) -> float:
+        """Tokens a second since the last call, from the run's totals."""
+        speed = (tokens - self.tokens) / max(seconds - self.seconds, 1e-9)
+        self.tokens, self.seconds = tokens, seconds
+        return speed
+
+
+def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | None) -> Training:
+    """Everything for a new training, or for one that goes on from its newest checkpoint.
+
+    Raises:
+        RunFolderError: the folder already holds a run (`resume` False), or none (`resume` True).
+        CheckpointError: the run is of another config or corpus, or its learning rates do not allow the new plan.
+        ConfigError: what the config asks for is not there or does not fit.
+    """
+    stored = _stored_config(run, resume)
+    config = _resolved(config, stored)
+    if stored is not None:
+        refuse_other_config(f"run folder '{run.path}'", stored.to_dict(), config)
+    checkpoint = newest_checkpoint(run) if resume else None
+    if checkpoint is not None:
+        content = read_state(checkpoint)
+        before = validate(TrainConfig, content["config"]["train"])
+        max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
+    device = resolve_device(config.train.device)
+    tokenizer = load_tokenizer(run.tokenizer_path) if stored is not None and run.tokenizer_path.is_dir() else None
+    seq_len = config.train.seq_len
+    data = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
+    memory = PeakMemory(device)
+    model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
+    optimizer = build_optimizer(model, config.train)
+    loader = Loader(data.train, seq_len, config.train.batch_size, windows=config.data.windows, seed=config.data.seed)
+    torch.manual_seed(config.train.seed)
+    state = TrainState(data=_identity(data))
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model, optimizer, config)
+        _refuse_other_data(run, config, state.data, _identity(data))
+        loader.load_state_dict(state.loader)
+    state.max_seconds = max_seconds
+    _write_start(run, config, data, device, None if stored is None else state.step)
+    return Training(
+        run=run,
+        config=config,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        loader=loader,
+        state=state,
+        counts=count(config.model, seq_len=seq_len),
+        device=device,
+        autocast=autocast_dtype(config.train.precision),
+        memory=memory,
+        pace=Pace(state.tokens, state.seconds),
+        saved_step=None if checkpoint is None else state.step,
+    )
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Sets torch's CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stored_config(run: RunFolder, resume: bool) -> Config | None:
+    """Config of the run to resume. Raises RunFolderError where the folder's state and `resume` do not fit together."""
+    if resume:
+        return run.config()
+    if run.summary_path.exists():
+        raise RunFolderError(
+            f"run folder '{run.path}' holds a finished run; nothing was overwritten: name another folder, or raise "
+            f"train.steps with `morex train --resume {run.path}`"
+        )
+    if run.is_run():
+        raise RunFolderError(
+            f"run folder '{run.path}' holds a run; nothing was overwritten: name another folder, or go on with "
+            f"`morex train --resume {run.path}`"
+        )
+    for path in (run.metrics_path, run.checkpoints, run.tokenizer_path, run.env_path):
+        if path.exists():
+            raise RunFolderError(f"folder '{run.path}' already holds '{path.name}'; name another folder for the run")
+    return None
+
+
+def _resolved(config: Config, stored: Config | None) -> Config:
+    """The config with its precision settled: by the run that goes on, or by device and width."""
+    train = config.train
+    if train.precision == "auto":
+        precision = stored.train.precision if stored is not None else train.precision
+        train = train.model_copy(update={"precision": precision})
+    name = resolve_precision(train.precision, resolve_device(train.device), config.model.d_model)
+    return config.model_copy(update={"train": train.model_copy(update={"precision": name})})
+
+
+def _continued_budget(
+    state: TrainState, before: TrainConfig, now: TrainConfig, max_seconds: float | None
+) -> float | None:
+    """Budget in seconds of a run that goes on; the old one unless another is given.
+
+    Raises CheckpointError where the new plan would have had other learning rates in the steps that are done.
+    """
+    max_seconds = state.max_seconds if max_seconds is None else max_seconds
+    if now.steps < state.step:
+        raise CheckpointError(f"train.steps {now.steps} is less than the {state.step} steps that this run has done")
+    if max_seconds != state.max_seconds:
+        fits = now.schedule == "constant"
+        plans = f"a budget of {max_seconds} seconds instead of {state.max_seconds}"
+    else:
+        timed = max_seconds is not None and now.schedule != "constant"
+        fits = now.steps == before.steps if timed else same_path(before, now, state.step)
+        plans = f"train.steps {now.steps} instead of {before.steps}"
+    if state.step and not fits:
+        raise CheckpointError(
+            f"{plans} does not fit the {state.step} steps done: train.schedule '{now.schedule}' has led the learning "
+            f"rate along the old plan; keep the plan, or train with train.schedule 'constant', or 'trapezoid' stopped "
+            f"before its cool-down"
+        )
+    return max_seconds
+
+
+def _identity(data: PreparedData) -> dict[str, str]:
+    """What tells one corpus, as tokens, from another."""
+    return {"text": data.content, "tokenizer": data.tokenizer.fingerprint}
+
+
+def _refuse_other_data(run: RunFolder, config: Config, before: dict[str, str], now: dict[str, str]) -> None:
+    for part, digest in now.items():
+        if before.get(part) != digest:
+            raise CheckpointError(
+                f"the {part} of data.corpus '{config.data.corpus}' has changed since run folder '{run.path}' was "
+                f"begun; put the old one back, or train in another folder"
+            )
+
+
+def _write_start(run: RunFolder, config: Config, data: PreparedData, device: torch.device, step: int | None) -> None:
+    """Writes config, tokenizer and environment; `step` is where an earlier run goes on."""
+    write_config(run.config_path, config)
+    if not run.tokenizer_path.exists():
+        unfinished = run.path / ".tokenizer"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        data.tokenizer.save(unfinished)
+        unfinished.rename(run.tokenizer_path)
+    here = environment(device)
+    first = run.environment()
+    if step is not None and first is not None:
+        here = {**first, "resumed": [*first.get("resumed", []), {"step": step, **here}]}
+    write_json(run.env_path, here)

@@ -1,0 +1,256 @@
+"""The training loop. Read `train`, then `loop` from top to bottom: that is the whole of training.
+
+The batch of a step is drawn whole and split into microbatches, each weighted by its share of the predicted tokens, so
+that accumulation changes memory and nothing else. Times are those of training steps, without evaluation and saving.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from morex.config import Config
+from morex.data.loader import IGNORED, Batch
+from morex.eval.loss import evaluate
+from morex.nn.signals import RouterStats
+from morex.train.checkpoint import save_checkpoint
+from morex.train.errors import Interrupted, NonFiniteError, disk_full_explained
+from morex.train.interrupt import StopRequest, stop_on_signals
+from morex.train.metrics import MetricsWriter, evaluation_line, summarise, training_line
+from morex.train.optim import learning_rate
+from morex.train.progress import ProgressDisplay
+from morex.train.runs import RunFolder, write_json
+from morex.train.setup import Training, begin, cpu_threads
+
+
+def train(
+    cfg: Config,
+    run_dir: str | Path,
+    resume: bool = False,
+    max_seconds: float | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Trains a model into a run folder and returns what its summary.json says.
+
+    Args:
+        cfg: the config; with `resume` it must be that of the run, up to `checkpoint.RESUMABLE`.
+        run_dir: a folder that holds no run yet, or the run to go on with.
+        resume: go on from the newest intact checkpoint, to the bit on a CPU with the same number of threads. A run
+            that is done already is left as it is.
+        max_seconds: end the run after so much training time, with learning rates planned for it; `train.steps` still
+            limits it. A resumed run keeps its own unless another is given.
+        console: where progress goes, by default the terminal; `Console(quiet=True)` shows nothing.
+
+    Raises:
+        ConfigError: the config, the corpus, the run folder or its checkpoint cannot be used.
+        Interrupted: a signal asked to stop; a checkpoint has been saved.
+        NonFiniteError: a loss or gradient is not finite; it has not reached the weights.
+        DiskFullError: no space left; what was saved before is intact.
+    """
+    run = RunFolder(Path(run_dir))
+    if resume:
+        run.config()  # where there is no run, say so before a folder is made
+    with disk_full_explained(run.path), run.locked(), cpu_threads(cfg.train.threads):
+        training = begin(run, cfg, resume, max_seconds)
+        finished = run.summary()
+        if finished is not None and is_done(training):
+            return finished
+        run.summary_path.unlink(missing_ok=True)
+        loop(training, console or Console())
+        summary = summarise(training)
+        write_json(run.summary_path, summary)
+    return summary
+
+
+def loop(t: Training, console: Console) -> None:
+    """Steps, evaluations and checkpoints until the run is done."""
+    state, plan = t.state, t.config.train
+    with (
+        stop_on_signals(console) as stop,
+        MetricsWriter(t.run.metrics_path, state.step) as metrics,
+        ProgressDisplay(console, *progress(t)) as display,
+    ):
+        while True:
+            if stop.asked:
+                save_and_stop(t, stop)
+            if is_due(t, plan.eval_every) and not is_evaluated(t):
+                evaluate_held_out(t, metrics, display)
+            if is_due(t, plan.checkpoint_every) and t.saved_step != state.step:
+                save(t)
+            if is_done(t):
+                break
+
+            started = time.perf_counter()
+            batch = t.loader.next_batch()
+            lr = set_learning_rate(t)
+            losses, stats = forward_backward(t, batch)
+            grad_norm = clip_gradients(t)
+            refuse_non_finite(t, losses, grad_norm)
+            t.optimizer.step()
+            t.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            t.model.update_routers(stats, state.step)
+            state.tokens += num_tokens(batch)
+            state.seconds += time.perf_counter() - started
+            state.last_loss = losses["lm"]
+
+            if state.step == 1 or is_due(t, plan.log_every):
+                metrics.write(training_line(t, lr, losses, grad_norm, stats))
+            display.update(progress(t)[1], losses["lm"], state.tokens / state.seconds)
+
+
+def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], RouterStats]:
+    """Adds the gradients of the mean loss of the batch.
+
+    Returns:
+        Raw losses by name, each the mean over the batch's predicted tokens, and the routers' statistics.
+    """
+    means: dict[str, Tensor] = {}
+    stats = RouterStats()
+    everything = num_predicted(batch)
+    for part in microbatches(batch, t.config.train.accumulation):
+        share = num_predicted(part) / max(everything, 1)
+        part = part.to(t.device)
+        with torch.autocast(t.device.type, t.autocast, enabled=t.autocast is not None):
+            out = t.model(
+                part.tokens,
+                labels=part.labels,
+                lengths=part.lengths,
+                document_ids=part.document_ids if t.config.data.mask_documents else None,
+            )
+        assert out.loss is not None
+        (out.loss * share).backward()
+        for name, loss in out.losses.items():
+            weighted = loss.detach() * share
+            means[name] = means[name] + weighted if name in means else weighted
+        stats = stats + out.stats
+    values = torch.stack([loss.double() for loss in means.values()]).tolist()  # one transfer from the device
+    return dict(zip(means, values, strict=True)), stats
+
+
+def microbatches(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The batch in equal parts."""
+    size = batch.tokens.shape[0] // parts
+    for first in range(0, batch.tokens.shape[0], size):
+        rows = slice(first, first + size)
+        yield Batch(
+            tokens=batch.tokens[rows],
+            labels=batch.labels[rows],
+            document_ids=batch.document_ids[rows],
+            lengths=None if batch.lengths is None else batch.lengths[rows],
+        )
+
+
+def num_predicted(batch: Batch) -> int:
+    """Tokens that have a target."""
+    return int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def num_tokens(batch: Batch) -> int:
+    """Tokens that pass through the model, padding apart."""
+    return batch.tokens.numel() if batch.lengths is None else int(batch.lengths.sum())
+
+
+def clip_gradients(t: Training) -> float:
+    """Scales the gradients down to `train.clip` and returns their norm before."""
+    limit = t.config.train.clip or math.inf
+    return float(torch.nn.utils.clip_grad_norm_(t.model.parameters(), limit))
+
+
+def refuse_non_finite(t: Training, losses: dict[str, float], grad_norm: float) -> None:
+    """Raises NonFiniteError, naming the step and the quantity, before anything wrong reaches the weights."""
+    values = {f"loss '{name}'": loss for name, loss in losses.items()} | {"gradient norm": grad_norm}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{name} is {value} at step {t.state.step + 1}; training stopped before the update ({_saved(t)}); "
+                f"start anew with train.lr below {t.config.train.lr}, more train.warmup_steps or train.precision fp32"
+            )
+
+
+def _saved(t: Training) -> str:
+    return "no checkpoint was saved yet" if t.saved_step is None else f"the last checkpoint is step-{t.saved_step}"
+
+
+def set_learning_rate(t: Training) -> float:
+    """Sets the learning rate of the coming update and returns it."""
+    state, steps = t.state, t.config.train.steps
+    if state.max_seconds is not None and state.step:
+        steps = min(steps, max(state.step + 1, round(state.step * state.max_seconds / state.seconds)))
+    lr = learning_rate(t.config.train, state.step, steps)
+    for group in t.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisplay) -> None:
+    """Evaluates the whole held-out set, writes the line and remembers it."""
+    with t.memory.left_out():
+        result = evaluate(
+            t.model,
+            t.data.val,
+            t.config.train.seq_len,
+            t.config.eval.batch_size,
+            autocast=t.autocast,
+            by_depth=t.config.eval.depths,
+            mask_documents=t.config.data.mask_documents,
+        )
+    if not math.isfinite(result.loss):
+        raise NonFiniteError(
+            f"the held-out loss is {result.loss} at step {t.state.step}; training stopped ({_saved(t)})"
+        )
+    line = evaluation_line(t, result)
+    t.state.evaluation = line
+    best = t.state.best_val_loss
+    t.state.best_val_loss = result.loss if best is None else min(best, result.loss)
+    metrics.write(line)
+    display.show_evaluation(t.state.step, result.loss, result.oracle_loss)
+
+
+def save(t: Training) -> None:
+    """Saves a checkpoint of this step."""
+    t.state.loader = t.loader.state_dict()
+    t.state.peak_memory_bytes = max(t.state.peak_memory_bytes, t.memory.bytes())
+    with t.memory.left_out():
+        save_checkpoint(t.run, t.model, t.optimizer, t.state, t.config)
+    t.saved_step = t.state.step
+
+
+def save_and_stop(t: Training, stop: StopRequest) -> None:
+    """Saves and raises Interrupted, which says how to go on."""
+    if t.saved_step != t.state.step:
+        save(t)
+    assert stop.signal_number is not None
+    raise Interrupted(
+        f"stopped and saved at step {t.state.step} of {t.config.train.steps}; go on with "
+        f"`morex train --resume {t.run.path}`",
+        stop.signal_number,
+    )
+
+
+def is_done(t: Training) -> bool:
+    """Whether the steps or the seconds are used up."""
+    out_of_time = t.state.max_seconds is not None and t.state.seconds >= t.state.max_seconds
+    return out_of_time or t.state.step >= t.config.train.steps
+
+
+def is_due(t: Training, every: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now; 0 is at the end only."""
+    return is_done(t) or (every > 0 and t.state.step > 0 and t.state.step % every == 0)
+
+
+def is_evaluated(t: Training) -> bool:
+    """Whether the weights of this step have been evaluated."""
+    return t.state.evaluation is not None and t.state.evaluation["step"] == t.state.step
+
+
+def progress(t: Training) -> tuple[float, float, str]:
+    """(total, done, unit) of the run."""
+    if t.state.max_seconds is not None:
+        return t.state.max_seconds, t.state.seconds, "seconds"
+    return t.config.train.steps, t.state.step, "steps"

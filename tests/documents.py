@@ -1,0 +1,146 @@
+"""What the tests of the documentation share: the code blocks of a page, and running them at tiny sizes."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from morex.cli import main
+from morex.loading import load_config
+from morex.study.plan import plan
+from morex.study.spec import load_study
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.M | re.S)
+CORPUS = "corpus.txt"
+TINY_TRAINING = {
+    "data.corpus": CORPUS,
+    "data.val_fraction": "0.1",
+    "train.steps": "3",
+    "train.batch_size": "4",
+    "train.accumulation": "1",
+    "train.seq_len": "32",
+    "train.warmup_steps": "1",
+    "train.threads": "1",
+    "train.device": "cpu",
+}
+TINY_STUDY = [
+    "budget={kind: steps, value: 2}",
+    "seeds=[0]",
+    "variants=[{name: mor-expert}, {name: dense, twin_of: mor-expert, twin: equal_depth}]",
+    "sample={max_new_tokens: 4}",
+    "report={decode_tokens: 4, map_tokens: 8, trace_windows: 2, reference: null}",
+    "model.d_model=32",
+    "model.vocab_size=512",
+]
+TINY_MODEL = ["--set", "model.d_model=32", "--set", "model.vocab_size=512"]
+TINY_BENCH = ["--steps", "1", "--rounds", "1", "--batch-size", "2", "--seq-len", "16", "--no-memory"]
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """A fenced block: its language, its title where it has one, its text."""
+
+    language: str
+    title: str | None
+    text: str
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The words of each command of a console block; a backslash at the end of a line joins it with the next."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
+
+
+def code_blocks(page: Path) -> list[CodeBlock]:
+    """The fenced blocks of a Markdown page, in order."""
+    text = page.read_text(encoding="utf-8")
+    assert len(BLOCK.findall(text)) * 2 == len(re.findall(r"^```", text, re.M)), f"{page} has a fence that is not read"
+    return [CodeBlock(found["language"], found["title"], found["text"]) for found in BLOCK.finditer(text)]
+
+
+def apply_diff(path: Path, diff: str) -> None:
+    """Applies one hunk: its lines that stay or go must stand in the file exactly once."""
+    before = "".join(line[1:] + "\n" for line in diff.splitlines() if line[:1] in (" ", "-"))
+    after = "".join(line[1:] + "\n" for line in diff.splitlines() if line[:1] in (" ", "+"))
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1, f"{path} does not have these lines once:\n{before}"
+    path.write_text(text.replace(before, after), encoding="utf-8")
+
+
+def write_corpus(folder: Path) -> None:
+    """A small text with some repetition, as CORPUS in `folder`."""
+    words = re.findall(
+        r"\w+", "the river rose in the night and the people of the town met in congress to speak of peace"
+    )
+    lines = [" ".join(words[(i * step) % len(words)] for i in range(12)) for step in range(1, 12)] * 25
+    (folder / CORPUS).write_text(".\n".join(lines) + ".\n", encoding="utf-8")
+
+
+def run_page(page: Path, folder: Path) -> list[str]:
+    """Runs every block of a page in order, in `folder`, the current one; returns the commands that ran.
+
+    Console commands of `morex` run at tiny sizes, others dry: what `make` would do, whether an extra exists. YAML with
+    a title becomes a file, and must be a valid config, or a study that can be planned. Python runs as it is.
+    """
+    write_corpus(folder)
+    (folder / "my-text.txt").write_text((folder / CORPUS).read_text(encoding="utf-8"), encoding="utf-8")
+    commands = []
+    for block in code_blocks(page):
+        match block.language:
+            case "console":
+                assert block.commands, f"{page} has a console block without a command: {block.text}"
+                for command in block.commands:
+                    run_command(command)
+                    commands.append(shlex.join(command))
+            case "python":
+                exec(compile(block.text, str(page), "exec"), {"__name__": page.stem})
+            case "yaml":
+                assert block.title, f"{page} has a YAML block without a title"
+                (folder / block.title).write_text(block.text, encoding="utf-8")
+                if "variants:" in block.text:
+                    assert plan(load_study(block.title)).cells
+                else:
+                    assert load_config(block.title)
+            case other:
+                raise AssertionError(f"{page} has a block of {other}, which nothing runs")
+    return commands
+
+
+def run_command(words: list[str]) -> None:
+    """Runs one command of a page; asserts that it ends well."""
+    match words:
+        case ["make", *targets]:
+            done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=True)
+            assert done.stdout.strip()
+        case [_, "-m", "venv", _]:
+            pass  # the standard library's; nothing of ours
+        case [pip, "install", *arguments] if pip.endswith("pip"):
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            extras = re.findall(r"\.\[(\w+)\]", " ".join(arguments))
+            assert extras and set(extras) <= set(project["optional-dependencies"])
+            assert (ROOT / arguments[arguments.index("--constraint") + 1]).is_file()
+        case ["morex", *arguments]:
+            assert main(shrunk(arguments)) == 0, shlex.join(words)
+        case _:
+            raise AssertionError(f"nothing runs {shlex.join(words)}")
+
+
+def shrunk(words: list[str]) -> list[str]:
+    """A command line of `morex` with a tiny model, text and budget, its own choices otherwise kept."""
+    own_corpus = any(word.startswith("data.corpus=") for word in words)
+    training = {key: value for key, value in TINY_TRAINING.items() if not (own_corpus and key == "data.corpus")}
+    changes = [word for key, value in training.items() for word in ("--set", f"{key}={value}")]
+    match words:
+        case ["train", *rest] if "--resume" not in rest:
+            return [*words, *changes, *TINY_MODEL]
+        case ["data", *_]:
+            return [*words, *changes]
+        case ["compare", *_]:
+            return [*words, *changes, *(word for change in TINY_STUDY for word in ("--set", change))]
+        case ["bench", "train", *_]:
+            return [*words, *TINY_BENCH]
+        case _:
+            return words

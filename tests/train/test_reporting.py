@@ -1,0 +1,93 @@
+"""What is shown and measured on the way: progress, peak memory."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from morex.train import memory, progress
+from morex.train.memory import PeakMemory
+from morex.train.progress import ProgressDisplay
+from morex.train.trainer import train
+from train.helpers import configure
+
+MEGABYTE = 2**20
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_elsewhere_than_on_a_terminal_lines_are_few(corpus: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    train(configure("mor-expert", corpus, "train.eval_every=3"), tmp_path / "run", console=console)
+    first, last = shown(console).splitlines()
+    assert first.startswith("step 3: held-out loss ") and "(oracle " in first and "tokens/s" in first
+    assert last.startswith("step 6: held-out loss ")
+
+
+def test_a_quiet_console_shows_nothing(corpus: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), quiet=True)
+    train(configure("vanilla", corpus), tmp_path / "run", console=console)
+    assert shown(console) == ""
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left(corpus: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    train(configure("vanilla", corpus), tmp_path / "run", console=console)
+    assert "0/6" in shown(console) and "left" in shown(console) and "held-out loss" in shown(console)
+
+
+def test_plain_lines_come_at_intervals_and_estimate_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=160)
+    with ProgressDisplay(console, total=1000, done=100, unit="steps") as display:
+        for step in range(101, 401):
+            now += 0.5
+            display.update(step, loss=2.5, tokens_per_second=1234.0)
+    lines = shown(console).splitlines()
+    assert len(lines) == 5  # 150 seconds, one line every 30
+    # 300 steps in 2.5 minutes: the other 600 take 5.
+    assert lines[-1] == "steps 400/1,000: loss 2.5000  1,234 tokens/s, about 5 min left"
+
+
+@pytest.fixture
+def measure() -> Iterator[PeakMemory]:
+    yield PeakMemory(torch.device("cpu"))
+
+
+def test_peak_memory_is_what_was_used_at_most_since_the_start(measure: PeakMemory) -> None:
+    if not measure.is_exact:
+        pytest.skip("this system does not reset the peak of a process")
+    assert measure.bytes() < 8 * MEGABYTE
+    block = torch.ones(64 * MEGABYTE // 4)
+    del block
+    assert 62 * MEGABYTE < measure.bytes() < 80 * MEGABYTE
+    with measure.left_out():
+        block = torch.ones(256 * MEGABYTE // 4)
+        del block
+    assert 62 * MEGABYTE < measure.bytes() < 80 * MEGABYTE
+
+
+def test_where_the_system_does_not_reset_the_peak_that_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_reset_high_water_mark", lambda: False)
+    measured = PeakMemory(torch.device("cpu"))
+    assert not measured.is_exact
+    before = memory._process_peak()
+    block = torch.ones(int(before * 1.1) // 4)
+    assert measured.bytes() >= before * 1.1 - measured.start > 0
+    del block
+
+
+def test_memory_grows_with_the_batch(corpus: Path, tmp_path: Path) -> None:
+    wide = ("model.d_model=128", "train.seq_len=64", "train.steps=2", "data.val_fraction=0.1")
+    peaks = []
+    for size in (2, 64):
+        config = configure("vanilla", corpus, *wide, f"train.batch_size={size}")
+        peaks.append(train(config, tmp_path / str(size), console=Console(quiet=True))["peak_memory_bytes"])
+    assert peaks[1] > peaks[0] + 10 * MEGABYTE
