@@ -47,5 +47,5 @@ class ThresholdRouter(LearnedGateRouter):
         for r, keep in enumerate(self.keep, start=1):
             samples = stats.get(f"samples_{r}")
             if keep < 1 and samples is not None and samples.numel():
-                target = torch.quantile(samples, 1 - keep).to(self.threshold.dtype)
+                target = torch.quantile(samples.double(), 1 - keep).to(self.threshold.dtype)
                 self.threshold[r - 1] = self.momentum * self.threshold[r - 1] + (1 - self.momentum) * target

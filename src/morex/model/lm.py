@@ -208,6 +208,17 @@ class LanguageModel(nn.Module):
             )
         return policy
 
+    def _check_ids(self, what: str, ids: Tensor) -> None:
+        """Refuses ids beyond the vocabulary; on a GPU the look would cost a wait."""
+        if ids.device.type != "cpu" or not ids.numel():
+            return
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"{what} {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} "
+                "(model.vocab_size)"
+            )
+
     def _check(
         self,
         tokens: Tensor,
@@ -218,13 +229,9 @@ class LanguageModel(nn.Module):
     ) -> None:
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must have the shape [batch, time] with time >= 1, not {list(tokens.shape)}")
-        if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(value) for value in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} "
-                    "(model.vocab_size)"
-                )
+        self._check_ids("token id", tokens)
+        if labels is not None:
+            self._check_ids("label", labels.masked_fill(labels == -100, 0))
         batch, time = tokens.shape
         if labels is not None and tuple(labels.shape) not in ((batch, time), (batch, time + 1)):
             raise ValueError(
