@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from morex.config import Config, FeedForwardConfig, GatedConfig, ModelConfig, RecursiveExpertsConfig
+from morex.config import Config, FeedForwardConfig, FixedConfig, ModelConfig, RecursiveExpertsConfig
 
 PRESETS = files("morex").joinpath("presets")
 TINY_WIDTH, TINY_VOCABULARY = 32, 97
@@ -110,7 +110,7 @@ def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
 
 def is_depth_routed(model: ModelConfig) -> bool:
     """Whether a router decides how many recursions a token takes."""
-    return isinstance(model.depth, GatedConfig) or model.depth.kind == "token_choice"
+    return not isinstance(model.depth, FixedConfig)
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from morex.depth.gated import LearnedGateRouter
+from morex.depth.gated import LearnedGateRouter, nets_costs
 from morex.depth.router import Routing, ScoreNet
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
@@ -43,7 +43,8 @@ class ExpertChoiceRouter(LearnedGateRouter):
         self.is_causal = causal != "none"
         self.predictor = None
         if causal == "aux_router":
-            self.predictor = nn.ModuleList(ScoreNet(d_model, 1, router) for _ in range(recursions))
+            choosing = [str(r) for r, capacity in enumerate(capacities) if capacity < 1]
+            self.predictor = nn.ModuleDict({r: ScoreNet(d_model, 1, router) for r in choosing})
         if causal != "none":
             self.loss_weights["router_bce"] = causal_weight
         self.register_buffer("capacity", torch.tensor(self.capacities_at(0), dtype=torch.float64))
@@ -54,7 +55,7 @@ class ExpertChoiceRouter(LearnedGateRouter):
     def choose(self, logits: Tensor, candidates: Tensor, h: Tensor, routing: Routing, r: int) -> Tensor | None:
         if self.capacities[r - 1] == 1:
             return None
-        judged = logits if self.predictor is None else self.predictor[r - 1](h.detach()).squeeze(1)
+        judged = logits if self.predictor is None else self.predictor[str(r - 1)](h.detach()).squeeze(1)
         if not (self.training or routing.policy.kind == "oracle"):
             return candidates & (judged >= 0)
         top = top_tokens(logits, candidates, routing.packing, self.capacity[r - 1])
@@ -72,9 +73,15 @@ class ExpertChoiceRouter(LearnedGateRouter):
         return [c + (1 - c) * left for c in self.capacities]
 
     @staticmethod
-    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
-        once = LearnedGateRouter.costs(d_model, recursions, **options)
-        return 2 * once if options["causal"] == "aux_router" else once
+    def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
+        scores = LearnedGateRouter.costs(d_model, recursions, taken, **options)
+        if options["causal"] != "aux_router":
+            return scores
+        predictors = sum(capacity < 1 for capacity in options["capacities"])
+        used = 0 if taken is not None else predictors
+        first_layer = used * 2.0 * d_model * (1 if options["router"] == "linear" else 2 * d_model)
+        stopped = Costs(per_token_stopped=first_layer)
+        return scores + nets_costs(d_model, predictors, used, options["router"]) + stopped
 
     @torch.no_grad()
     def update(self, stats: dict[str, Tensor], step: int) -> None:

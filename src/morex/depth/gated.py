@@ -93,5 +93,11 @@ class LearnedGateRouter(GatedRouter):
         return self.alpha * (torch.tanh(logits) if self.activation == "tanh" else torch.sigmoid(logits))
 
     @staticmethod
-    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
-        return recursions * score_costs(d_model, 1, options["router"])
+    def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
+        return nets_costs(d_model, recursions, recursions if taken is None else taken, options["router"])
+
+
+def nets_costs(d_model: int, nets: int, used: int, kind: str) -> Costs:
+    """Closed-form costs of score nets with one output each, some of which are used."""
+    one = score_costs(d_model, 1, kind)
+    return Costs(nets * one.parameters, used * one.per_token)

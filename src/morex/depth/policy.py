@@ -30,14 +30,14 @@ class DepthPolicy:
         """Whether the caller decides, and not the router."""
         return self.kind in ("uniform", "adaptive", "progressive")
 
-    def depths(self, time: Tensor) -> Tensor:
-        """Recursions of each token [N] from its absolute position [N]."""
+    def depths(self, position: Tensor) -> Tensor:
+        """Recursions of each token [N] from its position [N]."""
         reach = self.recursions - 1
         if self.kind == "uniform":
-            return torch.full_like(time, self.recursions)
+            return torch.full_like(position, self.recursions)
         if self.kind == "adaptive":
-            return 1 + reach * time.clamp(max=self.span) // self.span
-        return 1 + (self.recursions * time // self.span).clamp(max=reach)
+            return 1 + reach * position.clamp(max=self.span) // self.span
+        return 1 + (self.recursions * position // self.span).clamp(max=reach)
 
 
 def parse_depth(depth: Depth, recursions: int, span: int, any_depth: bool) -> DepthPolicy:

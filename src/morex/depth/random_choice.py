@@ -23,17 +23,17 @@ class RandomRouter(GatedRouter):
             return routing.depths >= r
         if routing.policy.is_forced or (self.keep[r - 1] == 1 and bool(routing.active.all())):
             return None
-        return routing.active & (uniform_hash(self.seed, routing.packing.time, r) < self.keep[r - 1])
+        return routing.active & (uniform_hash(self.seed, routing.packing.positions, r) < self.keep[r - 1])
 
     def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor:
         return h.new_full((h.shape[0],), self.alpha / 2)
 
 
-def uniform_hash(seed: int, time: Tensor, r: int) -> Tensor:
+def uniform_hash(seed: int, position: Tensor, r: int) -> Tensor:
     """Numbers in [0, 1) from (seed, position [N], recursion): splitmix64's mixing in wrapping integer arithmetic."""
     mask = (1 << 64) - 1
     start = _signed((seed * 0x9E3779B97F4A7C15 + r * 0xD1B54A32D192ED03) & mask)
-    x = time * _signed(0xBF58476D1CE4E5B9) + start
+    x = position * _signed(0xBF58476D1CE4E5B9) + start
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift(x, shift)) * _signed(factor)
     return _shift(x ^ _shift(x, 31), 40).to(torch.float64) / (1 << 24)

@@ -84,7 +84,7 @@ class DepthRouter(nn.Module):
         """Starts a forward pass over the group's input h [N, D]."""
         routing = Routing(packing, policy, torch.ones(h.shape[0], dtype=torch.bool, device=h.device))
         if policy.is_forced and policy.kind != "uniform":
-            routing.depths = policy.depths(packing.time)
+            routing.depths = policy.depths(packing.positions)
         return h, routing
 
     def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
@@ -130,8 +130,13 @@ class DepthRouter(nn.Module):
         return (1.0,) * recursions
 
     @staticmethod
-    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
-        """Closed-form costs of the router itself, for all recursions together."""
+    def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
+        """Closed-form costs of the router itself, for all recursions together.
+
+        Args:
+            taken: recursions that are run where the caller fixes the depth.
+            options: of the constructor.
+        """
         return Costs()
 
 

@@ -47,5 +47,14 @@ class ThresholdRouter(LearnedGateRouter):
         for r, keep in enumerate(self.keep, start=1):
             samples = stats.get(f"samples_{r}")
             if keep < 1 and samples is not None and samples.numel():
-                target = torch.quantile(samples.double(), 1 - keep).to(self.threshold.dtype)
+                target = quantile(samples.double(), 1 - keep).to(self.threshold.dtype)
                 self.threshold[r - 1] = self.momentum * self.threshold[r - 1] + (1 - self.momentum) * target
+
+
+def quantile(samples: Tensor, share: float) -> Tensor:
+    """The linearly interpolated quantile of samples [N], of any size; `torch.quantile` takes at most 2^24."""
+    ordered = samples.sort().values
+    place = share * (samples.shape[0] - 1)
+    below = int(place)
+    above = min(below + 1, samples.shape[0] - 1)
+    return torch.lerp(ordered[below], ordered[above], place - below)

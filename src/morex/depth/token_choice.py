@@ -102,7 +102,7 @@ class TokenChoiceRouter(DepthRouter):
         return tuple((recursions - r) / recursions for r in range(recursions))
 
     @staticmethod
-    def costs(d_model: int, recursions: int, **options: Any) -> Costs:
+    def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
         return score_costs(d_model, recursions, options["router"])
 
     @torch.no_grad()

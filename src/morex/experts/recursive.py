@@ -80,12 +80,16 @@ class RecursiveExperts(nn.Module):
     def _expert(self, e: int, x: Tensor, w: dict[str, Tensor], packing: Packing, views: ExpertViews | None) -> Tensor:
         """One expert on its own tokens x [M, D]."""
         eps, z = self.eps, x
-        folded = self._folded(w) if self.scope == "token" else None
+        # One product W_o W_v pays once more rows pass through it than the matrices have channels.
+        token_only = self.scope == "token"
+        folded = self._folded(w) if token_only and x.shape[0] * self.steps > x.shape[1] else None
         for s in range(self.steps):
             z = z + w["step_embedding"][s]
             inner = rms_norm(z, w["norm_attention"], eps)
             if folded is not None:
                 z = z + F.linear(inner, folded)
+            elif token_only:
+                z = z + F.linear(self._values(F.linear(inner, w["v"]), 1), w["o"])
             else:
                 z = z + self._attention(inner, w, packing, None if views is None else views.expert(e, s))
             z = z + swiglu(rms_norm(z, w["norm_mixer"], eps), w["gate"], w["up"], w["down"])
@@ -93,10 +97,13 @@ class RecursiveExperts(nn.Module):
 
     def _folded(self, w: dict[str, Tensor]) -> Tensor:
         """W_o W_v [D, D]: query heads of one group read the same value head."""
+        return w["o"] @ self._values(w["v"], 0)
+
+    def _values(self, values: Tensor, dim: int) -> Tensor:
+        """Repeats each value head for its group of query heads; `dim` holds KV * head_dim and becomes H * head_dim."""
         shape = self.shape
-        values = w["v"].view(shape.kv_heads, shape.head_dim, -1)
-        values = values.repeat_interleave(shape.heads // shape.kv_heads, dim=0).flatten(0, 1)
-        return w["o"] @ values
+        heads = values.unflatten(dim, (shape.kv_heads, shape.head_dim))
+        return heads.repeat_interleave(shape.heads // shape.kv_heads, dim=dim).flatten(dim, dim + 1)
 
     def _attention(self, x: Tensor, w: dict[str, Tensor], packing: Packing, view: KeyView | None) -> Tensor:
         """Causal attention over the tokens that visit this expert, x [M, D] -> [M, D]."""
@@ -136,4 +143,6 @@ class RecursiveExperts(nn.Module):
         visits = top_k * steps
         pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False)
         per_token = visits * 2.0 * (mixing + 3 * d_model * d_ff)
-        return expert_router_costs(d_model, experts) + Costs(parameters, per_token, (pairs,) if routed else ())
+        alone = 0.0 if routed else visits * 2.0 * (d_model * (queries + keys) - mixing)
+        own = Costs(parameters, per_token, (pairs,) if routed else (), per_token_alone=alone)
+        return expert_router_costs(d_model, experts) + own

@@ -11,6 +11,7 @@ from morex.config import FeedForwardConfig, ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
+from morex.model.lm import takes_any_depth
 from morex.nn.attention import AttentionShape, attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
@@ -56,19 +57,22 @@ def count(
     """
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
-    block, router = block_costs(config), router_costs(config)
+    block, router = block_costs(config), router_costs(config, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
     steps = config.d_model * schedule.recursions * config.step_embedding
     unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + config.d_model
 
     def forward(tokens: int) -> float:
+        """Forward FLOPs of a token among `tokens`."""
         flops = (schedule.prelude + schedule.coda) * _visit(block, 1.0, 1.0, tokens, rereads=False)
         for r, share in enumerate(active, start=1):
             rereads = config.kv == "shared_first" and r > 1
             flops += schedule.core * _visit(block, share, active[0] if rereads else share, tokens, rereads)
         return flops + groups * router.per_token + 2.0 * embedding
 
+    visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
+    alone = visits * block.per_token_alone
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
@@ -77,8 +81,8 @@ def count(
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
-        train_flops_per_token=3 * forward(seq_len),
-        decode_flops_per_token=forward(seq_len if context is None else context),
+        train_flops_per_token=3 * forward(seq_len) - groups * router.per_token_stopped,
+        decode_flops_per_token=forward(seq_len if context is None else context) + alone,
         kv_bytes_per_token=values * bytes_per_value,
     )
 
@@ -94,17 +98,18 @@ def block_costs(config: ModelConfig) -> Costs:
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **mixer.options(d_model))
 
 
-def router_costs(config: ModelConfig) -> Costs:
+def router_costs(config: ModelConfig, depth: Depth = None) -> Costs:
     """Costs of one group's depth router."""
     recursions = config.schedule.recursions
-    return ROUTERS[config.depth.kind].costs(config.d_model, recursions, **config.depth.options(recursions))
+    policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
+    taken = policy.recursions if policy.is_forced else None
+    return ROUTERS[config.depth.kind].costs(config.d_model, recursions, taken, **config.depth.options(recursions))
 
 
 def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> tuple[float, ...]:
     """Share of the tokens that takes recursion r = 1..R, in sequences of `seq_len`."""
     kind, recursions = ROUTERS[config.depth.kind], config.schedule.recursions
-    any_depth = kind.any_depth and not config.step_embedding
-    policy = parse_depth(depth, recursions, config.max_seq_len, any_depth)
+    policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
     if not policy.is_forced:
         return kind.shares(recursions, **config.depth.options(recursions))
     return tuple(_reach(policy, seq_len, r) for r in range(1, policy.recursions + 1))

@@ -194,7 +194,7 @@ class LanguageModel(nn.Module):
     def _policy(self, depth: Depth, cache: KVCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
         assert isinstance(router, DepthRouter)
-        any_depth = router.any_depth and not self.config.step_embedding
+        any_depth = takes_any_depth(self.config)
         policy = parse_depth(depth, self.config.schedule.recursions, self.config.max_seq_len, any_depth)
         chooses = self.config.depth.kind == "expert_choice"
         if policy.kind == "oracle" and not chooses:
@@ -227,8 +227,13 @@ class LanguageModel(nn.Module):
         documents: Tensor | None,
         cache: KVCache | None,
     ) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must have the shape [batch, time] with time >= 1, not {list(tokens.shape)}")
+        if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
+            raise ValueError(
+                "tokens must be integers of the shape [batch, time], at least one of each, not "
+                f"{tokens.dtype} of the shape {list(tokens.shape)}"
+            )
+        if cache is not None and self.training:
+            raise ValueError("a cache is for inference, and this model is in training mode; call eval() first")
         self._check_ids("token id", tokens)
         if labels is not None:
             self._check_ids("label", labels.masked_fill(labels == -100, 0))
@@ -245,6 +250,12 @@ class LanguageModel(nn.Module):
             raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
         if cache is not None and cache.seen.shape[0] != batch:
             raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
+
+
+def takes_any_depth(config: ModelConfig) -> bool:
+    """Whether more recursions than R make sense: nothing in the model belongs to one recursion."""
+    any_depth = ROUTERS[config.depth.kind].any_depth
+    return any_depth and not config.step_embedding and config.schedule.sharing != "none"
 
 
 def build_model(

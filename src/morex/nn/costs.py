@@ -31,6 +31,10 @@ class Costs:
     attention: tuple[AttentionCosts, ...] = ()
     per_token_keys: float = 0.0
     """Of `per_token`, what makes the keys and values that a rereading recursion does not make again."""
+    per_token_stopped: float = 0.0
+    """Of `per_token`, maps whose input carries no gradient: the backward pass makes one product and not two."""
+    per_token_alone: float = 0.0
+    """FLOPs beside `per_token` of a token that is decoded alone, where work is shared by the tokens of a batch."""
 
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(
@@ -38,12 +42,8 @@ class Costs:
             self.per_token + other.per_token,
             self.attention + other.attention,
             self.per_token_keys + other.per_token_keys,
-        )
-
-    def __rmul__(self, times: int) -> "Costs":
-        """`n * costs`: n parts of the kind."""
-        return Costs(
-            times * self.parameters, times * self.per_token, times * self.attention, times * self.per_token_keys
+            self.per_token_stopped + other.per_token_stopped,
+            self.per_token_alone + other.per_token_alone,
         )
 
 

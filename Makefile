@@ -1,0 +1,60 @@
+# `make help` lists the targets. Nothing is needed beforehand but make and Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Package index to take torch from, and nothing else; empty: pip's own. The index of official CPU wheels, say,
+# saves gigabytes on Linux: make demo TORCH_INDEX=<its address>
+TORCH_INDEX ?=
+# Test processes; each computes on one thread.
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX=$(TORCH_INDEX) WORKERS=$(WORKERS)"
+
+demo: $(VENV)/demo.stamp  ## train a family of small models on this machine and compare them; writes studies/demo
+	$(BIN)/morex compare demo --out studies/demo
+	@echo "The report: $(CURDIR)/studies/demo/report.html"
+
+test: $(VENV)/dev.stamp  ## run the tests; fails when they cover less than 90 % of src
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layering.py
+
+bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins; writes benchmarks/results
+	@mkdir -p benchmarks/results
+	$(BIN)/morex bench train more more-tuned moe recursive mor-expert mor-token mor-threshold \
+	  --json benchmarks/results/train.json
+
+docs: $(VENV)/dev.stamp  ## regenerate docs/configuration.md and the figures
+	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/figures/one_idea.py
+	$(BIN)/python docs/figures/schedules.py
+
+clean:  ## remove the virtual environment and every cache; runs and studies stay
+	if [ -f $(VENV)/torch.stamp ]; then rm -rf $(VENV); fi
+	rm -rf build dist src/*.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and from its own index, so that the second install finds it in place.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "morex needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch into $(VENV) ..."
+	$(PIP) install --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/%.stamp: pyproject.toml $(VENV)/torch.stamp
+	@echo "Installing morex[$*] into $(VENV) ..."
+	$(PIP) install --constraint constraints.txt --editable '.[$*]'
+	@touch $@ $(if $(filter dev,$*),$(VENV)/demo.stamp)

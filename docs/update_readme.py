@@ -1,0 +1,127 @@
+"""Fills README.md from a study that was run, and docs/speed.md from benchmarks/results: no number is typed by hand.
+
+    python docs/update_readme.py [STUDY_FOLDER] [--picture NAME]
+
+The README gets the study's table, its findings, the machine, and one of its pictures as docs/images/demo.png.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from morex.loading import ConfigError, validate
+from morex.study.records import Results
+from morex.study.table import label, shown_columns
+from morex.study.units import human
+
+ROOT = Path(__file__).parents[1]
+HEADINGS = {
+    "val_loss": "held-out loss",
+    "val_loss_spread": "over seeds",
+    "val_loss_oracle": "oracle loss",
+    "final_train_loss": "last training loss",
+    "parameters": "parameters",
+    "unique_non_embedding": "non-embedding parameters",
+    "train_flops_per_token": "training FLOPs/token",
+    "decode_flops_per_token": "decoding FLOPs/token",
+    "tokens": "training tokens",
+    "seconds": "training time",
+    "tokens_per_s": "training tokens/s",
+    "decode_tokens_per_s": "decoding tokens/s",
+    "peak_memory_bytes": "peak memory",
+    "kv_bytes_per_token": "KV per token",
+}
+SPEED_HEADINGS = (
+    "preset", "twin", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
+    "time ratio to unrouted", "peak memory",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
+    """Reads the study and the benchmarks and rewrites both pages in place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", type=Path, default=root / "studies" / "demo")
+    parser.add_argument("--picture", default="loss", help="name of the PNG, without its ending")
+    options = parser.parse_args(arguments)
+    results = validate(Results, json.loads((options.study / "results.json").read_text(encoding="utf-8")))
+    fill(root / "README.md", "demo-table", study_section(results))
+    shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / "demo.png")
+    measured = sorted((root / "benchmarks" / "results").glob("*.json"))
+    fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
+    print("wrote README.md, docs/images/demo.png and docs/speed.md")
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Replaces what stands between `<!-- name -->` and `<!-- /name -->`. Raises ValueError where the marks are not."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = page.read_text(encoding="utf-8")
+    before, found, rest = old.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} has no place '{start} ... {end}'")
+    page.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}", encoding="utf-8")
+
+
+def study_section(results: Results) -> str:
+    """The table of a study, the machine that it ran on, and its findings, as Markdown."""
+    columns = shown_columns(results)
+    headings = [", ".join(filter(None, (HEADINGS[shown.column.key], shown.unit))) for shown in columns]
+    rows = [
+        [f"`{label(row)}`", *(_bold(shown.texts[i], shown.best == i) for shown in columns)]
+        for i, row in enumerate(results.rows)
+    ]
+    findings = "\n".join(f"- {sentence}" for sentence in results.findings)
+    return f"{_table(['model', *headings], rows)}\n\n{_machine(results)}\n\n{findings}"
+
+
+def speed_section(path: Path) -> str:
+    """The rows of one benchmark file as Markdown, or nothing where it has no training rows."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in content["rows"] if "explained" in row]
+    if not rows:
+        return ""
+    machine = content["machine"]
+    where = f"on {machine['cpu']}, torch {machine['versions']['torch']}"
+    return f"`{machine['command']}` {where} (`{path.name}`):\n\n{_table(SPEED_HEADINGS, map(_speed_row, rows))}\n"
+
+
+def find_picture(study: Path, name: str) -> Path:
+    """The PNG of that name in a study folder. Raises ConfigError that lists those that are there."""
+    pictures = {path.stem: path for path in sorted(study.rglob("*.png"))}
+    if name not in pictures:
+        raise ConfigError(f"'{study}' has no picture '{name}'; there are {', '.join(pictures) or 'none'}")
+    return pictures[name]
+
+
+def _machine(results: Results) -> str:
+    found = results.environment
+    threads, seeds = found["threads"], len(results.study.seeds)
+    machine = f"{found['cpu']}, {threads} {'thread' if threads == 1 else 'threads'}, torch {found['versions']['torch']}"
+    return (
+        f"One run of `{results.command or f'morex compare {results.study.name}'}` on {machine}; "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}. Bold is the best of a column."
+    )
+
+
+def _speed_row(row: dict[str, Any]) -> list[str]:
+    ratios = ("flop_ratio", "time_ratio", "explained", "unrouted_time_ratio")
+    numbers = ["–" if row.get(key) is None else f"{row[key]:.2f}" for key in ratios]
+    memory = "–" if row["peak_bytes"] is None else human(row["peak_bytes"], "B")
+    names = [f"`{row['preset']}`", row["twin"] or "–", row["precision"], str(row["threads"])]
+    return [*names, f"{row['tokens_per_s']:,.0f}", *numbers, memory]
+
+
+def _bold(text: str, best: bool) -> str:
+    return f"**{text}**" if best else text
+
+
+def _table(headings: Sequence[str], rows: Any) -> str:
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The command line. Commands import what they need when they run, so that `morex --help` answers at once.
+
+A fault of the user's becomes one sentence on stderr and exit code 2; `--debug` shows the traceback instead. Results go
+to stdout, progress and hints to stderr, so that `--json` can be piped.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from morex.cli import listing, run, studies
+from morex.cli.app import Settings, app
+from morex.train.errors import Interrupted, TrainingError
+
+__all__ = ["app", "main"]
+COMMANDS = (listing, run, studies)
+"""Importing these modules adds their commands to the application, in this order."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    Args:
+        arguments: the words after `morex`; default: those of the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" in words:  # it belongs before the command, but people add it to the end of the line that failed
+        words = ["--debug", *(word for word in words if word != "--debug")]
+    settings = Settings()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(words, prog_name="morex", standalone_mode=False, obj=settings)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130, stopped=True)
+    except Exception as error:
+        if settings.debug or not _is_user_fault(error):
+            raise
+        return _fail(_sentence(error), getattr(error, "exit_code", 2), stopped=isinstance(error, Interrupted))
+    return code if isinstance(code, int) else 0
+
+
+def _is_user_fault(error: Exception) -> bool:
+    """Whether an error is the user's: a bad value, file or command line, or an extra that is not installed."""
+    if isinstance(error, ImportError):
+        return error.name is None  # raised by us with a sentence; Python's own name the module
+    # Faults in the command line itself have click's class, or that of typer's own copy of click, by typer's version.
+    return isinstance(error, (ValueError, OSError, TrainingError)) or hasattr(error, "format_message")
+
+
+def _sentence(error: Exception) -> str:
+    """One sentence on one line."""
+    if hasattr(error, "format_message"):
+        text = str(error.format_message())
+    elif isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"'{error.filename}': {error.strerror.lower()}"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _fail(sentence: str, code: int, stopped: bool = False) -> int:
+    print(sentence if stopped else f"error: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,217 @@
+"""`train`, `eval` and `generate`: one run."""
+
+import math
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from morex.cli.app import AsJson, ConfigSource, Depth, Device, Overrides, RunFolder, Tiny, app, examples
+from morex.cli.terminal import console, number, print_json, print_table
+from morex.loading import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from morex.config import Config
+    from morex.eval.loss import EvalResult
+
+TINY_VOCABULARY = 512
+"""The tiny form's own 97 ids are too few for a trained tokenizer."""
+SUMMARY_ROWS = {
+    "steps": "steps",
+    "tokens": "tokens",
+    "seconds": "seconds",
+    "tokens_per_s": "tokens/s",
+    "final_train_loss": "last training loss",
+    "val_loss": "held-out loss",
+    "val_loss_oracle": "held-out loss, oracle",
+    "bits_per_byte": "bits per byte",
+    "peak_memory_bytes": "peak memory, bytes",
+    "parameters": "parameters",
+    "train_flops_per_token": "training FLOPs/token",
+    "kv_bytes_per_token": "KV bytes/token",
+}
+
+
+@app.command(
+    epilog=examples(
+        "morex train mor-expert --out runs/first",
+        "morex train vanilla --set train.steps=200 --set data.corpus=book.txt",
+        "morex train my-config.yaml --tiny --set train.device=cpu",
+        "morex train --resume runs/first",
+    )
+)
+def train(
+    config: ConfigSource,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Folder of the run; default: runs/<config>-<date>-<time>.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; CONFIG may then be the run folder.")
+    ] = False,
+    tiny: Tiny = False,
+) -> None:
+    """Train one model and keep everything in a run folder.
+
+    Ctrl-C saves a checkpoint and says how to go on.
+    """
+    settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
+    from morex.train.trainer import train as train_run
+
+    progress = console(stderr=True)
+    summary = train_run(settings, folder, resume=resume, console=progress)
+    print_table(
+        ["", str(folder)],
+        [[label, number(summary[key])] for key, label in SUMMARY_ROWS.items() if summary.get(key) is not None],
+    )
+    progress.print(f"Next: morex eval {folder}, or morex generate {folder} --prompt 'Once upon a time'", style="dim")
+
+
+@app.command(
+    name="eval",
+    epilog=examples(
+        "morex eval runs/first", "morex eval runs/first --depths", "morex eval runs/first --depth 2 --json"
+    ),
+)
+def evaluate(
+    run: RunFolder,
+    depth: Depth = None,
+    depths: Annotated[bool, typer.Option("--depths", help="Also the loss at each fixed depth 1..R.")] = False,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a run on its whole held-out set.
+
+    Loss, perplexity and bits per byte; for expert choice by the causal rule of decoding, beside the oracle of training.
+    """
+    config = _config_of(run, overrides or [])
+    from morex.data.prepare import prepare
+    from morex.eval.loss import evaluate as measure
+    from morex.train.checkpoint import load
+    from morex.train.precision import autocast_dtype
+
+    model, tokenizer = load(run, device)
+    seq_len = config.train.seq_len
+    prepared = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
+    result = measure(
+        model,
+        prepared.val,
+        seq_len,
+        config.eval.batch_size,
+        depth=depth,
+        autocast=autocast_dtype(config.train.precision),
+        by_depth=depths or config.eval.depths,
+        mask_documents=config.data.mask_documents,
+    )
+    if as_json:
+        print_json(asdict(result))
+    else:
+        print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, depth))
+
+
+@app.command(
+    epilog=examples(
+        "morex generate runs/first --prompt 'Fellow citizens, '",
+        "morex generate runs/first --prompt A --prompt B --temperature 0.8 --top-k 40 --seed 1",
+        "morex generate runs/first --prompts prompts.txt --depth adaptive:64 --json",
+    )
+)
+def generate(
+    run: RunFolder,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest tokens whose probability reaches p.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    depth: Depth = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue prompts with a trained model.
+
+    Decoding reads the KV cache; prompts of different lengths share one batch.
+    """
+    texts = [*(prompt or []), *(_read_lines(prompts) if prompts else [])]
+    if not texts:
+        raise ConfigError("there is nothing to continue: give --prompt TEXT, or --prompts FILE with one prompt a line")
+    from morex.model.lm import LanguageModel
+    from morex.train.checkpoint import load
+
+    model, tokenizer = load(run, device)
+    assert isinstance(model, LanguageModel)
+    ids = [tokenizer.encode(text) for text in texts]
+    for text, tokens in zip(texts, ids, strict=True):
+        if not tokens:
+            raise ConfigError(f"prompt {text!r} has no tokens; give some text")
+    outputs = model.generate(
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=tokenizer.eos_id,
+        seed=seed,
+        depth=depth,
+    )
+    results = [
+        {"prompt": text, "text": tokenizer.decode(output), "new_tokens": len(output) - len(tokens)}
+        for text, tokens, output in zip(texts, ids, outputs, strict=True)
+    ]
+    if as_json:
+        print_json(results)
+    else:
+        print("\n\n".join(str(result["text"]) for result in results))
+
+
+def _run_to_train(
+    source: str, overrides: list[str], out: Path | None, resume: bool, tiny: bool
+) -> "tuple[Config, Path]":
+    """The config of a training and the folder that it goes to."""
+    if resume and (Path(source) / "config.yaml").is_file():
+        return load_config(Path(source) / "config.yaml", overrides), Path(source)
+    if tiny:
+        overrides = [f"model.vocab_size={TINY_VOCABULARY}", *overrides]
+    config = load_config(source, overrides, tiny=tiny)
+    if resume and out is None:
+        raise ConfigError("--resume needs the run to go on with: morex train --resume RUN, or --out RUN beside CONFIG")
+    return config, out or Path("runs") / f"{Path(source).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _config_of(run: Path, overrides: list[str]) -> "Config":
+    """The config of a run folder or of one of its checkpoint folders."""
+    for folder in (run, run.resolve().parent.parent):
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml", overrides)
+    raise ConfigError(f"'{run}' is neither a run folder nor a checkpoint folder of one: there is no config.yaml")
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a prompt file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"prompt file '{path}' is not UTF-8 text") from None
+    return [line for line in lines if line.strip()]
+
+
+def _loss_rows(result: "EvalResult", depth: str | None) -> list[list[str]]:
+    """Rows of the evaluation table; perplexity and bits per byte of every row follow from its loss."""
+    oracle = "oracle (sees later tokens)"
+    if depth is not None:
+        rows = [(f"depth {depth}", result.loss)]
+    elif result.is_oracle:
+        rows = [(oracle, result.loss)]
+    elif result.oracle_loss is not None:
+        rows = [("causal (as in decoding)", result.loss), (oracle, result.oracle_loss)]
+    else:
+        rows = [("held-out set", result.loss)]
+    rows += [(f"every token at depth {r}", loss) for r, loss in (result.by_depth or {}).items()]
+    bits_per_nat = result.bits_per_byte / result.loss
+    return [[name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{loss * bits_per_nat:.4f}"] for name, loss in rows]

@@ -1,0 +1,122 @@
+"""`compare` and `bench`: several models side by side."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from morex.cli.app import Device, Overrides, app, bench, examples
+from morex.cli.terminal import console, number, print_table
+from morex.loading import ConfigError
+
+PRECISIONS = ("fp32", "bf16", "fp64", "auto")
+BENCH_COLUMNS = {
+    "preset": "preset",
+    "twin": "twin",
+    "precision": "precision",
+    "tokens_per_s": "tokens/s",
+    "flop_ratio": "FLOP ratio\nto twin",
+    "time_ratio": "time ratio\nto twin",
+    "explained": "explained",
+    "unrouted_time_ratio": "time ratio\nto unrouted",
+    "peak_bytes": "peak memory",
+}
+
+
+@app.command(
+    epilog=examples(
+        "morex compare demo --out studies/demo",
+        "morex compare iso-flop --out studies/iso-flop --set seeds=[0]",
+        "morex compare my-study.yaml --out studies/mine --set train.threads=2",
+    )
+)
+def compare(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, or the path of a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the study; default: studies/<name>.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Change the study, or a value of every variant; repeatable."),
+    ] = None,
+) -> None:
+    """Train the models of a study and compare them in a report.
+
+    Cells that are finished are kept, so that an interrupted study goes on where it stopped. The folder then holds
+    report.html, table.csv, results.json and the figures. The exit code is 1 where a cell failed.
+    """
+    from morex.study.compare import compare as run_study
+
+    results = run_study(study, out, overrides or [], console=console(stderr=True))
+    if any(row.failed for row in results.rows):
+        raise typer.Exit(1)
+
+
+@bench.command(
+    name="train",
+    epilog=examples(
+        "morex bench train more mor-expert",
+        "morex bench train more more-tuned --threads 1 --precision fp32 --json speed.json",
+        "morex bench train vanilla --threads 2 --precision fp32 --precision bf16 --no-twins",
+    ),
+)
+def bench_train(
+    presets: Annotated[list[str], typer.Argument(metavar="PRESET...", help="Presets, or paths of YAML files.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write machine and rows to this file.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a step; default: the preset's.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: the preset's.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each model in a round.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds; ratios are taken within a round.")] = 7,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    precision: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="fp32, bf16, fp64 or auto; may be repeated.")
+    ] = None,
+    twins: Annotated[bool, typer.Option("--twins/--no-twins", help="Also run the dense twins.")] = True,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
+    overrides: Overrides = None,
+    device: Device = "auto",
+) -> None:
+    """Measure training speed beside the dense twins.
+
+    Models take turns in one process, and rows are medians: the FLOP ratio and the time ratio to the twin, how much of
+    the time the FLOPs explain, the time ratio to the same model without its router, and peak memory.
+    """
+    sizes = {"--batch-size": batch_size, "--seq-len": seq_len, "--steps": steps, "--rounds": rounds}
+    for name, value in {**sizes, "--threads": threads}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} {value} must be 1 or more")
+    for name in precision or []:
+        if name not in PRECISIONS:
+            raise ConfigError(f"--precision '{name}' is unknown; use {', '.join(PRECISIONS)}")
+    from morex.study.bench import bench_train as measure
+    from morex.study.bench import write_json
+
+    rows = measure(
+        presets,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        steps=steps,
+        rounds=rounds,
+        threads=threads,
+        precision=precision or ["fp32"],
+        twins=twins,
+        overrides=overrides or [],
+        memory=memory,
+        device=device,
+        console=console(stderr=True),
+    )
+    print_table(list(BENCH_COLUMNS.values()), [[_cell(row, key) for key in BENCH_COLUMNS] for row in rows])
+    if json_file is not None:
+        write_json(json_file, rows)
+        console(stderr=True).print(f"wrote {json_file}", style="dim")
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    value = row[key]
+    if value is None:
+        return "–"
+    if key.endswith("ratio") or key == "explained":
+        return f"{value:.2f}"
+    return number(value, short=key == "peak_bytes") if not isinstance(value, str) else value

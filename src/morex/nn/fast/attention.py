@@ -1,0 +1,161 @@
+"""Causal attention of packed tokens: rotated heads in frames, rows by batched products, and back to flat tokens.
+
+Queries and keys come out of their linear maps with the two channels of a pair side by side, so that the rotation is
+one complex product. A permutation of channels that queries and keys share changes no score; values keep their order.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from morex.nn.fast.frame import Frames
+
+BLOCK = 64
+"""Queries that are taken together in long rows: fewer skip more of the upper triangle, more make larger products."""
+ONE_BLOCK = 96
+"""Rows up to this width are taken whole."""
+LONGEST = 768
+"""Wider rows go through `scaled_dot_product_attention`, which keeps no probabilities."""
+
+
+def blocks_of(width: int) -> list[slice]:
+    """The queries of each block."""
+    size = width if width <= ONE_BLOCK else BLOCK
+    return [slice(start, min(start + size, width)) for start in range(0, width, size)]
+
+
+def causal_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
+    """Causal attention inside each row, scale 1.
+
+    Args:
+        q: queries of the S heads that share a key head [G, S * M, dim], head by head.
+        k, v: [G, M, dim].
+        out: takes the output, like q.
+
+    Returns:
+        The probabilities of each block of queries.
+    """
+    groups, width, dim = k.shape
+    found = []
+    for block in blocks_of(width):
+        stop, size = block.stop, block.stop - block.start
+        scores = torch.bmm(_queries(q, block, width), k[:, :stop].transpose(1, 2))
+        never = q.new_full((size, size), -torch.inf).triu_(1)
+        scores.view(groups, -1, size, stop)[..., block].add_(never)
+        torch.softmax(scores, -1, out=scores)
+        _bmm_into(scores, v[:, :stop], out, block, width)
+        found.append(scores)
+    return found
+
+
+def causal_rows_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: list[Tensor], d_q: Tensor, d_k: Tensor, d_v: Tensor
+) -> None:
+    """Writes the gradients of q, k and v, from that of the output and the probabilities."""
+    width = k.shape[1]
+    for block, scores in reversed(list(zip(blocks_of(width), found, strict=True))):
+        stop = block.stop
+        g, queries = _queries(grad, block, width), _queries(q, block, width)
+        d_scores = torch.bmm(g, v[:, :stop].transpose(1, 2))
+        torch.ops.aten._softmax_backward_data.out(d_scores, scores, -1, scores.dtype, grad_input=d_scores)
+        if stop == width:
+            torch.bmm(scores.transpose(1, 2), g, out=d_v)
+            torch.bmm(d_scores.transpose(1, 2), queries, out=d_k)
+        else:
+            d_v[:, :stop].add_(torch.bmm(scores.transpose(1, 2), g))
+            d_k[:, :stop].add_(torch.bmm(d_scores.transpose(1, 2), queries))
+        _bmm_into(d_scores, k[:, :stop], d_q, block, width)
+
+
+def _queries(x: Tensor, block: slice, width: int) -> Tensor:
+    """A block of queries [G, S * size, dim] out of all [G, S * M, dim]."""
+    if block.stop - block.start == width:
+        return x
+    if x.shape[1] == width:
+        return x[:, block]
+    return x.view(x.shape[0], -1, width, x.shape[2])[:, :, block].flatten(1, 2)
+
+
+def _bmm_into(a: Tensor, b: Tensor, out: Tensor, block: slice, width: int) -> None:
+    """Puts the product for a block of queries at its place in [G, S * M, dim]."""
+    if out.shape[1] == width:
+        torch.bmm(a, b, out=out[:, block])
+    elif block.stop - block.start == width:
+        torch.bmm(a, b, out=out)
+    else:
+        rows = out.view(out.shape[0], -1, width, out.shape[2])[:, :, block]
+        rows.copy_(torch.bmm(a, b).view(rows.shape))
+
+
+def joint_weight(q: Tensor, k: Tensor, v: Tensor, dim: int, scale: float) -> Tensor:
+    """Query, key and value weights [..., C * dim, D] as one, pairs side by side, the scale inside the queries."""
+    queries = q.index_select(-2, _pair_order(q.shape[-2], dim)).mul_(scale)
+    return torch.cat((queries, k.index_select(-2, _pair_order(k.shape[-2], dim)), v), -2)
+
+
+def joint_weight_backward(grad: Tensor, queries: int, keys: int, dim: int, scale: float) -> list[Tensor]:
+    """Gradients of the three weights, for `queries` and `keys` channels."""
+    d_q, d_k, d_v = grad.split((queries, keys, keys), -2)
+    d_q = d_q.index_select(-2, _pair_order(queries, dim).argsort()).mul_(scale)
+    return [d_q, d_k.index_select(-2, _pair_order(keys, dim).argsort()), d_v]
+
+
+def _pair_order(channels: int, dim: int) -> Tensor:
+    """Order of rotate-half channels (pairs i, i + dim / 2 in each head) that puts pairs side by side."""
+    return torch.arange(channels).view(-1, 2, dim // 2).transpose(1, 2).flatten()
+
+
+def attend(projected: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
+    """Rotated causal attention.
+
+    Args:
+        projected: x times the joint weight [N, (H + 2 KV) * dim]; overwritten.
+
+    Returns:
+        The heads' outputs [N, H * dim], and what the backward pass needs.
+    """
+    buffer = frames.load(projected)
+    out = buffer.new_empty(frames.places * frames.heads, frames.dim)
+    saved = [buffer]
+    for (q, k, v), part in zip(frames.kinds(buffer), frames.outputs(out), strict=True):
+        saved += causal_rows(q, k, v, part)
+    return frames.collect(out), saved
+
+
+def attend_backward(grad: Tensor, saved: list[Tensor], frames: Frames) -> Tensor:
+    """Gradient of `projected` from that of the heads' outputs."""
+    buffer, *found = saved
+    d_buffer = torch.empty_like(buffer)
+    done = 0
+    parts = zip(frames.outputs(frames.spread(grad)), frames.kinds(buffer), frames.kinds(d_buffer), strict=True)
+    for g, (q, k, v), gradients in parts:
+        count = len(blocks_of(k.shape[1]))
+        causal_rows_backward(g, q, k, v, found[done : done + count], *gradients)
+        done += count
+    return frames.unload(d_buffer)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves x, the heads in their frames, the probabilities and the heads' outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, frames: Frames, scale: float
+    ) -> Tensor:
+        weight = joint_weight(q, k, v, frames.dim, scale)
+        heads, saved = attend(x @ weight.t(), frames)
+        ctx.frames, ctx.scale = frames, scale
+        ctx.save_for_backward(x, heads, weight, o, *saved)
+        return heads @ o.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        frames: Frames = ctx.frames
+        x, heads, weight, o, *saved = ctx.saved_tensors
+        projected = attend_backward(grad @ o, saved, frames)
+        queries, keys = frames.heads * frames.dim, frames.kv_heads * frames.dim
+        d_q, d_k, d_v = joint_weight_backward(projected.t() @ x, queries, keys, frames.dim, ctx.scale)
+        return projected @ weight, d_q, d_k, d_v, grad.t() @ heads, None, None

@@ -1,0 +1,236 @@
+"""A layer of recursive experts as one function: every expert's loop in place, few tensors kept.
+
+The residual stream of an expert is updated in place, which autograd cannot do: what it keeps are the normed inputs, not
+the stream. Norm weights are folded into the linear maps that follow, and gradients of weights that the steps share are
+summed by the matrix products themselves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from morex.nn.fast.attention import attend, attend_backward, blocks_of, joint_weight, joint_weight_backward
+from morex.nn.fast.frame import Frames
+from morex.nn.fast.norm import inverse_rms
+from morex.nn.fast.rows import sum_of_rows
+from morex.nn.fast.swiglu import hidden_backward
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a call needs beside tensors with gradients."""
+
+    token: Tensor
+    """Token of each assignment, expert by expert [N * K]."""
+    places: Tensor
+    """Sorted place of each assignment [N, K]."""
+    counts: list[int]
+    """Tokens of each expert."""
+    eps: float
+    dim: int
+    """Width of a head."""
+    scale: float
+    frames: list[Frames] | None
+    """Frames of each expert's tokens; None where attention sees only the token itself."""
+    names: tuple[str, ...]
+    """Names of the stacked weights, in the order they are passed."""
+    keeps: bool
+    """Whether a backward pass may follow."""
+
+    @property
+    def spans(self) -> list[slice]:
+        """Rows of each expert."""
+        found, end = [], 0
+        for count in self.counts:
+            found.append(slice(end, end + count))
+            end += count
+        return found
+
+
+Weights = dict[str, Tensor]
+
+
+def run_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan) -> Tensor:
+    """x [N, D], weights of the assignments [N, K], weights of all experts stacked [E, ...] -> [N, D]."""
+    return _Experts.apply(x, weights, plan, *stacks.values())
+
+
+class _Experts(torch.autograd.Function):
+    """Saves for each expert and step: both normed inputs, the heads and probabilities, and the two hidden tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, plan: Plan, *stacks: Tensor) -> Tensor:
+        own = dict(zip(plan.names, stacks, strict=True))
+        folded = fold(own, plan)
+        y = x.new_empty(plan.token.shape[0], x.shape[1])
+        kept = torch.empty_like(y) if "norm_out" in own else y
+        saved: list[Tensor] = []
+        for e, span in enumerate(plan.spans):
+            rows = x.index_select(0, plan.token[span])
+            z = loop(e, rows, folded, plan, saved)
+            if "norm_out" in own:
+                inverse = inverse_rms(z, plan.eps)
+                torch.mul(torch.mul(z, inverse, out=kept[span]), own["norm_out"][e], out=y[span])
+                saved.append(inverse)
+            else:
+                torch.sub(z, rows, out=y[span])
+        if plan.keeps:
+            ctx.plan = plan
+            ctx.save_for_backward(weights, kept, *stacks, *saved)
+        return sum_of_rows(y, plan.places, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        weights, kept, *rest = ctx.saved_tensors
+        own = dict(zip(plan.names, rest, strict=False))
+        saved = rest[len(own) :]
+        folded = fold(own, plan)
+        # A product is fastest with the narrow side first: these gradients are summed transposed.
+        turned = ("gate", "up", "joint")
+        sums = {
+            name: torch.zeros_like(
+                weight.transpose(1, 2) if name in turned else weight, memory_format=torch.contiguous_format
+            )
+            for name, weight in folded.items()
+        }
+        shares = torch.empty_like(kept[:, 0])
+        shares[plan.places.flatten()] = weights.flatten()
+        d_shares, d_rows = torch.empty_like(shares), torch.empty_like(kept)
+        d_norm_out = torch.zeros_like(own["norm_out"]) if "norm_out" in own else None
+        for e, span in reversed(list(enumerate(plan.spans))):
+            share, y = shares[span], kept[span]
+            dz = torch.index_select(grad, 0, plan.token[span], out=d_rows[span])
+            product = dz * y
+            if d_norm_out is None:
+                torch.sum(product, 1, out=d_shares[span])
+                direct = torch.mul(dz, share.unsqueeze(1), out=product)
+                dz.copy_(direct)
+                loop_backward(e, dz, folded, sums, plan, saved)
+                dz.sub_(direct)
+            else:
+                # d norm = inverse * (g - normed * mean(g * normed)) with g = dz * norm_out * share
+                norm, inverse = own["norm_out"][e], saved.pop()
+                torch.mv(product, norm, out=d_shares[span])
+                torch.mv(product.t(), share, out=d_norm_out[e])
+                scale = share.unsqueeze(1) * inverse
+                inner = (d_shares[span].unsqueeze(1) * scale).div_(-y.shape[1])
+                dz.mul_(norm).mul_(scale).addcmul_(y, inner)
+                loop_backward(e, dz, folded, sums, plan, saved)
+        sums |= {name: sums[name].transpose(1, 2) for name in turned if name in sums}
+        gradients = unfold(own, sums, plan)
+        if d_norm_out is not None:
+            gradients["norm_out"] = d_norm_out
+        d_stacks = [gradients[name] for name in plan.names]
+        return sum_of_rows(d_rows, plan.places), d_shares[plan.places], None, *d_stacks
+
+
+def fold(own: Weights, plan: Plan) -> Weights:
+    """The stacked weights as the loop multiplies by them: norms, scale and, for a lone token, W_o W_v inside."""
+    norm = own["norm_attention"].unsqueeze(1)
+    folded = {name: own[name] for name in ("step_embedding", "down")}
+    folded |= {name: own[name] * own["norm_mixer"].unsqueeze(1) for name in ("gate", "up")}
+    if plan.frames is None:
+        return folded | {"alone": (own["o"] @ _shared_values(own, plan.dim)).mul_(norm)}
+    joint = joint_weight(own["q"], own["k"], own["v"], plan.dim, plan.scale)
+    return folded | {"joint": joint.mul_(norm), "o": own["o"]}
+
+
+def unfold(own: Weights, sums: Weights, plan: Plan) -> Weights:
+    """From gradients of the folded weights (overwritten) to those of the weights."""
+    norm_mixer, norm = own["norm_mixer"].unsqueeze(1), own["norm_attention"].unsqueeze(1)
+    grads = {name: sums[name] for name in ("step_embedding", "down")}
+    grads["norm_mixer"] = (sums["gate"] * own["gate"]).sum(1) + (sums["up"] * own["up"]).sum(1)
+    grads |= {name: sums[name].mul_(norm_mixer) for name in ("gate", "up")}
+    if plan.frames is None:
+        values = _shared_values(own, plan.dim)
+        d_fold = sums["alone"]
+        grads["norm_attention"] = (d_fold * (own["o"] @ values)).sum(1)
+        d_fold.mul_(norm)
+        grads["o"] = d_fold @ values.transpose(1, 2)
+        d_values = own["o"].transpose(1, 2) @ d_fold
+        experts, keys, d_model = own["v"].shape
+        grads["v"] = d_values.view(experts, keys // plan.dim, -1, plan.dim, d_model).sum(2).view(experts, keys, d_model)
+        return grads
+    grads["o"] = sums["o"]
+    queries, keys = own["q"].shape[1], own["k"].shape[1]
+    parts = joint_weight_backward(sums["joint"], queries, keys, plan.dim, plan.scale)
+    grads["norm_attention"] = torch.zeros_like(own["norm_attention"])
+    for name, part in zip("qkv", parts, strict=True):
+        grads["norm_attention"] += (part * own[name]).sum(1)
+        grads[name] = part * norm
+    return grads
+
+
+def _shared_values(own: Weights, dim: int) -> Tensor:
+    """Value weights of every query head [E, H * dim, D]: heads of one group read the same value head."""
+    values, heads = own["v"], own["o"].shape[2] // dim
+    values = values.view(values.shape[0], -1, dim, values.shape[2])
+    return values.repeat_interleave(heads // values.shape[1], dim=1).flatten(1, 2)
+
+
+def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor]) -> Tensor:
+    """Expert e on its tokens' rows [n, D] -> z [n, D]; adds what the backward pass needs to `saved`."""
+    own = {name: weight[e] for name, weight in folded.items()}
+    frames = None if plan.frames is None else plan.frames[e]
+    steps = own["step_embedding"].unbind(0)
+    z = rows + steps[0]
+    for s, step in enumerate(steps):
+        if s:
+            z.add_(step)
+        inverse = inverse_rms(z, plan.eps)
+        h = z * inverse
+        if frames is None:
+            z.addmm_(h, own["alone"].t())
+            kept = [h, inverse]
+        else:
+            heads, kept = attend(h @ own["joint"].t(), frames)
+            z.addmm_(heads, own["o"].t())
+            kept += [heads, h, inverse]
+        inverse = inverse_rms(z, plan.eps)
+        h = z * inverse
+        g, u = h @ own["gate"].t(), h @ own["up"].t()
+        z.addmm_(F.silu(g).mul_(u), own["down"].t())
+        if plan.keeps:
+            saved += [*kept, u, g, h, inverse]
+    return z
+
+
+def loop_backward(e: int, dz: Tensor, folded: Weights, sums: Weights, plan: Plan, saved: list[Tensor]) -> None:
+    """Turns the gradient of z into that of the rows, in place; takes what it needs off the end of `saved`."""
+    own = {name: weight[e] for name, weight in folded.items()}
+    total = {name: weight[e] for name, weight in sums.items()}
+    frames = None if plan.frames is None else plan.frames[e]
+    for s in reversed(range(own["step_embedding"].shape[0])):
+        inverse, h, g, u = (saved.pop() for _ in range(4))
+        hidden, d_g, d_u = hidden_backward(dz @ own["down"], g, u)
+        total["down"].addmm_(dz.t(), hidden)
+        total["gate"].addmm_(h.t(), d_g)
+        total["up"].addmm_(h.t(), d_u)
+        _add_norm_backward(dz, (d_g @ own["gate"]).addmm_(d_u, own["up"]), h, inverse)
+
+        inverse, h = saved.pop(), saved.pop()
+        if frames is None:
+            total["alone"].addmm_(dz.t(), h)
+            d_h = dz @ own["alone"]
+        else:
+            total["o"].addmm_(dz.t(), saved.pop())
+            count = 1 + sum(len(blocks_of(width)) for _, width in frames.shapes)
+            kept = saved[-count:]
+            del saved[-count:]
+            projected = attend_backward(dz @ own["o"], kept, frames)
+            total["joint"].addmm_(h.t(), projected)
+            d_h = projected @ own["joint"]
+        _add_norm_backward(dz, d_h, h, inverse)
+        torch.sum(dz, 0, out=total["step_embedding"][s])
+
+
+def _add_norm_backward(dz: Tensor, d_h: Tensor, h: Tensor, inverse: Tensor) -> None:
+    """dz += gradient of the norm's input, from that of h = z * inverse (overwritten)."""
+    inner = (d_h * h).mean(1, keepdim=True).neg_()
+    dz.addcmul_(d_h.addcmul_(h, inner), inverse)

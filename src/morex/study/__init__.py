@@ -1,0 +1,1 @@
+"""Studies: models trained side by side under one budget, compared with their dense twins, and speed benchmarks."""

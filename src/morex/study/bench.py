@@ -1,0 +1,328 @@
+"""Training speed of presets beside their dense twins: interleaved steps in one process, medians of paired rounds.
+
+"Explained" is the FLOP ratio over the time ratio of a preset to its twin: 1.0 means that all of the difference is
+arithmetic. FLOPs come from closed forms without padding, with the shares of active tokens that were measured. The twin
+of a model with recursions is its unrolled dense form, of one with experts the same model with the mixer `swiglu`; a
+depth-routed model is also set against the same model without its router. Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from morex.config import Config, ModelConfig
+from morex.loading import is_depth_routed, load_config
+from morex.model.count import count
+from morex.model.lm import build_model
+from morex.nn.signals import RouterStats
+from morex.study.twins import bench_twin, unrouted
+from morex.train.memory import PeakMemory
+from morex.train.optim import build_optimizer
+from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
+from morex.train.runs import environment, write_whole
+
+LARGEST_BATCH = 32
+"""A preset's own microbatch is measured up to this size; a larger one is taken as 8."""
+WARM_UP = 3
+MEMORY_STEPS = 3
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step computes."""
+
+    batch_size: int
+    seq_len: int
+    precision: str
+    device: torch.device
+
+
+class Contender:
+    """A model with its optimizer, which can take training steps on random text."""
+
+    def __init__(self, config: Config, shape: Shape) -> None:
+        self.config, self.shape = config, shape
+        self.model = build_model(config.model, device=shape.device, dtype=weight_dtype(shape.precision)).train()
+        self.optimizer = build_optimizer(self.model, config.train)
+        self.autocast = autocast_dtype(shape.precision)
+        self.steps = 0
+        self.active: list[Tensor] = []
+
+    def step(self, batch: Tensor) -> RouterStats:
+        """One optimizer step on [B, T+1] tokens, as the trainer takes it."""
+        with torch.autocast(self.shape.device.type, self.autocast, enabled=self.autocast is not None):
+            out = self.model(batch[:, :-1], labels=batch)
+        assert out.loss is not None
+        out.loss.backward()
+        if self.config.train.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.model.update_routers(out.stats, self.steps)
+        return out.stats
+
+    def timed(self, batches: Sequence[Tensor]) -> float:
+        """Seconds of one step on each batch; remembers how many tokens were active."""
+        stats = []
+        _wait(self.shape.device)
+        start = time.perf_counter()
+        for batch in batches:
+            stats.append(self.step(batch))
+        _wait(self.shape.device)
+        seconds = time.perf_counter() - start
+        for one in stats:
+            self.active += [
+                fields["active"].double().cpu() / fields["tokens"].cpu()
+                for fields in one.values()
+                if "active" in fields
+            ]
+        return seconds
+
+    def shares(self) -> tuple[float, ...] | None:
+        """Measured share of the tokens at recursion r = 1..R, or None where no router decides depth."""
+        routed = is_depth_routed(self.config.model) and self.active
+        return tuple(torch.stack(self.active).mean(0).tolist()) if routed else None
+
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token, closed form on the measured shares."""
+        return count(self.config.model, seq_len=self.shape.seq_len, shares=self.shares()).train_flops_per_token
+
+
+@dataclass
+class Match:
+    """A preset, its twin and its unrouted form, where it has them, with the seconds of each round."""
+
+    preset: str
+    contenders: dict[str, Contender]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+
+def bench_train(
+    names: Sequence[str],
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    steps: int = 2,
+    rounds: int = 7,
+    threads: int = 1,
+    precision: str | Sequence[str] = "fp32",
+    twins: bool = True,
+    overrides: Sequence[str] = (),
+    memory: bool = True,
+    device: str = "auto",
+    console: Console | None = None,
+) -> list[Row]:
+    """Measures training steps of presets and their twins.
+
+    Args:
+        names: presets or YAML files.
+        batch_size: sequences of a step; default: the preset's own microbatch, or 8 where that is more than 32.
+        seq_len: tokens of a sequence; default: the preset's own.
+        steps: optimizer steps of each model in a round.
+        rounds: rounds; each model goes once in each, and ratios are taken within a round.
+        threads: CPU threads.
+        precision: `fp32`, `bf16`, `fp64`, `auto`, or several of them.
+        twins: also run the dense twin and, for routed models, the unrouted form.
+        overrides: `a.b=value` changes of every preset.
+        memory: also measure peak memory, in a process of its own per preset.
+
+    Returns:
+        One row per preset and precision, see `_row`.
+
+    Raises:
+        ConfigError: an unknown preset, key, device or precision.
+    """
+    place = resolve_device(device)
+    wanted = [precision] if isinstance(precision, str) else list(precision)
+    configs = {name: load_config(name, overrides) for name in names}
+    rows = []
+    console = console or Console(quiet=True)
+    with _threads(threads):
+        for name, config in configs.items():
+            for kind in wanted:
+                shape = _shape(config, batch_size, seq_len, resolve_precision(kind, place, config.model.d_model), place)
+                console.print(
+                    f"{name}: {shape.batch_size} x {shape.seq_len} tokens, {shape.precision}", highlight=False
+                )
+                match = _race(name, config, shape, steps, rounds, twins)
+                row = _row(match, shape, threads, steps)
+                del match
+                row["peak_bytes"] = _peak_bytes(name, overrides, shape, threads) if memory else None
+                rows.append(row)
+    return rows
+
+
+def machine(device: str = "auto") -> dict[str, Any]:
+    """What the figures were measured on."""
+    return environment(resolve_device(device))
+
+
+def write_json(path: str | Path, rows: Sequence[Row], command: Sequence[str] | None = None) -> None:
+    """Writes {"machine": ..., "rows": ...} with the command that measured them."""
+    words = ["morex", *sys.argv[1:]] if command is None else list(command)
+    content = {"machine": {**machine(), "command": shlex.join(words)}, "rows": list(rows)}
+    write_whole(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _shape(config: Config, batch_size: int | None, seq_len: int | None, precision: str, device: torch.device) -> Shape:
+    own = config.train.batch_size // config.train.accumulation
+    return Shape(batch_size or (own if own <= LARGEST_BATCH else 8), seq_len or config.train.seq_len, precision, device)
+
+
+def _race(name: str, config: Config, shape: Shape, steps: int, rounds: int, twins: bool) -> Match:
+    """Rounds in which each model takes its steps once, in an order that turns from round to round."""
+    models: dict[str, ModelConfig | None] = {"preset": config.model}
+    if twins:
+        models |= {"twin": bench_twin(config.model), "unrouted": unrouted(config.model)}
+    contenders = {
+        role: Contender(config.model_copy(update={"model": model}), shape)
+        for role, model in models.items()
+        if model is not None
+    }
+    match = Match(name, contenders, {role: [] for role in contenders})
+    batches = random_batches(config.model.vocab_size, shape, WARM_UP + rounds * steps)
+    for contender in contenders.values():
+        for batch in batches[:WARM_UP]:
+            contender.step(batch)
+    order = list(contenders)
+    for number in range(rounds):
+        first = WARM_UP + number * steps
+        for role in order[number % len(order) :] + order[: number % len(order)]:
+            match.seconds[role].append(contenders[role].timed(batches[first : first + steps]))
+    return match
+
+
+def random_batches(vocab_size: int, shape: Shape, number: int) -> list[Tensor]:
+    """Tokens [B, T+1] drawn by Zipf's law, as words come, so that routers meet the same tokens again and again."""
+    weights = 1.0 / torch.arange(1, vocab_size + 1, dtype=torch.double)
+    generator = torch.Generator().manual_seed(0)
+    size = shape.batch_size * (shape.seq_len + 1)
+    return [
+        torch.multinomial(weights, size, replacement=True, generator=generator)
+        .view(shape.batch_size, shape.seq_len + 1)
+        .to(shape.device)
+        for _ in range(number)
+    ]
+
+
+def _row(match: Match, shape: Shape, threads: int, steps: int) -> Row:
+    """The figures of one preset.
+
+    preset, twin (its name, or that of a dense preset itself), precision, threads, batch_size, seq_len, parameters,
+    tokens_per_s, twin_tokens_per_s, time_ratio and flop_ratio to the twin, explained, unrouted_time_ratio (to the model
+    without its router; below 1 is faster), active_shares, and peak_bytes above the start of the process.
+    """
+    preset = match.contenders["preset"]
+    tokens = shape.batch_size * shape.seq_len * steps
+    row: Row = {
+        "preset": match.preset,
+        "twin": match.preset,
+        "precision": shape.precision,
+        "threads": threads,
+        "batch_size": shape.batch_size,
+        "seq_len": shape.seq_len,
+        "parameters": count(preset.config.model).parameters,
+        "tokens_per_s": tokens / statistics.median(match.seconds["preset"]),
+        "twin_tokens_per_s": None,
+        "time_ratio": 1.0,
+        "flop_ratio": 1.0,
+        "explained": 1.0,
+        "unrouted_time_ratio": None,
+        "active_shares": preset.shares(),
+        "peak_bytes": None,
+    }
+    if "twin" in match.contenders:
+        twin = match.contenders["twin"]
+        flop_ratio = preset.flops_per_token() / twin.flops_per_token()
+        time_ratio = paired_ratio(match.seconds["preset"], match.seconds["twin"])
+        row |= {
+            "twin": twin_name(preset.config.model, twin.config.model),
+            "twin_tokens_per_s": tokens / statistics.median(match.seconds["twin"]),
+            "time_ratio": time_ratio,
+            "flop_ratio": flop_ratio,
+            "explained": flop_ratio / time_ratio,
+        }
+    elif bench_twin(preset.config.model) is not None:
+        row |= {"twin": None, "time_ratio": None, "flop_ratio": None, "explained": None}
+    if "unrouted" in match.contenders:
+        row["unrouted_time_ratio"] = paired_ratio(match.seconds["preset"], match.seconds["unrouted"])
+    return row
+
+
+def paired_ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round, which a machine that slows down leaves alone."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
+def twin_name(model: ModelConfig, twin: ModelConfig) -> str:
+    """What the twin is, in a few words: `unrolled`, `swiglu`, or both."""
+    parts = []
+    if twin.schedule != model.schedule:
+        parts.append("unrolled")
+    if twin.mixer != model.mixer:
+        parts.append("swiglu")
+    return " ".join(parts)
+
+
+def _peak_bytes(name: str, overrides: Sequence[str], shape: Shape, threads: int) -> int:
+    """Peak memory of a few steps above the start, in a process of its own so that nothing else adds to it."""
+    request = {
+        "preset": name,
+        "overrides": list(overrides),
+        "batch_size": shape.batch_size,
+        "seq_len": shape.seq_len,
+        "precision": shape.precision,
+        "device": str(shape.device),
+        "threads": threads,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "morex.study.bench", json.dumps(request)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"the memory of {name} could not be measured:\n{done.stderr}")
+    return int(done.stdout.split()[-1])
+
+
+def _measure_peak(request: dict[str, Any]) -> int:
+    config = load_config(request["preset"], request["overrides"])
+    device = torch.device(request["device"])
+    shape = Shape(request["batch_size"], request["seq_len"], request["precision"], device)
+    with _threads(request["threads"]):
+        batches = random_batches(config.model.vocab_size, shape, MEMORY_STEPS)
+        memory = PeakMemory(device)
+        contender = Contender(config, shape)
+        for batch in batches:
+            contender.step(batch)
+        return memory.bytes()
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    print(_measure_peak(json.loads(sys.argv[1])))

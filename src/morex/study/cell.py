@@ -1,0 +1,58 @@
+"""One cell: `python -m morex.study.cell FOLDER CELL` trains it, or goes on, and measures it."""
+
+import sys
+import traceback
+from pathlib import Path
+
+from rich.console import Console
+
+from morex.loading import ConfigError
+from morex.study.measure import measure
+from morex.study.plan import PlannedCell, plan
+from morex.study.records import Measures
+from morex.study.results import MEASURES, cell_folder, failure_path, is_finished, read_study
+from morex.study.spec import StudyConfig
+from morex.train.errors import Interrupted, TrainingError
+from morex.train.runs import RunFolder, write_json
+from morex.train.trainer import train
+
+
+def run_cell(folder: Path, study: StudyConfig, cell: PlannedCell, console: Console | None = None) -> Measures:
+    """Trains a cell, from its newest checkpoint where there is one, and measures it."""
+    run = RunFolder(cell_folder(folder, cell.name))
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    train(cell.config, run.path, resume=run.is_run(), max_seconds=cell.max_seconds, console=console)
+    measures = measure(run, study)
+    write_json(run.path / MEASURES, measures.model_dump(mode="json"))
+    return measures
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0: finished; 1: failed, the sentence is written down; above 128: interrupted, to go on later."""
+    folder, name = Path(arguments[0]), arguments[1]
+    study = read_study(folder)
+    cell = next(cell for cell in plan(study).cells if cell.name == name)
+    if is_finished(folder, name):
+        return 0
+    try:
+        run_cell(folder, study, cell, Console(width=120))
+    except Interrupted as stop:
+        print(stop)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        known = isinstance(error, ConfigError | TrainingError)
+        sentence = (
+            str(error)
+            if known
+            else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
+        write_json(failure_path(folder, name), {"cell": name, "error": sentence})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

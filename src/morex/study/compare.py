@@ -1,0 +1,139 @@
+"""`compare`: trains the cells of a study and writes what they say.
+
+study.yaml   runs/   results.json   table.csv   report.html   figures/*.png
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from morex.data.prepare import prepare
+from morex.loading import ConfigError
+from morex.study.findings import findings
+from morex.study.pictures import write_pictures
+from morex.study.plan import Plan, plan
+from morex.study.records import Results
+from morex.study.report import report_html
+from morex.study.results import collect, read_study
+from morex.study.runner import run_cells
+from morex.study.spec import StudyConfig, load_study, studies
+from morex.study.table import csv_text, terminal_tables
+from morex.train.runs import RunFolder, write_json, write_whole
+
+PIPE_WIDTH = 140
+
+
+def compare(
+    study: StudyConfig | str | Path,
+    out_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    output: Console | None = None,
+) -> Results:
+    """Runs a study, or what is left of it, and writes its report.
+
+    Args:
+        study: a study, the name of a shipped one, or the path of a YAML file.
+        out_dir: folder of the study; default `studies/<name>`. The same study goes on there; another is refused.
+        overrides: `a.b=value` changes of the study or, with `model.`, `data.`, `train.`, `eval.`, of every variant.
+        console: where progress goes; default stderr.
+        output: where the table and the findings go; default stdout.
+
+    Raises:
+        ConfigError: the study, its data or the folder cannot be used; nothing has been trained or overwritten.
+        Interrupted: a signal asked to stop; the same call goes on.
+    """
+    loaded = study if isinstance(study, StudyConfig) else load_study(study, overrides)
+    folder = Path(out_dir) if out_dir is not None else Path("studies") / loaded.name
+    console = console or Console(stderr=True)
+    command = command_of(study, folder, overrides)
+    planned = plan(loaded)
+    _require_drawing()
+    _claim(folder, loaded)
+    with RunFolder(folder).locked():
+        check_data(loaded, planned)
+        run_cells(folder, planned, console, command)
+        results = write_report(folder, command)
+    print_results(results, folder, output or Console(width=None if Console().is_terminal else PIPE_WIDTH))
+    return results
+
+
+def write_report(folder: Path, command: str = "") -> Results:
+    """Reads the cells of a study folder and writes results.json, table.csv, report.html and the figures."""
+    results = collect(folder, command)
+    results = results.model_copy(update={"findings": findings(results)})
+    # Training curves stay in the run folders: results.json is for reading.
+    write_json(folder / "results.json", results.model_dump(mode="json", exclude={"cells": {"__all__": {"training"}}}))
+    write_whole(folder / "table.csv", csv_text(results))
+    write_pictures(results, folder / "figures")
+    write_whole(folder / "report.html", report_html(results))
+    return results
+
+
+def print_results(results: Results, folder: Path, output: Console) -> None:
+    """Prints the table, the findings and where the report is."""
+    for table in terminal_tables(results, output.width):
+        output.print(table)
+        output.print()
+    for sentence in results.findings:
+        output.print(f"• {sentence.replace('`', '')}", highlight=False, markup=False)
+    output.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequence[str]) -> str:
+    """The command line that runs or continues the study."""
+    source = str(study)
+    if isinstance(study, StudyConfig):
+        shipped = study.name in studies() and load_study(study.name) == study
+        # Whatever it was made from, it stands resolved in its folder.
+        source = study.name if shipped else str(folder / "study.yaml")
+    words = ["morex", "compare", source, "--out", str(folder)]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
+
+
+def check_data(study: StudyConfig, planned: Plan) -> None:
+    """Prepares the data once, so that a fault of the corpus or the prompt shows before anything is trained."""
+    config = planned.cells[0].config
+    data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
+    texts = {"sample.prompt": study.sample.prompt, "report.map_text": study.report.map_text}
+    for option, text in texts.items():
+        if text is not None and not len(data.tokenizer.encode(text)):
+            raise ConfigError(f"{option} '{text}' has no tokens; give at least one character")
+    if study.learning_rates is not None and data.val.num_tokens - 1 <= config.train.seq_len:
+        raise ConfigError(
+            f"learning_rates are chosen on the first half of the held-out windows, but there is one window only "
+            f"({data.val.num_tokens} held-out tokens); raise data.val_fraction {config.data.val_fraction:g}"
+        )
+
+
+def _require_drawing() -> None:
+    """Missing packages are better noticed before hours of training than after."""
+    from importlib.util import find_spec
+
+    for package in ("plotly", "matplotlib"):
+        if find_spec(package) is None:
+            raise ConfigError(f"the report needs {package}, which is not installed; run pip install 'morex[viz]'")
+
+
+def _claim(folder: Path, study: StudyConfig) -> None:
+    """Makes the folder this study's. Raises ConfigError where it holds something else."""
+    if folder.is_file():
+        raise ConfigError(f"study folder '{folder}' is a file; name a folder with --out")
+    if (folder / "study.yaml").is_file():
+        before, now = read_study(folder).to_dict(), study.to_dict()
+        if before != now:
+            key = next(key for key in now if before.get(key) != now[key])
+            raise ConfigError(
+                f"study folder '{folder}' holds another study: its {key} differs; nothing was overwritten, name "
+                f"another folder with --out"
+            )
+        return
+    if folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise ConfigError(f"folder '{folder}' is not empty and holds no study; name another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "study.yaml", yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,203 @@
+"""What is measured of a trained cell: halves of the held-out set, a sample, decoding speed, where tokens went.
+
+Everything is read from the run folder and written back to it as cell.json. Shapes: B batch, T tokens, K experts chosen.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from morex.config import Config, ExpertChoiceConfig, FeedForwardConfig
+from morex.data.loader import held_out_windows
+from morex.data.prepare import PreparedData, prepare
+from morex.data.stream import TokenStream
+from morex.data.tokenizer import Tokenizer
+from morex.eval.loss import evaluate
+from morex.loading import is_depth_routed
+from morex.model.lm import LanguageModel
+from morex.study.records import DepthMap, Measures, Routing, Sample
+from morex.study.spec import ReportConfig, SampleConfig, StudyConfig
+from morex.train.checkpoint import load
+from morex.train.precision import autocast_dtype, resolve_device
+from morex.train.runs import RunFolder
+from morex.train.setup import cpu_threads
+
+DECODE_PROMPT = 16
+DECODE_RUNS = 3
+TRACE_BATCH = 8
+
+
+def measure(run: RunFolder, study: StudyConfig) -> Measures:
+    """Measures a finished run for a study."""
+    config = run.config()
+    with cpu_threads(config.train.threads):
+        loaded, tokenizer = load(run.path, device=str(resolve_device(config.train.device)))
+        assert isinstance(loaded, LanguageModel)
+        data = prepare(config.data, config.model.vocab_size, config.train.seq_len, tokenizer=tokenizer)
+        first, second = (None, None) if study.learning_rates is None else _half_losses(loaded, data, config)
+        refusal = None
+        sample = speed = None
+        if _has_causal_rule(config):
+            sample = _sample(loaded, tokenizer, study.sample)
+            speed = _decode_speed(loaded, data.val, study.report.decode_tokens)
+        else:
+            refusal = "This model has no causal rule (depth.causal is 'none'), so it cannot be decoded."
+        routing = _routing(loaded, data, tokenizer, config, study.report)
+    return Measures(
+        val_loss_first_half=first,
+        val_loss_second_half=second,
+        decode_tokens_per_s=speed,
+        sample=sample,
+        routing=routing,
+        refusal=refusal,
+    )
+
+
+def halves(stream: TokenStream, seq_len: int) -> tuple[TokenStream, TokenStream]:
+    """The first and the second half of the windows of a held-out stream.
+
+    The last token of the first half is predicted there and is context in the second, so every token is predicted once.
+    """
+    windows = -(-(stream.num_tokens - 1) // seq_len)
+    assert windows > 1, "the plan refuses a held-out set of one window"
+    cut = windows // 2 * seq_len
+    starts = stream.document_starts
+    later = np.concatenate([[0], starts[starts > cut] - cut]).astype(np.int64)
+    return (
+        TokenStream(stream.tokens[: cut + 1], starts[starts <= cut], max(1, stream.num_bytes // 2)),
+        TokenStream(stream.tokens[cut:], later, max(1, stream.num_bytes // 2)),
+    )
+
+
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Text of each token; characters of several tokens stand at the last of them, the end of a text is `¶`."""
+    texts, done = [], 0
+    for end in range(1, len(ids) + 1):
+        if ids[end - 1] == tokenizer.eos_id:
+            texts.append("¶")
+            done = len(tokenizer.decode(ids[:end]))
+            continue
+        text = tokenizer.decode(ids[:end])
+        if text.endswith("\ufffd"):
+            texts.append("")
+            continue
+        texts.append(text[done:])
+        done = len(text)
+    return texts
+
+
+def _half_losses(model: LanguageModel, data: PreparedData, config: Config) -> tuple[float, float]:
+    first, second = (
+        evaluate(
+            model,
+            half,
+            config.train.seq_len,
+            config.eval.batch_size,
+            autocast=autocast_dtype(config.train.precision),
+            mask_documents=config.data.mask_documents,
+        ).loss
+        for half in halves(data.val, config.train.seq_len)
+    )
+    return first, second
+
+
+def _has_causal_rule(config: Config) -> bool:
+    depth = config.model.depth
+    return not (isinstance(depth, ExpertChoiceConfig) and depth.causal == "none")
+
+
+def _sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleConfig) -> Sample:
+    prompt = list(tokenizer.encode(sample.prompt))
+    [ids] = model.generate(
+        [prompt],
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        top_k=sample.top_k if sample.temperature else None,
+        eos_id=tokenizer.eos_id,
+        seed=sample.seed,
+    )
+    new = [i for i in ids[len(prompt) :] if i != tokenizer.eos_id]
+    return Sample(prompt=sample.prompt, text=tokenizer.decode(new))
+
+
+def _decode_speed(model: LanguageModel, stream: TokenStream, new_tokens: int) -> float:
+    """Tokens per second of greedy decoding of one sequence, the median of three."""
+    device = model.embedding.weight.device
+    prompt = torch.from_numpy(stream.tokens[:DECODE_PROMPT].astype(np.int64))[None].to(device)
+    model.generate(prompt, max_new_tokens=4)
+    speeds = []
+    for _ in range(DECODE_RUNS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=new_tokens)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        speeds.append(new_tokens / (time.perf_counter() - start))
+    return statistics.median(speeds)
+
+
+@torch.no_grad()
+def _routing(
+    model: LanguageModel, data: PreparedData, tokenizer: Tokenizer, config: Config, report: ReportConfig
+) -> Routing | None:
+    routed, mixer = is_depth_routed(config.model), config.model.mixer
+    experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
+    if not routed and not experts:
+        return None
+    depth = None if _has_causal_rule(config) else "oracle"
+    device = model.embedding.weight.device
+    schedule = config.model.schedule.resolved
+    deepest = schedule.recursions * len(schedule.groups) if routed else 0
+    histogram = torch.zeros(deepest + 1, dtype=torch.long)
+    loads: dict[str, torch.Tensor] = {}
+    tokens = windows = 0
+    for batch in held_out_windows(data.val, config.train.seq_len, TRACE_BATCH):
+        lengths = batch.lengths
+        out = model(
+            batch.tokens.to(device),
+            lengths=None if lengths is None else lengths.to(device),
+            depth=depth,
+            logits_to_keep=1,
+            return_trace=True,
+        )
+        real = torch.ones_like(batch.tokens, dtype=torch.bool)
+        if lengths is not None:
+            real = torch.arange(batch.tokens.shape[1])[None] < lengths[:, None]
+        if routed:
+            histogram += torch.bincount(out.trace.depth.cpu()[real], minlength=deepest + 1)
+        for layer, calls in out.trace.experts.items():
+            for chosen in calls:
+                ids = chosen.cpu()[real]
+                counts = torch.bincount(ids[ids >= 0], minlength=experts).double()
+                loads[layer] = loads.get(layer, torch.zeros(experts, dtype=torch.double)) + counts
+        tokens += int(real.sum())
+        windows += len(batch.tokens)
+        if windows >= report.trace_windows:
+            break
+    return Routing(
+        tokens=tokens,
+        deepest=deepest,
+        histogram=tuple(histogram.tolist()) if routed else None,
+        depth_map=_depth_map(model, data, tokenizer, config, report, depth) if routed else None,
+        expert_load={name: tuple((load / load.sum().clamp(min=1)).tolist()) for name, load in loads.items()},
+    )
+
+
+def _depth_map(
+    model: LanguageModel,
+    data: PreparedData,
+    tokenizer: Tokenizer,
+    config: Config,
+    report: ReportConfig,
+    depth: str | None,
+) -> DepthMap:
+    limit = min(report.map_tokens, config.train.seq_len)
+    text = data.val.tokens[:limit].tolist() if report.map_text is None else list(tokenizer.encode(report.map_text))
+    ids = text[:limit]
+    device = model.embedding.weight.device
+    out = model(torch.tensor([ids], device=device), depth=depth, logits_to_keep=1, return_trace=True)
+    return DepthMap(tokens=tuple(token_texts(tokenizer, ids)), depths=tuple(out.trace.depth[0].tolist()))

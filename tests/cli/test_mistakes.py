@@ -1,0 +1,217 @@
+"""What a user who made a mistake is told: one sentence, exit code 2, and nothing overwritten."""
+
+import errno
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import morex
+from cli.shell import TINY, Shell, contents
+from documents import CORPUS
+from morex.cli import main
+from morex.train import trainer
+from morex.train.runs import RunFolder
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument.*CONFIG"),
+        (["train", "vanilla", "--stpes", "3"], "No such option: --stpes"),
+        (["train", "mor-exprt"], "unknown preset 'mor-exprt'; did you mean 'mor-expert'"),
+        (["train", "missing.yaml"], "'missing.yaml' does not exist"),
+        (["train", "vanilla", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'lr'"),
+        (["train", "vanilla", "--set", "model.depth.kind=expert_choise"], "expert_choise.*expert_choice"),
+        (["train", "vanilla", "--set", "train.lr"], "'train.lr' must have the form a.b=value"),
+        (["train", "vanilla", "--set", "model.d_model=30"], "d_model 30 .*heads 4"),
+        (["train", "recursive", "--set", "model.schedule.layers=9"], "layers 9 .*8 and 11"),
+        (["train", "vanilla", "--set", "model.depth.kind=token_choice"], "token_choice.*sharing"),
+        (["train", "moe", "--set", "model.mixer.router.top_k=5"], "top_k 5 .*4 experts"),
+        (["train", "vanilla", "--resume"], "--resume needs the run"),
+        (["train", "--resume", "nowhere", "--out", "nowhere"], "unknown preset 'nowhere'"),
+        (["eval", "nowhere"], "'nowhere' is neither a run folder nor a checkpoint"),
+        (["generate", "nowhere", "--prompt", "a"], "'nowhere' is neither a run folder nor a checkpoint"),
+        (["generate", "nowhere"], "nothing to continue"),
+        (["generate", "nowhere", "--prompts", "missing.txt"], "'missing.txt': no such file"),
+        (["generate", "nowhere", "--prompt", "a", "--max-new-tokens", "few"], "--max-new-tokens"),
+        (["presets", "--seq-len", "0"], "--seq-len 0 must be 1 or more"),
+        (["compare", "dmeo"], "unknown study 'dmeo'; did you mean 'demo'"),
+        (["presets", "vanila"], "unknown preset 'vanila'; did you mean 'vanilla'"),
+        (["data", "vanilla", "--set", "data.corpus=missing.txt"], "missing.txt"),
+        (["bench", "train", "vanila"], "unknown preset 'vanila'; did you mean 'vanilla'"),
+        (["bench", "train"], "Missing argument.*PRESET"),
+        (["bench", "train", "more", "--rounds", "0"], "--rounds 0 must be 1 or more"),
+        (["bench", "train", "more", "--precision", "fp8"], "--precision 'fp8' is unknown; use fp32, bf16"),
+        (["bench", "train", "more", "--device", "tpu"], "'tpu'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_get_one_sentence(words: list[str], sentence: str, shell: Shell) -> None:
+    assert re.search(sentence, shell.refuses(*words))
+    assert sorted(os.listdir()) == [CORPUS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("small.txt", b"Too little text for one window.\n", "small.txt|corpus|token"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(range(256)) * 40, "picture.png"),
+        ("latin.txt", "caf\xe9 \xfcber stra\xdfe ".encode("latin-1") * 400, "latin.txt.*UTF-8"),
+        ("lines.jsonl", b'{"body": "no text here"}\n' * 400, "text.*body|'text'"),
+    ],
+)
+def test_unusable_corpora_get_one_sentence(name: str, content: bytes, sentence: str, shell: Shell) -> None:
+    Path(name).write_bytes(content)
+    words = ["train", "vanilla", "--out", "run", *TINY, "--set", f"data.corpus={name}"]
+    assert re.search(sentence, shell.refuses(*words, "--set", "data.tokenizer.kind=byte"))
+    assert not (Path("run") / "checkpoints").exists() and not (Path("run") / "metrics.jsonl").exists()
+
+
+def test_vocabulary_that_is_too_small_for_the_tokenizer(shell: Shell) -> None:
+    words = ["train", "vanilla", "--out", "run", *TINY, "--set", "model.vocab_size=97"]
+    assert re.search("97", shell.refuses(*words, "--set", "data.tokenizer.kind=byte"))
+
+
+def test_an_existing_run_is_not_overwritten(trained: Path, shell: Shell) -> None:
+    before = contents(trained)
+    assert "--resume" in shell.refuses("train", "vanilla", "--out", trained, *TINY)
+    assert "train.lr" in shell.refuses("train", "--resume", trained, "--set", "train.lr=0.5")
+    assert contents(trained) == before
+
+
+def test_a_damaged_checkpoint_is_refused(shell: Shell) -> None:
+    shell.succeeds("train", "vanilla", "--out", "run", *TINY)
+    (weights,) = Path("run").rglob("model.safetensors")
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    before = contents(Path("run"))
+    for words in (["eval", weights.parent], ["generate", weights.parent, "--prompt", "a"]):
+        assert re.search("damaged: model.safetensors", shell.refuses(*words))
+    assert contents(Path("run")) == before
+
+
+def test_warnings_are_one_line_each(shell: Shell) -> None:
+    shell.succeeds("train", "vanilla", "--out", "run", *TINY, "--set", "train.checkpoint_every=2")
+    (weights,) = Path("run").glob("checkpoints/step-3/model.safetensors")
+    weights.write_bytes(b"")
+    result = shell.succeeds("eval", "run", "--json")
+    assert result.json["tokens"] > 0
+    assert re.fullmatch(r"warning: checkpoint [^\n]*step-3' is damaged[^\n]*\n", result.err)
+
+
+def test_generate_refuses_a_model_without_a_causal_rule(shell: Shell) -> None:
+    shell.succeeds("train", "mor-expert", "--out", "run", *TINY, "--set", "model.depth.causal=none")
+    assert "aux_loss" in shell.refuses("generate", "run", "--prompt", "the")
+    result = shell.succeeds("eval", "run")
+    assert "oracle" in result.out and "causal" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--temperature", "-1"], "temperature -1"),
+        (["--top-k", "0"], "top_k 0"),
+        (["--max-new-tokens", "-1"], "max_new_tokens -1"),
+        (["--top-p", "1.5"], "top_p 1.5"),
+        (["--depth", "9"], "depth '?9'?"),
+        (["--depth", "deep"], "depth 'deep'.*uniform:N"),
+        (["--depth", "oracle"], "oracle"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--prompt", ""], "prompt '' has no tokens"),
+    ],
+    ids=" ".join,
+)
+def test_generate_refuses_options_out_of_range(words: list[str], sentence: str, trained: Path, shell: Shell) -> None:
+    assert re.search(sentence, shell.refuses("generate", trained, "--prompt", "the", *words))
+
+
+def test_prompt_file_that_is_not_text(trained: Path, shell: Shell) -> None:
+    Path("prompts.txt").write_bytes(b"\xff\xfe\x00")
+    assert "'prompts.txt' is not UTF-8" in shell.refuses("generate", trained, "--prompts", "prompts.txt")
+
+
+def test_a_run_folder_in_use_is_refused(shell: Shell) -> None:
+    run = RunFolder(Path("run"))
+    with run.locked():
+        assert f"in use by process {os.getpid()}" in shell.refuses("train", "vanilla", "--out", "run", *TINY)
+    assert list(contents(Path("run"))) == [".lock"]
+
+
+def test_a_full_disk_keeps_what_was_saved(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    shell.succeeds("train", "vanilla", "--out", "run", *TINY, "--set", "train.schedule=constant")
+    before = contents(Path("run/checkpoints"))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("morex.train.checkpoint.write_tensors", full)
+    result = shell("train", "--resume", "run", "--set", "train.steps=5")
+    assert result.code == 2
+    assert re.search(r"^error: no space left[^\n]*--resume run", result.err, re.M) and "Traceback" not in result.err
+    assert contents(Path("run/checkpoints")) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shell: Shell) -> None:
+    result = shell("train", "vanilla", "--out", "run", *TINY, "--set", "train.lr=1e38", "--set", "train.steps=9")
+    assert result.code == 2
+    assert re.search(r"^error: [^\n]*step \d", result.err, re.M) and "Traceback" not in result.err
+    assert not (Path("run") / "summary.json").exists()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_debug_shows_the_traceback(place: int, shell: Shell) -> None:
+    words = ["train", "nothing-like-it"]
+    words.insert(2 * place, "--debug")
+    with pytest.raises(morex.ConfigError, match="unknown preset"):
+        main(words)
+
+
+def test_our_own_faults_are_not_hidden(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("a fault of the program's")
+
+    monkeypatch.setattr("morex.cli.listing.load_config", broken)
+    with pytest.raises(TypeError, match="a fault of the program's"):
+        main(["presets"])
+
+
+def test_a_missing_extra_is_one_sentence_but_a_broken_installation_is_not(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs(error: ImportError) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("morex.cli.listing.load_config", fail)
+
+    needs(ImportError("figures need plotly; run pip install 'morex[viz]'"))
+    assert "morex[viz]" in shell.refuses("presets")
+    needs(ModuleNotFoundError("No module named 'torch'", name="torch"))
+    with pytest.raises(ModuleNotFoundError):
+        main(["presets"])
+
+
+def test_interrupted_training_saves_and_says_how_to_go_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first signal stops after the step in hand: exit code 130, a checkpoint, and the command that continues."""
+
+    step = trainer.forward_backward
+
+    def interrupting(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "forward_backward", interrupting)
+        result = shell("train", "vanilla", "--out", "run", *TINY)
+    assert result.code == 130
+    assert "error" not in result.err and "morex train --resume run" in result.err
+    shell.succeeds("train", "--resume", "run")
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 3

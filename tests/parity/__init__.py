@@ -1,0 +1,1 @@
+"""The invariants that every member of the family keeps, each as one test over all presets."""

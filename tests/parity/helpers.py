@@ -1,0 +1,178 @@
+"""What the invariant tests share: the cases (every preset and the variants that no preset covers), models, batches.
+
+Models are tiny, float64 unless said otherwise, and perturbed at random in every parameter, so that routers really
+split the tokens and no weight sits at a special value. A model from `eval_model` is shared between tests and must not
+be changed; `fresh_model` gives a copy of one's own.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import morex
+from morex.config import Config, ModelConfig
+from morex.nn.fast.switch import enabled
+
+EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3, top_k: 2}}"
+
+# What no preset covers: name -> (preset, overrides on its tiny form).
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "recursive+shared_first": ("recursive", ["model.kv=shared_first"]),
+    "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
+    "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
+    "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
+    "expert+shared_first": ("mor-expert", ["model.kv=shared_first"]),
+    "expert+aux_router": ("mor-expert", ["model.depth.causal=aux_router", "model.depth.router=mlp"]),
+    "expert+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.depth.score=tanh"]),
+    "expert+sequence": ("mor-expert", ["model.schedule.sharing=sequence", "model.depth.gate=delta"]),
+    "expert+few_at_first": ("mor-expert", ["model.depth.capacities=[0.75, 0.5, 0.25]", "model.depth.z_weight=0.001"]),
+    "expert+recursive_experts": ("mor-expert", [EXPERTS, "model.step_embedding=true"]),
+    "token+shared_first": ("mor-token", ["model.kv=shared_first", "model.depth.gate=each"]),
+    "token+sigmoid": ("mor-token", ["model.depth.score=sigmoid", "model.depth.balance=loss_free"]),
+    "token+sequence": ("mor-token", ["model.schedule.sharing=sequence", "model.depth.router=mlp"]),
+    "token+recursive_experts": ("mor-token", [EXPERTS]),
+    "threshold+shared_first": ("mor-threshold", ["model.kv=shared_first"]),
+    "threshold+few_at_first": ("mor-threshold", ["model.depth.capacities=[0.75, 0.5, 0.25]"]),
+    "threshold+moe": (
+        "mor-threshold",
+        ["model.mixer={kind: moe, expert: {kind: swiglu, d_ff: 16}, router: {experts: 4, top_k: 2, bias_rate: 0.01}}"],
+    ),
+    "random+shared_first": ("mor-random", ["model.kv=shared_first"]),
+    "tuned+one_expert_each": ("more-tuned", ["model.mixer.router.top_k=1", "model.mixer.branch=output"]),
+    "tuned+token_scope": ("more-tuned", ["model.mixer.attention_scope=token"]),
+    "tuned+grouped_heads": ("more-tuned", ["model.attention={heads: 4, kv_heads: 2}"]),
+}
+PRESETS = morex.presets()
+CASES = [*PRESETS, *VARIANTS]
+
+
+@cache
+def config_of(case: str) -> ModelConfig:
+    """The tiny model config of a case."""
+    return load(case).model
+
+
+def load(case: str, *overrides: str) -> Config:
+    preset, changes = VARIANTS.get(case, (case, []))
+    return morex.load_config(preset, [*changes, *overrides], tiny=True)
+
+
+def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None) -> list[str]:
+    """Cases whose depth router is of one of these kinds (all when none is named), with this KV rule and mixer."""
+    found = []
+    for case in CASES:
+        config = config_of(case)
+        fits = not depth_kinds or config.depth.kind in depth_kinds
+        fits &= kv is None or config.kv == kv
+        fits &= mixer is None or config.mixer.kind == mixer
+        if fits:
+            found.append(case)
+    assert found, f"no case has {depth_kinds} {kv} {mixer}"
+    return found
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 1, std: float = 0.2) -> Any:
+    """A model in training mode with every parameter moved at random by `std`."""
+    model = morex.build_model(config, dtype=dtype)
+    perturb(model, seed, std)
+    return model.train()
+
+
+def perturb(model: torch.nn.Module, seed: int = 1, std: float = 0.2) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((std * noise).to(parameter.dtype))
+
+
+@cache
+def eval_model(case: str, dtype: torch.dtype = torch.float64) -> Any:
+    """The perturbed model of a case in eval mode, whose router splits `random_tokens(case)`. Shared: do not change it.
+
+    Seeds are tried in order until the routing is not trivial; that one is found is asserted here, for every test.
+    """
+    for seed in range(1, 60):
+        model = build(config_of(case), dtype, seed).eval()
+        if routing_splits(model, random_tokens(case)):
+            return model
+    raise AssertionError(f"no perturbation of {case} makes its routers split the tokens")
+
+
+def fresh_model(case: str, dtype: torch.dtype = torch.float64) -> Any:
+    """A copy of `eval_model` of one's own, in training mode."""
+    return copy.deepcopy(eval_model(case, dtype)).train()
+
+
+def routing_splits(model: Any, tokens: Tensor) -> bool:
+    """Whether every router there is decides differently for different tokens of this batch."""
+    config: Any = model.config
+    with torch.no_grad():
+        trace = model(tokens, return_trace=True).trace
+    split = True
+    if config.depth.kind != "fixed" and config.schedule.recursions > 1:
+        for active in trace.active.values():
+            shares = [mask.double().mean().item() for mask in active]
+            split &= any(0 < share < 1 for share in shares)
+            split &= shares[min(1, len(shares) - 1)] > 0
+    if config.mixer.kind in ("moe", "recursive") and config.mixer.router.top_k < config.mixer.router.experts:
+        for chosen in trace.experts.values():
+            loads = torch.cat([ids[ids >= 0].flatten() for ids in chosen]).bincount(
+                minlength=config.mixer.router.experts
+            )
+            split &= int((loads > 0).sum()) > config.mixer.router.top_k
+    return bool(split)
+
+
+def plain_path() -> AbstractContextManager[Any]:
+    """Turns the hand-written fast paths off: what torch's counter sees into, and what a reader reads."""
+    return enabled(False)
+
+
+def random_tokens(case: str, batch: int = 2, length: int = 16, seed: int = 0) -> Tensor:
+    """Token ids [B, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config_of(case).vocab_size, (batch, length), generator=generator)
+
+
+def pad(rows: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-padded [B, T] and the true lengths [B]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.full((len(rows), int(lengths.max())), value)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return padded, lengths
+
+
+def ragged_rows(case: str, lengths: Sequence[int], seed: int = 3) -> list[Tensor]:
+    """One row of token ids for each length."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(config_of(case).vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def labels_of(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """The tokens themselves, -100 on padding."""
+    labels = tokens.clone()
+    if lengths is not None:
+        labels[torch.arange(tokens.shape[1]) >= lengths[:, None]] = -100
+    return labels
+
+
+def tensors_in(stats: Any) -> Iterator[Tensor]:
+    """Every tensor of the routers' statistics."""
+    for fields in stats.values():
+        yield from (value for value in fields.values() if isinstance(value, Tensor))
+
+
+def largest_change(first: Tensor, second: Tensor) -> float:
+    """Largest absolute difference; NaN anywhere counts as infinite."""
+    assert first.shape == second.shape, f"shapes {tuple(first.shape)} and {tuple(second.shape)}"
+    if first.numel() == 0:
+        return 0.0
+    difference = (first.double() - second.double()).abs().max().item()
+    return float("inf") if difference != difference else difference

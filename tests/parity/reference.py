@@ -1,0 +1,374 @@
+"""An independent reference: one sequence at a time, one token at a time, in float64, written from the formulas alone.
+
+Nothing of morex is imported. Weights come from a state dict by name, the config as plain data. No batch, no padding, no
+packing, no cache: a token's keys are looked up in dictionaries by position. Slow and plain on purpose.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+States = dict[int, Tensor]  # position in the sequence -> vector [D]
+
+
+@dataclass
+class Record:
+    """What the routers decided, over all sequences, from which the auxiliary losses follow."""
+
+    candidates: dict[tuple[int, int], list[tuple[float, bool]]] = field(default_factory=dict)
+    """(group, recursion) -> (logit, active) of each candidate."""
+    depths: dict[int, list[tuple[int, list[float], list[float]]]] = field(default_factory=dict)
+    """group -> (recursions taken, activated scores, logits) of each token."""
+    experts: dict[int, list[tuple[list[int], list[float], list[float]]]] = field(default_factory=dict)
+    """block -> (chosen experts, probabilities, logits) of each visit."""
+
+
+def plain_names(weights: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the state dict -> name with all blocks numbered in one row: prelude, core, coda."""
+
+    def count(part: str) -> int:
+        return len({name.removeprefix(part).split(".")[0] for name in weights if name.startswith(part)})
+
+    prelude = count("stack.prelude.")
+    before = {"prelude": 0, "core.blocks": prelude, "coda": prelude + count("stack.core.blocks.")}
+    names = {}
+    for name in weights:
+        renamed = name.replace("stack.core.groups.", "stack.groups.")
+        if found := re.match(r"stack\.(prelude|core\.blocks|coda)\.(\d+)\.(.*)", name):
+            renamed = f"stack.blocks.{before[found[1]] + int(found[2])}.{found[3]}"
+        names[name] = renamed
+    return names
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    mean_square = sum(value * value for value in x.tolist()) / len(x)
+    return x / math.sqrt(mean_square + eps) * weight
+
+
+def rotate(x: Tensor, position: int, base: float) -> Tensor:
+    """Turns channel i together with channel i + d/2 by the angle position * base^(-2i/d)."""
+    half = len(x) // 2
+    turned = x.clone()
+    for i in range(half):
+        angle = position * base ** (-2 * i / len(x))
+        cos, sin = math.cos(angle), math.sin(angle)
+        turned[i] = x[i] * cos - x[i + half] * sin
+        turned[i + half] = x[i + half] * cos + x[i] * sin
+    return turned
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    top = max(logits)
+    exponentials = [math.exp(logit - top) for logit in logits]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def best(scores: Sequence[float], count: int) -> list[int]:
+    """Indices of the `count` largest scores, largest first."""
+    return sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+
+
+def feed_forward(kind: str, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None) -> Tensor:
+    if kind == "swiglu":
+        assert gate is not None
+        return down @ (silu(gate @ x) * (up @ x))
+    return down @ (gelu(up @ x) if kind == "gelu" else torch.clamp(up @ x, min=0))
+
+
+class Reference:
+    """The language model that `config` (plain data of a ModelConfig) and `weights` (its state dict) describe."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], training: bool) -> None:
+        self.config, self.training = config, training
+        names = plain_names(weights)
+        self.weights = {names[name]: weight.detach().double() for name, weight in weights.items()}
+        self.record = Record()
+        schedule, attention = config["schedule"], config["attention"]
+        layers = schedule["core"] or schedule["layers"]
+        self.prelude = schedule["prelude"] or 0
+        self.coda = schedule["coda"] or 0
+        self.core = layers
+        self.recursions = schedule["recursions"]
+        blocks = range(self.prelude, self.prelude + layers)
+        self.groups = [[block] for block in blocks] if schedule["sharing"] == "sequence" else [list(blocks)]
+        self.heads = attention["heads"]
+        self.kv_heads = attention["kv_heads"] or self.heads
+        self.head_dim = attention["head_dim"] or config["d_model"] // self.heads
+        self.scale = attention["scale"] or 1 / math.sqrt(self.head_dim)
+        self.base, self.eps = attention["rope_base"], config["norm_eps"]
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Logits [T, V] of one sequence."""
+        embedding = self.weights["embedding.weight"]
+        states = {t: embedding[token].clone() for t, token in enumerate(tokens)}
+        for block in range(self.prelude):
+            states, _ = self.block(block, states)
+        for index, group in enumerate(self.groups):
+            states = self.group(index, group, states)
+        for block in range(self.prelude + self.core, self.prelude + self.core + self.coda):
+            states, _ = self.block(block, states)
+        head = self.weights.get("head.weight", embedding)
+        rows = [head @ rms_norm(states[t], self.weights["norm.weight"], self.eps) for t in range(len(tokens))]
+        return torch.stack(rows)
+
+    # Blocks
+
+    def block(self, index: int, states: States, sources: States | None = None) -> tuple[States, States]:
+        """One block over the states given; keys and values come from `sources` (normed states) where given.
+
+        Returns the new states and the normed states from which this block's own keys and values are made.
+        """
+        name = f"stack.blocks.{index}."
+        normed = {t: rms_norm(x, self.weights[name + "norm1.weight"], self.eps) for t, x in states.items()}
+        matrices = {part: self.weights[f"{name}attention.{part}.weight"] for part in "qkvo"}
+        attended = self.attention(normed, normed if sources is None else sources, matrices)
+        states = {t: x + attended[t] for t, x in states.items()}
+        mixed = self.mixer(
+            index, {t: rms_norm(x, self.weights[name + "norm2.weight"], self.eps) for t, x in states.items()}
+        )
+        return {t: x + mixed[t] for t, x in states.items()}, normed
+
+    def attention(self, queries: States, sources: States, matrices: Mapping[str, Tensor]) -> States:
+        def heads(x: Tensor, count: int, position: int | None) -> list[Tensor]:
+            parts = [x[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
+            return parts if position is None else [rotate(part, position, self.base) for part in parts]
+
+        keys = {s: heads(matrices["k"] @ x, self.kv_heads, s) for s, x in sources.items()}
+        values = {s: heads(matrices["v"] @ x, self.kv_heads, None) for s, x in sources.items()}
+        result = {}
+        for t, x in queries.items():
+            seen = [s for s in sorted(sources) if s <= t]
+            outputs = []
+            for h, query in enumerate(heads(matrices["q"] @ x, self.heads, t)):
+                shared = h // (self.heads // self.kv_heads)
+                weights = softmax([self.scale * float(query @ keys[s][shared]) for s in seen])
+                outputs.append(sum((w * values[s][shared] for w, s in zip(weights, seen, strict=True))))
+            result[t] = matrices["o"] @ torch.cat([torch.as_tensor(output) for output in outputs])
+        return result
+
+    # Mixers
+
+    def mixer(self, index: int, inputs: States) -> States:
+        mixer, name = self.config["mixer"], f"stack.blocks.{index}.mixer."
+        kind = mixer["kind"]
+        if kind in ("swiglu", "gelu", "relu"):
+            up, down = self.weights[name + "up.weight"], self.weights[name + "down.weight"]
+            gate = self.weights.get(name + "gate.weight")
+            return {t: feed_forward(kind, x, up, down, gate) for t, x in inputs.items()}
+        chosen = {t: self.choose_experts(index, name, x) for t, x in inputs.items()}
+        outputs = {t: torch.zeros_like(x) for t, x in inputs.items()}
+        for expert in range(mixer["router"]["experts"]):
+            visitors = {t: x for t, x in inputs.items() if expert in chosen[t]}
+            run = self.recursive_expert if kind == "recursive" else self.feed_forward_expert
+            for t, y in run(name, expert, visitors).items():
+                outputs[t] = outputs[t] + chosen[t][expert] * y
+        return outputs
+
+    def choose_experts(self, index: int, name: str, x: Tensor) -> dict[int, float]:
+        """Expert -> weight."""
+        router = self.config["mixer"]["router"]
+        logits = (self.weights[name + "router.weight"] @ x).tolist()
+        probabilities = softmax(logits)
+        bias = self.weights.get(name + "router.bias", torch.zeros(len(logits))).tolist()
+        chosen = best([p + b for p, b in zip(probabilities, bias, strict=True)], router["top_k"])
+        self.record.experts.setdefault(index, []).append((chosen, probabilities, logits))
+        total = sum(probabilities[e] for e in chosen) if router["top_k"] > 1 else 1.0
+        return {e: probabilities[e] / total for e in chosen}
+
+    def feed_forward_expert(self, name: str, expert: int, visitors: States) -> States:
+        up, down = self.weights[name + "up"][expert], self.weights[name + "down"][expert]
+        gate = self.weights[name + "gate"][expert] if name + "gate" in self.weights else None
+        kind = self.config["mixer"]["expert"]["kind"]
+        return {t: feed_forward(kind, x, up, down, gate) for t, x in visitors.items()}
+
+    def recursive_expert(self, name: str, expert: int, visitors: States) -> States:
+        mixer = self.config["mixer"]
+
+        def own(part: str) -> Tensor:
+            return self.weights[name + part][expert]
+
+        states = dict(visitors)
+        for step in range(mixer["steps"]):
+            states = {t: z + own("step_embedding")[step] for t, z in states.items()}
+            normed = {t: rms_norm(z, own("norm_attention"), self.eps) for t, z in states.items()}
+            if mixer["attention_scope"] == "routed":
+                attended = self.attention(normed, normed, {part: own(part) for part in "qkvo"})
+            else:
+                attended = {t: self.look_at_oneself(z, own("v"), own("o")) for t, z in normed.items()}
+            states = {t: z + attended[t] for t, z in states.items()}
+            for t, z in states.items():
+                normed_z = rms_norm(z, own("norm_mixer"), self.eps)
+                states[t] = z + feed_forward("swiglu", normed_z, own("up"), own("down"), own("gate"))
+        if mixer["branch"] == "output":
+            return {t: rms_norm(z, own("norm_out"), self.eps) for t, z in states.items()}
+        return {t: z - visitors[t] for t, z in states.items()}
+
+    def look_at_oneself(self, x: Tensor, v: Tensor, o: Tensor) -> Tensor:
+        """Attention whose only key is the query's own token: every head returns its value."""
+        value, shared = v @ x, self.heads // self.kv_heads
+        parts = [value[(h // shared) * self.head_dim : (h // shared + 1) * self.head_dim] for h in range(self.heads)]
+        return o @ torch.cat(parts)
+
+    # Depth
+
+    def group(self, index: int, blocks: list[int], states: States) -> States:
+        kind = self.config["depth"]["kind"]
+        kept: dict[int, States] = {}
+        if kind == "fixed":
+            for recursion in range(1, self.recursions + 1):
+                states = self.pass_core(index, blocks, recursion, states, kept)
+            return states
+        if kind == "token_choice":
+            return self.token_choice(index, blocks, states)
+        return self.gated(index, blocks, states, kept)
+
+    def pass_core(
+        self, index: int, blocks: list[int], recursion: int, states: States, kept: dict[int, States]
+    ) -> States:
+        """core(H) over the states given; `kept` holds the key sources of recursion 1 for `shared_first`."""
+        name = f"stack.groups.{index}.step_embedding"
+        if name in self.weights:
+            states = {t: x + self.weights[name][recursion - 1] for t, x in states.items()}
+        for block in blocks:
+            first = kept.get(block) if self.config["kv"] == "shared_first" else None
+            states, sources = self.block(block, states, first)
+            kept.setdefault(block, sources)
+        return states
+
+    def scores(self, index: int, recursion: int, x: Tensor, scorer: str = "score") -> list[float]:
+        """Outputs of the scorer of one recursion (or of the only one) for one state."""
+        name = f"stack.groups.{index}.router.{scorer}."
+        if f"{name}{recursion - 1}.weight" in self.weights:
+            name += f"{recursion - 1}."
+        hidden = x if name + "hidden" not in self.weights else gelu(self.weights[name + "hidden"] @ x)
+        return (self.weights[name + "weight"] @ hidden).tolist()
+
+    def gated(self, index: int, blocks: list[int], states: States, kept: dict[int, States]) -> States:
+        depth, count = self.config["depth"], len(states)
+        capacities = depth["capacities"] or [(self.recursions - r) / self.recursions for r in range(self.recursions)]
+        active = sorted(states)
+        for recursion in range(1, self.recursions + 1):
+            share = capacities[recursion - 1]
+            before = 1.0 if recursion == 1 else capacities[recursion - 2]
+            candidates = active if depth.get("hierarchical", True) else sorted(states)
+            logits = {t: self.scores(index, recursion, states[t])[0] for t in candidates}
+            if depth["kind"] == "threshold":
+                border = self.weights[f"stack.groups.{index}.router.threshold"][recursion - 1].item()
+                active = [t for t in candidates if logits[t] > (border if share < before else -math.inf)]
+            elif share == 1:
+                active = candidates
+            elif self.training:
+                room = max(1, math.floor(share * count))
+                chosen = best([logits[t] for t in candidates], room)
+                active = sorted(candidates[i] for i in chosen)
+            else:
+                active = [t for t in candidates if self.causal_logit(index, recursion, states[t], logits[t]) >= 0]
+            self.record.candidates.setdefault((index, recursion), []).extend(
+                (logits[t], t in active) for t in candidates
+            )
+            if active:
+                passed = self.pass_core(index, blocks, recursion, {t: states[t] for t in active}, kept)
+                states = states | {t: self.update(states[t], passed[t], logits[t]) for t in active}
+        return states
+
+    def causal_logit(self, index: int, recursion: int, x: Tensor, logit: float) -> float:
+        """The logit whose sign decides in inference: the router's own, or the predictor's."""
+        if self.config["depth"]["causal"] != "aux_router":
+            return logit
+        return self.scores(index, recursion, x, "predictor")[0]
+
+    def update(self, x: Tensor, passed: Tensor, logit: float) -> Tensor:
+        depth = self.config["depth"]
+        match depth["score"]:
+            case "sigmoid":
+                gate = depth["alpha"] * sigmoid(logit)
+            case "tanh":
+                gate = depth["alpha"] * math.tanh(logit)
+            case _:
+                gate = 1.0
+        return x + gate * (passed if depth["gate"] == "output" else passed - x)
+
+    def token_choice(self, index: int, blocks: list[int], states: States) -> States:
+        depth = self.config["depth"]
+        alpha = depth["alpha"] or (1.0 if depth["score"] == "softmax" else 0.1)
+        bias = self.weights.get(f"stack.groups.{index}.router.bias", torch.zeros(self.recursions)).tolist()
+        scores, taken = {}, {}
+        for t, x in states.items():
+            logits = [logit / depth["temperature"] for logit in self.scores(index, 1, x)]
+            scores[t] = softmax(logits) if depth["score"] == "softmax" else [sigmoid(logit) for logit in logits]
+            taken[t] = 1 + best([s + b for s, b in zip(scores[t], bias, strict=True)], 1)[0]
+            self.record.depths.setdefault(index, []).append((taken[t], scores[t], logits))
+        moving, result = dict(states), dict(states)
+        kept: dict[int, States] = {}
+        for recursion in range(1, self.recursions + 1):
+            moving = {t: x for t, x in moving.items() if taken[t] >= recursion}
+            if not moving:
+                break
+            moving = self.pass_core(index, blocks, recursion, moving, kept)
+            if depth["gate"] == "each":
+                moving = {t: alpha * scores[t][recursion - 1] * x for t, x in moving.items()}
+            for t, x in moving.items():
+                if taken[t] == recursion:
+                    result[t] = states[t] + (x if depth["gate"] == "each" else alpha * scores[t][recursion - 1] * x)
+        return result
+
+    # Auxiliary losses of everything that this reference has seen
+
+    def binary_cross_entropy(self) -> dict[tuple[int, int], float]:
+        """(group, recursion) -> mean cross-entropy of the candidates' logits against being active."""
+        means = {}
+        for place, seen in self.record.candidates.items():
+            losses = [-math.log(sigmoid(logit) if active else sigmoid(-logit)) for logit, active in seen]
+            means[place] = sum(losses) / len(losses)
+        return means
+
+    def squared_logits(self) -> dict[tuple[int, int], float]:
+        """(group, recursion) -> mean squared logit of the candidates."""
+        return {
+            place: sum(logit * logit for logit, _ in seen) / len(seen) for place, seen in self.record.candidates.items()
+        }
+
+    def depth_balance(self, group: int) -> float:
+        """R * sum of f_i P_i: share of tokens that choose depth i, times its mean score."""
+        seen = self.record.depths[group]
+        total = 0.0
+        for i in range(self.recursions):
+            share = sum(taken == i + 1 for taken, _, _ in seen) / len(seen)
+            total += share * sum(scores[i] for _, scores, _ in seen) / len(seen)
+        return self.recursions * total
+
+    def depth_z(self, group: int) -> float:
+        """Mean squared logsumexp of the depth logits."""
+        seen = self.record.depths[group]
+        return sum(math.log(sum(math.exp(logit) for logit in logits)) ** 2 for _, _, logits in seen) / len(seen)
+
+    def expert_balance(self, block: int) -> float:
+        """E * sum of load * importance: share of the assignments, times the mean probability."""
+        seen, router = self.record.experts[block], self.config["mixer"]["router"]
+        total = 0.0
+        for e in range(router["experts"]):
+            load = sum(e in chosen for chosen, _, _ in seen) / (len(seen) * router["top_k"])
+            total += load * sum(probabilities[e] for _, probabilities, _ in seen) / len(seen)
+        return float(router["experts"] * total)
+
+    def expert_z(self, block: int) -> float:
+        """Mean squared logsumexp of the expert logits."""
+        seen = self.record.experts[block]
+        return sum(math.log(sum(math.exp(logit) for logit in logits)) ** 2 for _, _, logits in seen) / len(seen)

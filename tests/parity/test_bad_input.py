@@ -1,0 +1,116 @@
+"""What cannot be computed is refused with one sentence that names the fault, before anything is changed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import morex
+from parity.helpers import build, cases, config_of, eval_model, fresh_model, random_tokens
+
+TOKENS = random_tokens("mor-expert")
+
+
+def refused_forward(pattern: str, model: Any, *arguments: Any, **options: Any) -> None:
+    with pytest.raises(ValueError, match=pattern) as refusal:
+        model(*arguments, **options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("token", [97, -1, 10**6])
+def test_token_ids_beyond_the_vocabulary(token: int) -> None:
+    model: Any = eval_model("mor-expert")
+    refused_forward(rf"token id {token} .*97", model, torch.tensor([[1, token]]))
+    with pytest.raises(ValueError, match=rf"token id {token} .*97"):
+        model.generate([[1, token]], max_new_tokens=1)
+
+
+def test_labels_beyond_the_vocabulary() -> None:
+    refused_forward(r"label.* 97 ", eval_model("mor-expert"), TOKENS, labels=torch.full_like(TOKENS, 97))
+
+
+SHAPES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "labels of another shape": (r"labels .*\[2, 16\]", lambda model: {"labels": TOKENS[:, :5]}),
+    "lengths of another batch": (r"lengths .*\[2\]", lambda model: {"lengths": torch.tensor([16])}),
+    "lengths beyond the tokens": (r"lengths .*17.*16", lambda model: {"lengths": torch.tensor([17, 3])}),
+    "a cache of another batch": (r"cache .*3 .*2 rows", lambda model: {"cache": model.new_cache(3)}),
+    "documents in a cache": (
+        r"document_ids .*cache",
+        lambda model: {"cache": model.new_cache(2), "document_ids": torch.zeros_like(TOKENS)},
+    ),
+    "an oracle in a cache": (r"oracle.*cache", lambda model: {"cache": model.new_cache(2), "depth": "oracle"}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_arguments_that_do_not_fit(name: str) -> None:
+    pattern, options = SHAPES[name]
+    model = eval_model("mor-expert")
+    refused_forward(pattern, model, TOKENS, **options(model))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 0), (1, 2, 3)])
+def test_tokens_of_another_shape(shape: tuple[int, ...]) -> None:
+    refused_forward(r"tokens .*shape", eval_model("vanilla"), torch.ones(shape, dtype=torch.long))
+
+
+GENERATION: dict[str, tuple[str, list[list[int]], dict[str, Any]]] = {
+    "no prompt": (r"prompt", [], {}),
+    "an empty prompt": (r"prompt", [[1, 2], []], {}),
+    "fewer than no tokens": (r"max_new_tokens -1", [[1]], {"max_new_tokens": -1}),
+    "a negative temperature": (r"temperature -0.5", [[1]], {"temperature": -0.5}),
+    "no probability": (r"top_p 0", [[1]], {"temperature": 1.0, "top_p": 0.0}),
+    "too much probability": (r"top_p 1.5", [[1]], {"temperature": 1.0, "top_p": 1.5}),
+    "no choice": (r"top_k 0", [[1]], {"temperature": 1.0, "top_k": 0}),
+    "too deep": (r"depth .*9.* 1 to 3", [[1]], {"depth": "uniform:9"}),
+    "an oracle": (r"oracle", [[1]], {"depth": "oracle"}),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_generation_that_makes_no_sense(name: str) -> None:
+    pattern, prompts, options = GENERATION[name]
+    model: Any = eval_model("mor-expert")
+    with pytest.raises(ValueError, match=pattern) as refusal:
+        model.generate(prompts, **{"max_new_tokens": 2, **options})
+    assert "\n" not in str(refusal.value)
+
+
+def test_generation_of_nothing_is_the_prompt() -> None:
+    model: Any = eval_model("mor-expert")
+    assert model.generate([[1, 2], [3]], max_new_tokens=0) == [[1, 2], [3]]
+
+
+def test_labels_that_are_all_ignored_cost_nothing() -> None:
+    """A batch of padding alone is no reason for a loss that is not a number."""
+    model = fresh_model("mor-expert")
+    out = model(TOKENS, labels=torch.full_like(TOKENS, -100))
+    assert out.losses["lm"].item() == 0
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_router_updates_in_half_precision(case: str) -> None:
+    """Weights in bf16 train a step, router updates included."""
+    model: Any = morex.build_model(config_of(case), dtype=torch.bfloat16).train()
+    tokens = random_tokens(case)
+    out = model(tokens, labels=tokens)
+    out.loss.backward()
+    model.update_routers(out.stats, 1)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_rows_that_pause_in_a_chunk() -> None:
+    """A row of length 0 in a chunk is left as it was, in every kind of cache."""
+    for case in ("mor-expert", "more-tuned", "recursive+shared_first", "token+recursive_experts"):
+        model: Any = build(config_of(case)).eval()
+        tokens = random_tokens(case)
+        cache = model.new_cache(2)
+        with torch.no_grad():
+            model(tokens[:, :4], cache=cache)
+            model(tokens[:, 4:7], cache=cache, lengths=torch.tensor([3, 0]))
+            last = model(tokens[:, 7:9], cache=cache, lengths=torch.tensor([0, 2])).logits[1]
+            whole = model(torch.cat([tokens[1:, :4], tokens[1:, 7:9]], 1)).logits[0]
+        assert (last - whole[4:]).abs().max() <= 1e-9, case

@@ -1,0 +1,213 @@
+"""Invariant 3: decoding with a cache is the full forward, for every KV rule, router and way to cut the sequence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import morex
+from parity.helpers import (
+    CASES,
+    config_of,
+    eval_model,
+    fresh_model,
+    largest_change,
+    load,
+    pad,
+    ragged_rows,
+    random_tokens,
+)
+
+DEPTHS: list[int | str] = ["uniform:2", "adaptive:8", "progressive:12", 1]
+RECURRENT = [case for case in CASES if config_of(case).schedule.recursions > 1]
+CHUNKS: dict[str, list[list[int]]] = {
+    "ones": [[1] * 14] * 3,
+    "threes": [[3, 3, 3, 3, 2]] * 3,
+    "mixed": [[5, 1, 3, 1, 4]] * 3,
+    "ragged": [[6, 1, 1, 3], [2, 1, 1, 3], [4, 1, 1, 3]],
+    "ragged chunks": [[1, 4, 2, 3], [5, 1, 1, 2], [3, 2, 4, 1]],
+}
+
+
+def cached_logits(
+    model: Any, rows: Sequence[torch.Tensor], chunks: list[list[int]], depth: int | str | None
+) -> list[torch.Tensor]:
+    """Logits of each row, fed in chunks through one cache."""
+    cache = model.new_cache(len(rows))
+    done = [0] * len(rows)
+    pieces: list[list[torch.Tensor]] = [[] for _ in rows]
+    for sizes in zip(*chunks, strict=True):
+        parts = [row[start : start + size] for row, start, size in zip(rows, done, sizes, strict=True)]
+        tokens, lengths = pad(parts)
+        ragged = len(set(sizes)) > 1
+        logits = model(tokens, cache=cache, lengths=lengths if ragged else None, depth=depth).logits
+        for index, size in enumerate(sizes):
+            pieces[index].append(logits[index, :size])
+            done[index] += size
+    return [torch.cat(piece) for piece in pieces]
+
+
+def assert_cached_equals_full(
+    case: str, cut: str, depth: int | str | None = None, dtype: torch.dtype = torch.float64, atol: float = 1e-9
+) -> None:
+    model, chunks = eval_model(case, dtype), CHUNKS[cut]
+    rows = ragged_rows(case, [sum(sizes) for sizes in chunks])
+    with torch.no_grad():
+        for row, logits in zip(rows, cached_logits(model, rows, chunks, depth), strict=True):
+            assert largest_change(logits, model(row[None], depth=depth).logits[0]) <= atol
+
+
+@pytest.mark.parametrize("cut", CHUNKS)
+@pytest.mark.parametrize("case", CASES)
+def test_cached_equals_full(case: str, cut: str) -> None:
+    assert_cached_equals_full(case, cut)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_equals_full_in_fp32(case: str) -> None:
+    assert_cached_equals_full(case, "ragged", dtype=torch.float32, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("case", RECURRENT)
+def test_cached_equals_full_at_call_time_depths(case: str, depth: int | str) -> None:
+    assert_cached_equals_full(case, "ragged chunks", depth)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate_cached_equals_uncached(case: str) -> None:
+    """Greedy, prompts of different lengths; each row is what it is alone."""
+    model: Any = eval_model(case)
+    prompts = [row.tolist() for row in ragged_rows(case, [5, 1, 3])]
+    cached = model.generate(prompts, max_new_tokens=8, use_cache=True)
+    assert cached == model.generate(prompts, max_new_tokens=8, use_cache=False)
+    assert [len(ids) for ids in cached] == [13, 9, 11]
+    for prompt, ids in zip(prompts, cached, strict=True):
+        assert ids[: len(prompt)] == prompt
+        assert ids == model.generate([prompt], max_new_tokens=8)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate_is_greedy(case: str) -> None:
+    """Every new token is the argmax of the full forward over what stands before it."""
+    model: Any = eval_model(case)
+    prompt = random_tokens(case, 2, 4)
+    ids = model.generate(prompt, max_new_tokens=6)
+    assert isinstance(ids, torch.Tensor)
+    assert ids.shape == (2, 10)
+    with torch.no_grad():
+        assert torch.equal(model(ids[:, :-1]).logits.argmax(-1)[:, 3:], ids[:, 4:])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("case", ["recursive", "mor-expert", "token+shared_first", "threshold+shared_first"])
+def test_generate_at_call_time_depths(case: str, depth: int | str) -> None:
+    model: Any = eval_model(case)
+    prompts = [row.tolist() for row in ragged_rows(case, [4, 7])]
+    cached = model.generate(prompts, max_new_tokens=6, depth=depth)
+    assert cached == model.generate(prompts, max_new_tokens=6, depth=depth, use_cache=False)
+
+
+@pytest.mark.parametrize("case", ["vanilla", "mor-expert", "mor-token", "more-tuned"])
+def test_generate_samples_alike_with_and_without_cache(case: str) -> None:
+    model: Any = eval_model(case)
+    prompts = [row.tolist() for row in ragged_rows(case, [4, 2])]
+    options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 1.3, "top_k": 40, "top_p": 0.95}
+    cached = model.generate(prompts, seed=7, **options)
+    assert cached == model.generate(prompts, seed=7, use_cache=False, **options)
+    assert cached != model.generate(prompts, seed=8, **options)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_stops_at_the_end_token(use_cache: bool) -> None:
+    model: Any = eval_model("mor-threshold")
+    prompts = [row.tolist() for row in ragged_rows("mor-threshold", [4, 6])]
+    free = model.generate(prompts, max_new_tokens=10)
+    end = free[0][6]
+    first = free[0].index(end, 4)
+    stopped = model.generate(prompts, max_new_tokens=10, eos_id=end, use_cache=use_cache)
+    assert stopped[0] == free[0][: first + 1]
+    assert stopped[1] == (free[1][: free[1].index(end, 6) + 1] if end in free[1][6:] else free[1])
+
+
+def test_generate_narrows_the_choice() -> None:
+    """top_k 1 and a tiny top_p are greedy; top_k 3 stays among the three likeliest."""
+    model: Any = eval_model("vanilla")
+    prompt = random_tokens("vanilla", 1, 5)
+    greedy = model.generate(prompt, max_new_tokens=5)
+    assert torch.equal(model.generate(prompt, max_new_tokens=5, temperature=2.0, top_k=1, seed=1), greedy)
+    assert torch.equal(model.generate(prompt, max_new_tokens=5, temperature=2.0, top_p=1e-6, seed=1), greedy)
+    likeliest = model(prompt).logits[0, -1].topk(3).indices.tolist()
+    drawn = {int(model.generate(prompt, max_new_tokens=1, temperature=5.0, top_k=3, seed=s)[0, -1]) for s in range(20)}
+    assert len(drawn) > 1
+    assert drawn <= set(likeliest)
+
+
+def test_generate_leaves_training_mode_as_it_was() -> None:
+    model: Any = fresh_model("mor-expert")
+    prompt = random_tokens("mor-expert", 1, 5)
+    ids = model.generate(prompt, max_new_tokens=4)
+    assert model.training
+    assert torch.equal(ids, model.eval().generate(prompt, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("case", RECURRENT)
+def test_depth_policies_are_functions_of_position(case: str) -> None:
+    """uniform:N; adaptive 1 + floor((R - 1) * min(1, t / span)); progressive, equal steps of span."""
+    model = eval_model(case)
+    most = config_of(case).schedule.recursions
+    tokens, t = random_tokens(case, 2, 24), torch.arange(24)
+
+    def depths(policy: int | str) -> torch.Tensor:
+        groups = model(tokens, depth=policy, return_trace=True).trace.active.values()
+        counts = [torch.stack(list(masks)).sum(0) for masks in groups]
+        assert all(torch.equal(count, counts[0]) for count in counts)
+        return counts[0]
+
+    def both(expected: torch.Tensor) -> torch.Tensor:
+        return expected.expand(2, -1)
+
+    assert torch.equal(depths("uniform:2"), both(torch.full((24,), 2)))
+    assert torch.equal(depths(1), both(torch.full((24,), 1)))
+    adaptive = 1 + ((most - 1) * (t / 8).clamp(max=1)).floor().long()
+    assert torch.equal(depths("adaptive:8"), both(adaptive))
+    progressive = (1 + t * most // 12).clamp(max=most)
+    assert torch.equal(depths("progressive:12"), both(progressive))
+
+
+@pytest.mark.parametrize("depth", ["uniform", "uniform:0", 0, -1, "sideways", "adaptive:x", "progressive:0", "oracle"])
+def test_impossible_depths_are_refused(depth: int | str) -> None:
+    with pytest.raises(ValueError, match=r"depth") as refusal:
+        eval_model("recursive")(random_tokens("recursive"), depth=depth)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("case", ["recursive+step_embedding", "mor-expert", "mor-token", "mor-threshold", "mor-random"])
+def test_recursions_with_weights_of_their_own_end_where_these_end(case: str) -> None:
+    for depth in (4, "uniform:4"):
+        with pytest.raises(ValueError, match=r"depth .*4.* 1 to 3"):
+            eval_model(case)(random_tokens(case), depth=depth)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cache_grows_with_the_tokens(case: str) -> None:
+    model: Any = eval_model(case)
+    tokens = random_tokens(case)
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        model(tokens[:, :8], cache=cache)
+        half = cache.bytes()
+        model(tokens[:, 8:], cache=cache)
+    assert 0 < half < cache.bytes()
+
+
+def test_shared_first_needs_less_cache() -> None:
+    sizes = {}
+    for kv in ("per_recursion", "shared_first"):
+        model: Any = morex.build_model(load("recursive", f"model.kv={kv}").model).eval()
+        cache = model.new_cache(2)
+        model(random_tokens("recursive"), cache=cache)
+        sizes[kv] = cache.bytes()
+    schedule = config_of("recursive").schedule.resolved
+    assert sizes["shared_first"] * schedule.unrolled_depth == sizes["per_recursion"] * schedule.num_blocks

@@ -1,0 +1,76 @@
+"""Invariant 1: in eval mode, changing tokens after t changes no logit at or before t."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parity.helpers import (
+    CASES,
+    cases,
+    config_of,
+    eval_model,
+    fresh_model,
+    largest_change,
+    random_tokens,
+    routing_splits,
+)
+
+
+def with_other_future(tokens: Tensor, t: int, vocab_size: int) -> Tensor:
+    """The same tokens up to t, another token at every later place."""
+    changed = tokens.clone()
+    changed[:, t + 1 :] = (changed[:, t + 1 :] + 1 + torch.arange(tokens.shape[1] - t - 1)) % vocab_size
+    return changed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_causal(case: str) -> None:
+    model, tokens = eval_model(case), random_tokens(case)
+    assert routing_splits(model, tokens)
+    logits = model(tokens).logits
+    for t in (0, 6, 11, 14):
+        changed = model(with_other_future(tokens, t, config_of(case).vocab_size)).logits
+        assert largest_change(changed[:, : t + 1], logits[:, : t + 1]) <= 1e-9
+        assert largest_change(changed[:, t + 1 :], logits[:, t + 1 :]) > 1e-3
+
+
+@pytest.mark.parametrize("case", cases("expert_choice"))
+def test_expert_choice_training_is_not_causal(case: str) -> None:
+    """Top-k over the sequence sees the future: a documented property of the method, which eval mode must not have."""
+    tokens = random_tokens(case)
+    futures = [with_other_future(tokens, t, config_of(case).vocab_size) for t in (3, 7, 11)]
+
+    def leak(model: Any, depth: str | None) -> float:
+        logits = model(tokens, depth=depth).logits
+        changes = [
+            largest_change(model(future, depth=depth).logits[:, : t + 1], logits[:, : t + 1])
+            for t, future in zip((3, 7, 11), futures, strict=True)
+        ]
+        return max(changes)
+
+    assert leak(fresh_model(case), None) > 1e-6
+    assert leak(eval_model(case), "oracle") > 1e-6
+    assert leak(eval_model(case), None) <= 1e-9
+
+
+@pytest.mark.parametrize("case", cases("expert_choice"))
+def test_oracle_is_the_rule_of_training(case: str) -> None:
+    tokens = random_tokens(case)
+    trained = fresh_model(case)(tokens).logits
+    assert largest_change(eval_model(case)(tokens, depth="oracle").logits, trained) <= 1e-9
+
+
+@pytest.mark.parametrize("depth", [1, "uniform:2", "adaptive:8", "progressive:12"])
+@pytest.mark.parametrize("case", [case for case in CASES if config_of(case).schedule.recursions > 1])
+def test_causal_under_depth_policies(case: str, depth: int | str) -> None:
+    model, tokens = eval_model(case), random_tokens(case)
+    changed = model(with_other_future(tokens, 9, config_of(case).vocab_size), depth=depth).logits
+    assert largest_change(changed[:, :10], model(tokens, depth=depth).logits[:, :10]) <= 1e-9
+
+
+def test_cases_differ() -> None:
+    """Each case stands for a config of its own."""
+    configs = [config_of(case).model_dump_json() for case in CASES if case.count("paper") + case.count("llm") == 0]
+    assert len(set(configs)) == len(configs)

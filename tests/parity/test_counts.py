@@ -1,0 +1,185 @@
+"""Invariant 8: parameters, FLOPs and KV bytes come from closed forms that agree with the tensors and with torch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import morex
+from morex.config import ModelConfig
+from morex.loading import validate
+from parity.helpers import CASES, PRESETS, build, cases, config_of, load, plain_path, random_tokens
+
+LENGTH = 24  # divides into the capacities of R = 2, 3, 4, 6 and 8 recursions
+EXACT = {
+    "more": 1_457_920,
+    "more-baseline": 336_640,
+    "mor-llm-small": 68_244_992 + 4 * 512,
+    "mor-llm-medium": 1_015_420_928 + 6 * 2048,
+    "mor-llm-large": 6_887_976_960 + 8 * 4096,
+}
+EXACT_NON_EMBEDDING = {
+    "paper-360m-vanilla": 314_635_200,
+    "paper-360m-recursive-3": 117_988_800,
+    "paper-360m-mor-2": 167_150_400 + 2 * 960,
+    "paper-360m-mor-3": 117_988_800 + 3 * 960,
+    "paper-360m-mor-4": 98_324_160 + 4 * 960,
+}
+
+
+def flops(model: Any, tokens: torch.Tensor, backward: bool, **options: Any) -> int:
+    """Torch's count, on the plain path and the math attention backend, which it can see into."""
+    counter = FlopCounterMode(display=False)
+    with plain_path(), sdpa_kernel(SDPBackend.MATH), counter, torch.set_grad_enabled(backward):
+        out = model(tokens, labels=tokens if backward else None, **options)
+        if backward:
+            out.loss.backward()
+    return counter.get_total_flops()
+
+
+def visits_everything(case: str) -> ModelConfig:
+    """The case with every token at every expert, so that the lengths of packed rows are known beforehand."""
+    config = config_of(case)
+    if config.mixer.kind != "recursive" or config.mixer.attention_scope == "token":
+        return config
+    router = config.mixer.router.model_copy(update={"top_k": config.mixer.router.experts})
+    return config.model_copy(update={"mixer": config.mixer.model_copy(update={"router": router})})
+
+
+def amortised(config: ModelConfig) -> int:
+    """How many times larger a batch must be for W_o W_v, folded once a forward pass, to weigh under 1 % a token."""
+    return 6 if config.mixer.kind == "recursive" and config.mixer.attention_scope == "token" else 1
+
+
+def call_time_depth(config: ModelConfig) -> str | None:
+    """Expert choice has known lengths in training; where the lengths depend on the input, two recursions for all."""
+    return None if config.depth.kind in ("fixed", "expert_choice") else "uniform:2"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_counts_equal_tensors(preset: str) -> None:
+    """Full sizes, on the meta device."""
+    config = morex.load_config(preset).model
+    model = morex.build_model(config, device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    counts = morex.count(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if n in ("embedding.weight", "head.weight"))
+    assert counts.parameters == total
+    assert counts.unique_non_embedding == total - embeddings
+    assert counts.unrolled_depth == config.schedule.resolved.unrolled_depth
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_counts_equal_tensors_in_every_case(case: str) -> None:
+    model = morex.build_model(config_of(case))
+    assert morex.count(config_of(case)).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("preset", EXACT)
+def test_counts_are_the_published_totals(preset: str) -> None:
+    assert morex.count(morex.load_config(preset).model).parameters == EXACT[preset]
+
+
+@pytest.mark.parametrize("preset", EXACT_NON_EMBEDDING)
+def test_counts_are_the_published_figures_without_embeddings(preset: str) -> None:
+    assert morex.count(morex.load_config(preset).model).unique_non_embedding == EXACT_NON_EMBEDDING[preset]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_agree_with_torch_counter(case: str) -> None:
+    """Forward, and forward with backward, of a training batch, within 1 %."""
+    config = visits_everything(case)
+    model, depth = build(config), call_time_depth(config)
+    tokens = random_tokens(case, 4 * amortised(config), LENGTH)
+    counts = morex.count(config, seq_len=LENGTH, depth=depth)
+    measured = flops(model, tokens, backward=False, depth=depth) / tokens.numel()
+    assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
+    measured = flops(model, tokens, backward=True, depth=depth) / tokens.numel()
+    assert counts.train_flops_per_token == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("case", cases("fixed"))
+def test_flops_agree_with_torch_counter_in_fewer_recursions(case: str) -> None:
+    config = visits_everything(case)
+    if config.schedule.recursions == 1:
+        assert config.depth.kind == "fixed"
+        return
+    model, tokens = build(config), random_tokens(case, 4, LENGTH)
+    for depth in (1, "uniform:2"):
+        counts = morex.count(config, seq_len=LENGTH, depth=depth)
+        measured = flops(model, tokens, backward=False, depth=depth) / tokens.numel()
+        assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_of_decoding_agree_with_torch_counter(case: str) -> None:
+    """One more token for each row, after a context of known length; too few for work to be shared by a batch."""
+    config, context = visits_everything(case), 32
+    rows = 8
+    depth = None if config.depth.kind == "fixed" else "uniform:2"
+    model: Any = build(config).eval()
+    tokens = random_tokens(case, rows, context)
+    with torch.no_grad():
+        cache = model.new_cache(rows)
+        model(tokens[:, :-1], cache=cache, depth=depth)
+    counts = morex.count(config, seq_len=context, context=context, depth=depth)
+    measured = flops(model, tokens[:, -1:], backward=False, cache=cache, depth=depth) / rows
+    assert counts.decode_flops_per_token == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kv_bytes_equal_the_cache(case: str) -> None:
+    config = config_of(case)
+    depth = None if config.depth.kind == "fixed" else "uniform:2"
+    model: Any = build(config, torch.float32).eval()
+    tokens = random_tokens(case, 3, LENGTH)
+    with torch.no_grad():
+        cache = model.new_cache(3)
+        model(tokens, cache=cache, depth=depth)
+    expected = morex.count(config, seq_len=LENGTH, depth=depth).kv_bytes_per_token
+    assert cache.bytes() / tokens.numel() == pytest.approx(expected)
+
+
+def test_flops_of_published_programs() -> None:
+    """Forward FLOPs per token of seed 1's two models, counted by torch on its own program (batch 32 x 128)."""
+    baseline = morex.count(morex.load_config("more-baseline").model, seq_len=128)
+    assert baseline.forward_flops_per_token == pytest.approx(803_072, rel=0.01)
+    assert baseline.train_flops_per_token == pytest.approx(2_409_216, rel=0.01)
+    folded = morex.count(morex.load_config("more").model, seq_len=128)
+    assert folded.forward_flops_per_token == pytest.approx(3_164_416, rel=0.02)
+
+
+def test_capacities_save_flops_and_cache() -> None:
+    """Shares 1, 2/3, 1/3 of three recursions: two thirds of the linear work, four ninths more is saved in attention."""
+    dense, routed = (morex.count(config_of(name), seq_len=LENGTH) for name in ("recursive", "mor-expert"))
+    schedule = config_of("recursive").schedule.resolved
+    ends = schedule.prelude + schedule.coda
+    shares = (3 * schedule.core * 2 / 3 + ends) / (3 * schedule.core + ends)
+    assert routed.kv_bytes_per_token == pytest.approx(dense.kv_bytes_per_token * shares)
+    assert shares * 0.9 < routed.forward_flops_per_token / dense.forward_flops_per_token < shares * 1.1
+    assert routed.unrolled_depth == dense.unrolled_depth
+
+
+def test_experts_cost_what_they_are_visited() -> None:
+    """K of E experts: FLOPs follow K, parameters follow E."""
+    counts = {}
+    for experts, chosen in ((4, 1), (4, 2), (8, 2)):
+        router = {"experts": experts, "top_k": chosen}
+        mixer = {"kind": "moe", "router": router, "expert": {"kind": "relu", "d_ff": 64}}
+        tree = {"vocab_size": 97, "d_model": 32, "mixer": mixer, "schedule": {"layers": 1}}
+        counts[experts, chosen] = morex.count(validate(ModelConfig, tree), seq_len=LENGTH)
+    expert = 2 * 2 * 32 * 64
+    more = counts[4, 2].forward_flops_per_token - counts[4, 1].forward_flops_per_token
+    assert more == pytest.approx(expert)
+    assert counts[8, 2].parameters - counts[4, 2].parameters == 4 * (2 * 32 * 64 + 32)
+    routing = counts[8, 2].forward_flops_per_token - counts[4, 2].forward_flops_per_token
+    assert routing == pytest.approx(2 * 32 * 4)
+
+
+def test_counts_of_a_preset_are_those_of_its_overrides() -> None:
+    wider = load("vanilla", "model.mixer.d_ff=96").model
+    more = morex.count(wider).parameters - morex.count(load("vanilla", "model.mixer.d_ff=64").model).parameters
+    assert more == 3 * 32 * 32 * wider.schedule.resolved.num_blocks

@@ -1,0 +1,85 @@
+"""Gradients are those of the loss: hand-written backward passes and gathers included, against central differences."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from parity.helpers import CASES, fresh_model, labels_of, pad, plain_path, ragged_rows
+
+STEP = 1e-5
+
+
+# Parameters of one part move together; names are searched for these in this order.
+PARTS = ["mixer.router", "router", "step_embedding", "mixer", "attention", "norm", "embedding", "head"]
+
+
+def part_of(name: str) -> str:
+    return next(part for part in PARTS if f".{part}" in f".{name}")
+
+
+@contextmanager
+def moved(model: Any, direction: dict[str, torch.Tensor], distance: float) -> Iterator[None]:
+    """Parameters moved along a direction, for a while."""
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in direction}
+    with torch.no_grad():
+        for name, way in direction.items():
+            parameters[name].add_(distance * way)
+        yield
+        for name, value in before.items():
+            parameters[name].copy_(value)
+
+
+def loss_of(model: Any, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The whole training loss; without the predictor's, whose gradient is stopped on purpose."""
+    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
+    depth = model.config.depth
+    stopped = depth.kind == "expert_choice" and depth.causal == "aux_router"
+    loss: torch.Tensor = out.losses["lm"] if stopped else out.loss
+    return loss
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_loss(case: str) -> None:
+    """Along a random direction through each part of the model, in a ragged batch."""
+    model = fresh_model(case)
+    tokens, lengths = pad(ragged_rows(case, [12, 7, 1]))
+    loss_of(model, tokens, lengths).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    parts = sorted({part_of(name) for name in gradients})
+    assert {"embedding", "norm", "attention", "mixer"} <= set(parts)
+    generator = torch.Generator().manual_seed(0)
+    for part in parts:
+        direction = {
+            name: torch.randn(gradient.shape, generator=generator, dtype=gradient.dtype)
+            for name, gradient in gradients.items()
+            if part_of(name) == part
+        }
+        length = sum(way.square().sum() for way in direction.values()) ** 0.5
+        direction = {name: way / length for name, way in direction.items()}
+        slope = sum((gradients[name] * way).sum().item() for name, way in direction.items())
+        losses = []
+        for distance in (STEP, -STEP):
+            with moved(model, direction, distance):
+                losses.append(loss_of(model, tokens, lengths).item())
+        assert slope == pytest.approx((losses[0] - losses[1]) / (2 * STEP), rel=1e-4, abs=1e-8), part
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_the_plain_path(case: str) -> None:
+    """What a reader reads and what runs give the same gradients."""
+    tokens, lengths = pad(ragged_rows(case, [12, 7, 1]))
+    models = [fresh_model(case), fresh_model(case)]
+    losses = [loss_of(models[0], tokens, lengths)]
+    losses[0].backward()
+    with plain_path():
+        losses.append(loss_of(models[1], tokens, lengths))
+        losses[1].backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-9)
+    for (name, first), (_, second) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+        if first.grad is not None:
+            assert second.grad is not None
+            torch.testing.assert_close(first.grad, second.grad, rtol=0, atol=1e-9, msg=f"gradient of {name}")

@@ -1,0 +1,310 @@
+"""Properties of configs: what validates builds, runs and is causal; what does not is refused in one sentence."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+import morex
+from morex.config import ModelConfig
+from morex.loading import ConfigError, load_config, validate
+
+Tree = dict[str, Any]
+VOCABULARY, LENGTH = 13, 7
+
+
+def section(required: dict[str, st.SearchStrategy[Any]], optional: dict[str, st.SearchStrategy[Any]]) -> Any:
+    return st.fixed_dictionaries(required, optional=optional)
+
+
+def feed_forwards() -> Any:
+    kinds = st.sampled_from(["swiglu", "gelu", "relu"])
+    return section({"kind": kinds, "d_ff": st.sampled_from([1, 4, 9])}, {})
+
+
+def expert_routers() -> Any:
+    """top_k may be more than the experts there are, which must be refused."""
+    required = {"experts": st.integers(1, 4), "top_k": st.integers(1, 3)}
+    weights = st.sampled_from([0.0, 0.01])
+    return section(required, {"balance_weight": weights, "z_weight": weights, "bias_rate": weights})
+
+
+def mixers() -> Any:
+    moe = section({"kind": st.just("moe"), "router": expert_routers(), "expert": feed_forwards()}, {})
+    recursive = section(
+        {"kind": st.just("recursive"), "router": expert_routers(), "d_ff": st.sampled_from([2, 5])},
+        {
+            "steps": st.integers(1, 3),
+            "attention_scope": st.sampled_from(["routed", "token"]),
+            "branch": st.sampled_from(["change", "output"]),
+            "keep_unused_qk": st.booleans(),
+        },
+    )
+    return st.one_of(feed_forwards(), moe, recursive)
+
+
+def schedules() -> Any:
+    sharing = st.sampled_from(["none", "cycle", "sequence", "middle_cycle", "middle_sequence"])
+    named = section({"sharing": sharing, "layers": st.integers(1, 8)}, {"recursions": st.integers(1, 3)})
+    general = section(
+        {"sharing": st.sampled_from(["cycle", "sequence"]), "core": st.integers(1, 2)},
+        {"prelude": st.integers(0, 1), "coda": st.integers(0, 1), "recursions": st.integers(1, 3)},
+    )
+    return st.one_of(named, general)
+
+
+def depths() -> Any:
+    capacities = st.lists(st.sampled_from([0.1, 1 / 3, 0.5, 1.0]), min_size=1, max_size=3)
+    gated = {
+        "capacities": capacities,
+        "alpha": st.sampled_from([0.1, 1.0]),
+        "gate": st.sampled_from(["output", "delta"]),
+    }
+    learned = gated | {
+        "score": st.sampled_from(["sigmoid", "tanh", "unweighted"]),
+        "router": st.sampled_from(["linear", "mlp"]),
+        "z_weight": st.sampled_from([0.0, 0.01]),
+    }
+    expert_choice = learned | {
+        "causal": st.sampled_from(["aux_loss", "aux_router", "none"]),
+        "warmup_steps": st.sampled_from([0, 10]),
+        "hierarchical": st.booleans(),
+    }
+    token_choice = {
+        "score": st.sampled_from(["softmax", "sigmoid"]),
+        "temperature": st.sampled_from([0.5, 2.0]),
+        "gate": st.sampled_from(["last", "each"]),
+        "balance": st.sampled_from(["loss", "loss_free", "none"]),
+        "router": st.sampled_from(["linear", "mlp"]),
+        "z_weight": st.sampled_from([0.0, 0.01]),
+    }
+    return st.one_of(
+        section({"kind": st.just("fixed")}, {}),
+        section({"kind": st.just("expert_choice")}, expert_choice),
+        section({"kind": st.just("token_choice")}, token_choice),
+        section({"kind": st.just("threshold")}, learned | {"momentum": st.sampled_from([0.0, 0.99])}),
+        section({"kind": st.just("random")}, gated | {"seed": st.integers(0, 5)}),
+    )
+
+
+def attentions() -> Any:
+    return section(
+        {"heads": st.integers(1, 4)},
+        {
+            "kv_heads": st.integers(1, 3),
+            "head_dim": st.sampled_from([2, 3, 6]),
+            "scale": st.sampled_from([0.1, 1.0]),
+            "rope_base": st.sampled_from([10.0, 1e6]),
+        },
+    )
+
+
+def models() -> Any:
+    """Model sections, of which many do not fit together."""
+    return section(
+        {
+            "vocab_size": st.just(VOCABULARY),
+            "d_model": st.sampled_from([6, 8, 12]),
+            "attention": attentions(),
+            "mixer": mixers(),
+            "schedule": schedules(),
+            "depth": depths(),
+        },
+        {
+            "kv": st.sampled_from(["per_recursion", "shared_first"]),
+            "tie_embeddings": st.booleans(),
+            "step_embedding": st.booleans(),
+            "init": st.sampled_from(["scaled", "plain"]),
+            "norm_eps": st.sampled_from([1e-6, 1e-2]),
+        },
+    )
+
+
+def assert_one_sentence(message: str) -> None:
+    assert message.strip() == message != ""
+    assert "\n" not in message
+    assert "pydantic" not in message
+    assert "For further information" not in message
+    assert 10 < len(message) < 400, message
+
+
+def check_model(config: ModelConfig) -> None:
+    """Builds, runs forward and backward, and is causal in eval mode."""
+    model: Any = morex.build_model(config, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator)
+    lengths = torch.tensor([LENGTH, 3])
+    out = model.train()(tokens, labels=tokens, lengths=lengths)
+    assert torch.isfinite(out.loss)
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in model.parameters())
+    model.update_routers(out.stats, 1)
+    assert morex.count(config, seq_len=LENGTH).parameters == sum(p.numel() for p in model.parameters())
+
+    model.eval()
+    depth: Any = config.depth
+    if depth.kind == "expert_choice" and depth.causal == "none":
+        assert torch.isfinite(model(tokens, depth="oracle").logits).all()
+        return
+    changed = tokens.clone()
+    changed[:, 4:] = (changed[:, 4:] + 1) % VOCABULARY
+    with torch.no_grad():
+        first, second = model(tokens).logits, model(changed).logits
+        assert (first[:, :4] - second[:, :4]).abs().max() <= 1e-9
+        cache = model.new_cache(2)
+        parts = [model(tokens[:, :5], cache=cache).logits, model(tokens[:, 5:], cache=cache).logits]
+        assert (torch.cat(parts, 1) - first).abs().max() <= 1e-9
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(models())
+def test_what_validates_builds_runs_and_is_causal(tree: Tree) -> None:
+    """And what does not validate says why."""
+    note(str(tree))
+    try:
+        config = validate(ModelConfig, tree, "model")
+    except ConfigError as refusal:
+        assert_one_sentence(str(refusal))
+        return
+    check_model(config)
+
+
+def test_the_strategy_finds_both_kinds() -> None:
+    """The property above would be empty if nearly everything were refused, or nothing."""
+    outcomes: list[tuple[bool, str]] = []
+
+    @settings(max_examples=150)
+    @given(models())
+    def collect(tree: Tree) -> None:
+        try:
+            outcomes.append((True, validate(ModelConfig, tree).depth.kind))
+        except ConfigError:
+            outcomes.append((False, ""))
+
+    collect()
+    accepted = [kind for valid, kind in outcomes if valid]
+    assert 0.15 < len(accepted) / len(outcomes) < 0.95
+    assert set(accepted) == {"fixed", "expert_choice", "token_choice", "threshold", "random"}
+
+
+def paths_of(tree: Tree, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of all values."""
+    found = []
+    for key, value in tree.items():
+        found += paths_of(value, (*prefix, key)) if isinstance(value, dict) else [(*prefix, key)]
+    return found
+
+
+def place(tree: Tree, path: tuple[str, ...]) -> Tree:
+    for key in path[:-1]:
+        tree = tree[key]
+    return tree
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(morex.presets()), st.data())
+def test_unknown_keys_are_refused_with_the_nearest_one(preset: str, data: st.DataObject) -> None:
+    """A letter too many in any key of any preset."""
+    tree = copy.deepcopy(load_config(preset).to_dict())
+    path = data.draw(st.sampled_from([path for path in paths_of(tree) if path[-1] != "kind"]))
+    values = place(tree, path)
+    del values[path[-1]]
+    mistyped = path[-1] + "q"
+    values[mistyped] = 1
+    with pytest.raises(ConfigError) as refusal:
+        validate(type(load_config(preset)), tree)
+    assert_one_sentence(str(refusal.value))
+    if path[-1] not in ("vocab_size", "d_model") or len(path) != 2:
+        assert mistyped in str(refusal.value)
+        assert f"'{path[-1]}'" in str(refusal.value)
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(morex.presets()), st.data())
+def test_senseless_values_are_refused_by_name(preset: str, data: st.DataObject) -> None:
+    """Another type, or a number out of range: the sentence names the option."""
+    tree = copy.deepcopy(load_config(preset).to_dict())
+    path = data.draw(
+        st.sampled_from([path for path in paths_of(tree) if path[-1] not in ("corpus", "column", "device")])
+    )
+    value = data.draw(st.sampled_from([[1, 2], {"a": 1}, "nonsense", object()]))
+    if path[-1] in ("path",) and isinstance(value, str):
+        return
+    place(tree, path)[path[-1]] = value
+    with pytest.raises(ConfigError) as refusal:
+        validate(type(load_config(preset)), tree)
+    assert_one_sentence(str(refusal.value).replace(repr(value), "value"))
+    assert path[-1] in str(refusal.value)
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "layers that do not divide": (
+        ["model.schedule={sharing: cycle, layers: 8, recursions: 3}"],
+        r"layers 8 .*6 and 9",
+    ),
+    "layers that do not divide in the middle": (
+        ["model.schedule={sharing: middle_cycle, layers: 9, recursions: 3, core: null}"],
+        r"layers 9 .*8 and 11",
+    ),
+    "too few layers": (["model.schedule={sharing: sequence, layers: 2, recursions: 3}"], r"layers 2 .*3"),
+    "both ways to say the depth": (["model.schedule={layers: 8, core: 2}"], r"layers.*core"),
+    "recursions without sharing": (["model.schedule={sharing: none, layers: 8, recursions: 3}"], r"none.*recursions"),
+    "heads that do not divide": (["model.attention.heads=3", "model.attention.kv_heads=3"], r"d_model 256 .*heads 3"),
+    "key heads that do not divide": (["model.attention.kv_heads=3"], r"kv_heads 3 .*heads 4"),
+    "odd heads": (["model.attention.head_dim=7"], r"head_dim 7 .*even"),
+    "more experts than there are": (
+        ["model.mixer={kind: moe, router: {experts: 2, top_k: 3}}"],
+        r"top_k 3 .*2 experts",
+    ),
+    "unknown mixer": (["model.mixer.kind=swigloo"], r"mixer.*swigloo.*swiglu"),
+    "unknown router": (["model.depth.kind=expert"], r"depth.*expert.*expert_choice"),
+    "capacities of another length": (
+        ["model.depth={kind: expert_choice, capacities: [1.0, 0.5]}"],
+        r"capacities .*2 .*3 recursions",
+    ),
+    "capacities that grow": (["model.depth={kind: threshold, capacities: [0.5, 0.6, 0.1]}"], r"capacities .*grow"),
+    "no keys for all": (
+        ["model.kv=shared_first", "model.depth={kind: random, capacities: [0.5, 0.4, 0.1]}"],
+        r"shared_first.*capacities",
+    ),
+    "nothing to choose from": (
+        ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.depth.kind=token_choice"],
+        r"token_choice",
+    ),
+    "negative width": (["model.d_model=-8"], r"d_model.*-8"),
+    "no vocabulary": (["model.vocab_size=0"], r"vocab_size.*0"),
+    "not a number": (["model.norm_eps=.nan"], r"norm_eps"),
+    "infinite": (["model.attention.scale=.inf"], r"scale"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_option_and_what_works(name: str) -> None:
+    overrides, pattern = REFUSED[name]
+    with pytest.raises(ConfigError, match=pattern) as refusal:
+        load_config("recursive", overrides)
+    assert_one_sentence(str(refusal.value))
+
+
+@pytest.mark.parametrize("preset", morex.presets())
+def test_presets_survive_a_round_trip(preset: str) -> None:
+    """A resolved config, written out and read back, is the same config; so is the tiny form."""
+    for tiny in (False, True):
+        config = load_config(preset, tiny=tiny)
+        assert validate(type(config), config.to_dict()) == config
+
+
+@pytest.mark.parametrize("preset", morex.presets())
+def test_tiny_forms_keep_the_kinds(preset: str) -> None:
+    full, tiny = load_config(preset).model, load_config(preset, tiny=True).model
+    assert (tiny.d_model, tiny.vocab_size) == (32, 97)
+    assert (tiny.mixer.kind, tiny.depth, tiny.kv) == (full.mixer.kind, full.depth, full.kv)
+    assert tiny.schedule.recursions == full.schedule.recursions
+    assert tiny.schedule.resolved.order == full.schedule.resolved.order

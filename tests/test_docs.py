@@ -1,0 +1,102 @@
+"""The documentation says what the program does: pages are current, links lead somewhere, worked examples work."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import morex
+from documents import ROOT, apply_diff, code_blocks
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+
+
+def test_configuration_page_is_current() -> None:
+    page = runpy.run_path(str(DOCS / "generate_configuration.py"))
+    assert page["render"]() == page["PAGE"].read_text(encoding="utf-8"), "run python docs/generate_configuration.py"
+
+
+def test_configuration_page_names_every_key() -> None:
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    for key in ("rope_base", "balance_weight", "hierarchical", "momentum", "step_embedding", "mask_documents", "clip"):
+        assert f"| `{key}` |" in text
+    assert "| `steps` | integer ≥ 0 | `1000` | Optimizer steps. |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    """Paths of this repository in backticks, but for those that a page is about to add."""
+    text = page.read_text(encoding="utf-8")
+    added = set(re.findall(r'^```python title="([^"]+)"', text, re.M))
+    for name in re.findall(r"`((?:src|tests|docs|benchmarks|examples)/[\w./-]+)`", text):
+        assert name in added or (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("name", ["one_idea", "schedules"])
+def test_figures_are_drawn(name: str, tmp_path: Path) -> None:
+    script = DOCS / "figures" / f"{name}.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, env=environment(ROOT / "src"), capture_output=True)
+    (drawn,) = tmp_path.iterdir()
+    # Each label stands beside its outlines as a comment; outlines may differ between versions of matplotlib.
+    labels, shown = (
+        re.findall("<!-- (.*?) -->", path.read_text(encoding="utf-8")) for path in (drawn, DOCS / "images" / drawn.name)
+    )
+    assert len(labels) > 20 and labels == shown, f"run python docs/figures/{name}.py"
+
+
+def test_family_page_has_every_preset_with_its_parameters() -> None:
+    text = (DOCS / "family.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \|", text, re.M))
+    counted = {name: f"{morex.count(morex.load_config(name).model).parameters:,}" for name in morex.presets()}
+    assert rows == counted
+
+
+def test_adding_a_router_works(tmp_path: Path) -> None:
+    """Every change of the page, applied to a copy of the package; then its programs and its tests run."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(
+        ROOT / "tests" / "parity", tmp_path / "tests" / "parity", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    outputs = []
+    for block in code_blocks(DOCS / "adding-a-router.md"):
+        if block.language == "diff":
+            assert block.title
+            apply_diff(tmp_path / block.title, block.text)
+        elif block.language == "python":
+            assert block.title
+            (tmp_path / block.title).write_text(block.text, encoding="utf-8")
+        for command in block.commands if block.language == "console" else []:
+            assert command[0] == "python"
+            done = subprocess.run(
+                [sys.executable, *command[1:]],
+                cwd=tmp_path,
+                env=environment(tmp_path / "src"),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            outputs.append(done.stdout)
+    tried, tested = outputs
+    assert re.fullmatch(r"0\.\d\d of the FLOPs\n", tried)
+    passed = re.search(r"(\d+) passed", tested)
+    assert passed and int(passed[1]) >= 10
+
+
+def environment(source: Path) -> dict[str, str]:
+    """This process's environment with `source` as the only place that morex is found."""
+    return {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}

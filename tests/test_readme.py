@@ -1,0 +1,74 @@
+"""Every command and every example of the README and of the first pages runs, at tiny sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from documents import ROOT, code_blocks, run_page
+
+COMMANDS = {"presets", "data", "train", "eval", "generate", "compare", "bench"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_readme_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = run_page(ROOT / "README.md", folder)
+    printed = capsys.readouterr().out
+    assert {command.split()[1] for command in commands if command.startswith("morex")} == COMMANDS
+    assert {"make demo", "make test"} <= set(commands)
+    assert "'lm'" in printed and "'router_bce'" in printed
+    assert (folder / "studies" / "demo" / "report.html").is_file()
+    assert_benchmark(folder / "speed.json")
+
+
+@pytest.mark.slow
+def test_getting_started_works(folder: Path) -> None:
+    commands = run_page(ROOT / "docs" / "getting-started.md", folder)
+    assert {"train", "eval", "generate", "compare"} <= {command.split()[1] for command in commands}
+    assert (folder / "studies" / "mine" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_configuration_page_works(folder: Path) -> None:
+    assert len(run_page(ROOT / "docs" / "configuration.md", folder)) == 2
+    assert (folder / "runs" / "mine" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_speed_page_works(folder: Path) -> None:
+    assert run_page(ROOT / "docs" / "speed.md", folder)
+    assert_benchmark(folder / "speed.json")
+
+
+def test_contributing_works(folder: Path) -> None:
+    assert run_page(ROOT / "CONTRIBUTING.md", folder) == ["make check", "make test"]
+
+
+def test_every_page_with_commands_is_run_by_a_test() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    runnable = {page.name for page in pages if any(block.commands for block in code_blocks(page))}
+    elsewhere = {"adding-a-router.md"}  # in test_docs.py
+    assert (
+        runnable == {"README.md", "CONTRIBUTING.md", "getting-started.md", "configuration.md", "speed.md"} | elsewhere
+    )
+
+
+def assert_benchmark(path: Path) -> None:
+    """The file has the rows of both presets."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {row["preset"] for row in rows} >= {"more", "mor-expert"}
+
+
+def test_readme_shows_a_real_run() -> None:
+    """The table comes from a study, and the picture is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- demo-table -->")[2].partition("<!-- /demo-table -->")[0]
+    assert table.count("\n|") >= 2 + 7, "run make demo and then python docs/update_readme.py"
+    assert (ROOT / "docs" / "images" / "demo.png").stat().st_size > 10_000

@@ -1,0 +1,95 @@
+"""docs/update_readme.py puts the numbers of a study and of benchmarks into the pages, and nothing else."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from documents import ROOT
+from morex.loading import ConfigError
+from morex.study.records import Results
+
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "update_readme.py"))
+BENCH = {
+    "machine": {"cpu": "A CPU", "versions": {"torch": "2.13.0"}, "command": "morex bench train more"},
+    "rows": [
+        {"preset": "more", "twin": "swiglu", "precision": "fp32", "threads": 1, "tokens_per_s": 12345.6}
+        | {"time_ratio": 3.5, "flop_ratio": 3.85, "explained": 1.1, "peak_bytes": 500_000_000},
+        {"preset": "more", "mode": "lockstep", "tokens_per_s": 10.0},
+    ],
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the pages, with a study of three variants and one benchmark."""
+    for folder in ("docs/images", "benchmarks/results", "studies/demo/figures"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "speed.md", tmp_path / "docs")
+    study = tmp_path / "studies" / "demo"
+    (study / "results.json").write_text(json.dumps(results().model_dump(mode="json")))
+    (study / "figures" / "loss.png").write_bytes(b"a picture")
+    (tmp_path / "benchmarks" / "results" / "train.json").write_text(json.dumps(BENCH))
+    return tmp_path
+
+
+def results() -> Results:
+    def row(name: str, kind: str, loss: float, oracle: float | None = None) -> dict[str, Any]:
+        numbers = {"parameters": 2e6, "unique_non_embedding": 1.5e6, "train_flops_per_token": 9e6, "seconds": 61.0}
+        return {"name": name, "kind": kind, "seeds": 1, "val_loss": loss, "val_loss_oracle": oracle, **numbers}
+
+    study = {"name": "demo", "variants": [{"name": "vanilla"}, {"name": "mor-expert"}, {"name": "recursive"}]}
+    rows = [
+        row("vanilla", "dense", 3.25),
+        row("mor-expert", "routed", 3.125, 3.0625),
+        row("recursive", "recursive", 3.5),
+    ]
+    environment = {"cpu": "A CPU", "threads": 2, "versions": {"torch": "2.13.0"}}
+    tree = {"study": study, "reference": "vanilla", "rows": rows, "cells": [], "environment": environment}
+    return Results.model_validate({**tree, "command": "morex compare demo --out x", "findings": ["One wins.", "Two."]})
+
+
+def test_readme_gets_table_findings_machine_and_picture(project: Path) -> None:
+    before = (project / "README.md").read_text()
+    SCRIPT["main"]([], root=project)
+    after = (project / "README.md").read_text()
+    table = after.partition("<!-- demo-table -->")[2].partition("<!-- /demo-table -->")[0]
+    headings, ruler, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert headings.startswith("| model | held-out loss | oracle loss | parameters, M | non-embedding parameters, M |")
+    assert headings.count("|") == ruler.count("|") == rows[0].count("|")
+    assert [row.split("|")[1].strip(" `") for row in rows] == ["vanilla", "mor-expert", "recursive"]
+    assert "| 3.250 | – | 2.00 | 1.50 | 9.00 |" in rows[0] and "| **3.125** | 3.062 |" in rows[1]
+    assert "`morex compare demo --out x` on A CPU, 2 threads, torch 2.13.0; 1 seed" in table
+    assert "- One wins.\n- Two." in table
+    assert after.replace(table, "\n") == before.replace(
+        before.partition("<!-- demo-table -->")[2].partition("<!-- /demo-table -->")[0], "\n"
+    )
+    assert (project / "docs" / "images" / "demo.png").read_bytes() == b"a picture"
+
+
+def test_speed_page_gets_the_training_rows(project: Path) -> None:
+    SCRIPT["main"]([], root=project)
+    text = (project / "docs" / "speed.md").read_text()
+    assert "`morex bench train more` on A CPU, torch 2.13.0 (`train.json`):" in text
+    assert "| `more` | swiglu | fp32 | 1 | 12,346 | 3.85 | 3.50 | 1.10 | – | 500 MB |" in text
+    assert text.count("| `more` |") == 1
+
+
+def test_running_it_again_changes_nothing(project: Path) -> None:
+    SCRIPT["main"]([], root=project)
+    first = (project / "README.md").read_text(), (project / "docs" / "speed.md").read_text()
+    SCRIPT["main"]([str(project / "studies" / "demo"), "--picture", "loss"], root=project)
+    assert ((project / "README.md").read_text(), (project / "docs" / "speed.md").read_text()) == first
+
+
+def test_what_is_missing_is_named(project: Path) -> None:
+    with pytest.raises(ConfigError, match="no picture 'cost'; there are loss"):
+        SCRIPT["main"](["--picture", "cost"], root=project)
+    page = project / "README.md"
+    page.write_text(page.read_text().replace("<!-- /demo-table -->", ""))
+    with pytest.raises(ValueError, match="no place '<!-- demo-table -->"):
+        SCRIPT["main"]([], root=project)
