@@ -266,6 +266,7 @@ class RandomConfig(GatedConfig):
 
     kind: Literal["random"]
     seed: int = 0
+    """Seed of the hash."""
 
 
 DepthConfig = Annotated[
@@ -285,13 +286,17 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     """The head is the embedding matrix."""
     norm_eps: PositiveFloat = 1e-6
+    """Term under the root of the norms."""
     init: Literal["scaled", "plain"] = "scaled"
     """N(0, init_std); `scaled` divides residual projections by sqrt(2 L), L the unrolled depth."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
     seed: int = 0
     """Seed of the initial weights."""
     attention: AttentionConfig = AttentionConfig()
+    """Attention of every block, and of recursive experts."""
     mixer: MixerConfig = FeedForwardConfig()
+    """Channel part of every block."""
     schedule: ScheduleConfig
     depth: DepthConfig = FixedConfig()
     """Router that decides which tokens take which recursions."""
@@ -380,18 +385,23 @@ class TrainConfig(Section):
     seq_len: PositiveInt = 128
     """Tokens per sequence."""
     lr: PositiveFloat = 1e-3
+    """Highest learning rate."""
     schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
     """Learning rate after warm-up: cosine to min_lr_ratio, flat with a linear cool-down at the end, or flat."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
     cooldown_fraction: Share = 0.2
     """Share of the steps in which `trapezoid` falls to min_lr_ratio."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate over the highest."""
     weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of AdamW."""
     decay: Literal["matrices", "all"] = "matrices"
     """`matrices` spares norms, biases and embeddings; `all` spares nothing."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
+    """Term in AdamW's denominator."""
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
@@ -426,6 +436,7 @@ class EvalConfig(Section):
     """Evaluation on the whole held-out set, in windows of train.seq_len."""
 
     batch_size: PositiveInt = 32
+    """Windows that are evaluated together."""
     depths: bool = False
     """Also report the loss at each fixed depth 1..R."""
 

@@ -13,6 +13,7 @@ from morex.config import Config, FeedForwardConfig, FixedConfig, ModelConfig, Re
 
 PRESETS = files("morex").joinpath("presets")
 TINY_WIDTH, TINY_VOCABULARY = 32, 97
+SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}
 Tree = TypeVar("Tree", bound=BaseModel)
 
 
@@ -37,6 +38,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
         ConfigError: unknown preset or key, or values that do not fit together.
     """
     tree = _read(source)
+    if isinstance(tree.get("model"), dict):
+        # With the default kinds written down, an override below them is checked against the right section.
+        tree["model"] = {"depth": {"kind": "fixed"}, "mixer": {"kind": "swiglu"}, **tree["model"]}
     if tiny:
         tree = {**tree, "model": tiny_model(validate(Config, tree).model)}
     for override in overrides:
@@ -113,19 +117,24 @@ def is_depth_routed(model: ModelConfig) -> bool:
     return not isinstance(model.depth, FixedConfig)
 
 
-def _read(source: str | Path) -> dict[str, Any]:
+def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
     name = str(source)
+    if name in readers:
+        raise ConfigError(f"config '{name}' starts from itself: {' -> '.join((*readers, name))}")
     if isinstance(source, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(source)
         if not path.is_file():
             raise ConfigError(f"config file '{path}' does not exist")
-        return _parse(path.read_text(encoding="utf-8"), str(path))
+        try:
+            return _parse(path.read_text(encoding="utf-8"), name, readers)
+        except UnicodeDecodeError:
+            raise ConfigError(f"config file '{path}' is not UTF-8 text") from None
     if name not in presets():
         raise ConfigError(f"unknown preset '{name}'{closest(name, presets())}")
-    return _parse(PRESETS.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name)
+    return _parse(PRESETS.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name, readers)
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def _parse(text: str, name: str, readers: tuple[str, ...]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -134,14 +143,16 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"config '{name}' must be a mapping with the sections {', '.join(Config.model_fields)}")
     base = tree.pop("preset", None)
-    return tree if base is None else merge(_read(str(base)), tree)
+    return tree if base is None else merge(_read(str(base), (*readers, name)), tree)
 
 
 def merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the keys of `change`, section by section; a section whose `kind` changes starts afresh."""
     if "kind" in change and base.get("kind") != change["kind"]:
         base = {}
-    merged = dict(base)
+    # A schedule is given by its unrolled depth or by its parts: one form replaces the other.
+    dropped = next((other for key, other in SCHEDULE_FORMS.items() if change.get(key) is not None), ())
+    merged = {key: value for key, value in base.items() if key not in dropped}
     for key, value in change.items():
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
@@ -175,18 +186,7 @@ def _number(text: str) -> str | float:
 
 def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
     fault = error.errors()[0]
-    tags = {
-        "fixed",
-        "expert_choice",
-        "token_choice",
-        "threshold",
-        "random",
-        "swiglu",
-        "gelu",
-        "relu",
-        "moe",
-        "recursive",
-    }
+    tags = _tags(kind)
     location = [str(part) for part in fault["loc"] if not (isinstance(part, str) and part in tags)]
     dotted = ".".join([where, *location] if where else location)
     match fault["type"]:
@@ -225,6 +225,15 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for member in get_args(annotation) for section in _sections(member)]
+
+
+def _tags(section: type[BaseModel]) -> set[str]:
+    """Every `kind` below a section: pydantic puts the kind of a variant into the path of a fault."""
+    found = set(get_args(section.model_fields["kind"].annotation)) if "kind" in section.model_fields else set()
+    for field in section.model_fields.values():
+        for below in _sections(field.annotation):
+            found |= _tags(below)
+    return found
 
 
 def _tag(section: type[BaseModel]) -> str | None:

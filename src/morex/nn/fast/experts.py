@@ -6,6 +6,7 @@ summed by the matrix products themselves.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,13 +43,10 @@ class Plan:
     """Whether a backward pass may follow."""
 
     @property
-    def spans(self) -> list[slice]:
-        """Rows of each expert."""
-        found, end = [], 0
-        for count in self.counts:
-            found.append(slice(end, end + count))
-            end += count
-        return found
+    def visited(self) -> list[tuple[int, slice]]:
+        """Experts that somebody visits, and their rows."""
+        ends = list(accumulate(self.counts))
+        return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(self.counts, ends, strict=True)) if n]
 
 
 Weights = dict[str, Tensor]
@@ -69,7 +67,7 @@ class _Experts(torch.autograd.Function):
         y = x.new_empty(plan.token.shape[0], x.shape[1])
         kept = torch.empty_like(y) if "norm_out" in own else y
         saved: list[Tensor] = []
-        for e, span in enumerate(plan.spans):
+        for e, span in plan.visited:
             rows = x.index_select(0, plan.token[span])
             z = loop(e, rows, folded, plan, saved)
             if "norm_out" in own:
@@ -91,19 +89,12 @@ class _Experts(torch.autograd.Function):
         own = dict(zip(plan.names, rest, strict=False))
         saved = rest[len(own) :]
         folded = fold(own, plan)
-        # A product is fastest with the narrow side first: these gradients are summed transposed.
-        turned = ("gate", "up", "joint")
-        sums = {
-            name: torch.zeros_like(
-                weight.transpose(1, 2) if name in turned else weight, memory_format=torch.contiguous_format
-            )
-            for name, weight in folded.items()
-        }
+        sums = {name: torch.zeros_like(weight) for name, weight in folded.items()}
         shares = torch.empty_like(kept[:, 0])
         shares[plan.places.flatten()] = weights.flatten()
         d_shares, d_rows = torch.empty_like(shares), torch.empty_like(kept)
         d_norm_out = torch.zeros_like(own["norm_out"]) if "norm_out" in own else None
-        for e, span in reversed(list(enumerate(plan.spans))):
+        for e, span in reversed(plan.visited):
             share, y = shares[span], kept[span]
             dz = torch.index_select(grad, 0, plan.token[span], out=d_rows[span])
             product = dz * y
@@ -122,7 +113,6 @@ class _Experts(torch.autograd.Function):
                 inner = (d_shares[span].unsqueeze(1) * scale).div_(-y.shape[1])
                 dz.mul_(norm).mul_(scale).addcmul_(y, inner)
                 loop_backward(e, dz, folded, sums, plan, saved)
-        sums |= {name: sums[name].transpose(1, 2) for name in turned if name in sums}
         gradients = unfold(own, sums, plan)
         if d_norm_out is not None:
             gradients["norm_out"] = d_norm_out
@@ -210,8 +200,8 @@ def loop_backward(e: int, dz: Tensor, folded: Weights, sums: Weights, plan: Plan
         inverse, h, g, u = (saved.pop() for _ in range(4))
         hidden, d_g, d_u = hidden_backward(dz @ own["down"], g, u)
         total["down"].addmm_(dz.t(), hidden)
-        total["gate"].addmm_(h.t(), d_g)
-        total["up"].addmm_(h.t(), d_u)
+        total["gate"].addmm_(d_g.t(), h)
+        total["up"].addmm_(d_u.t(), h)
         _add_norm_backward(dz, (d_g @ own["gate"]).addmm_(d_u, own["up"]), h, inverse)
 
         inverse, h = saved.pop(), saved.pop()
@@ -224,7 +214,7 @@ def loop_backward(e: int, dz: Tensor, folded: Weights, sums: Weights, plan: Plan
             kept = saved[-count:]
             del saved[-count:]
             projected = attend_backward(dz @ own["o"], kept, frames)
-            total["joint"].addmm_(h.t(), projected)
+            total["joint"].addmm_(projected.t(), h)
             d_h = projected @ own["joint"]
         _add_norm_backward(dz, d_h, h, inverse)
         torch.sum(dz, 0, out=total["step_embedding"][s])
