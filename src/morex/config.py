@@ -366,7 +366,7 @@ class DataConfig(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the text that is held out: whole documents, or the end of a corpus of one document."""
     seed: int = 0
-    """Seed of the split and of the order of windows."""
+    """Seed of the split."""
     windows: Literal["packed", "random"] = "packed"
     """`packed`: documents back to back, each token once an epoch; `random`: windows from random places."""
     mask_documents: bool = False
@@ -411,7 +411,7 @@ class TrainConfig(Section):
     threads: PositiveInt | None = None
     """CPU threads; default: torch's own."""
     seed: int = 0
-    """Seed of everything random in training."""
+    """Seed of everything random in training, the order of windows included."""
     log_every: PositiveInt = 10
     """Steps between metric lines."""
     eval_every: Annotated[int, Field(ge=0)] = 250

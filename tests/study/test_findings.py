@@ -158,6 +158,19 @@ def test_uneven_experts() -> None:
     assert silent(even, "busiest")
 
 
+def test_the_best_learning_rates_are_named() -> None:
+    results = family()
+    rates = [{"lr": lr, "first_half": 1.0, "second_half": 1.0, "full": 1.0, "full_spread": None} for lr in (1e-3, 3e-3)]
+    tree = results.model_dump()
+    tree["rows"] = [row | {"learning_rates": rates} for row in tree["rows"][:2]]
+    sentence = said(Results.model_validate(tree), "learning rates")
+    assert sentence == (
+        "Each is shown at the best of 2 learning rates, chosen on the first half of the held-out windows and measured "
+        "on the second: `dense` 0.001 and `small` 0.001."
+    )
+    assert silent(results, "learning rates")
+
+
 def test_one_seed_is_said_to_be_one() -> None:
     one = make_results(variant("a", "dense", 2.0), variant("b", "recursive", 2.1))
     assert "one seed" in findings(one)[-1]

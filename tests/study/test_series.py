@@ -99,8 +99,8 @@ def test_depths_and_loads() -> None:
     assert depth_shares(results, results.row("routed")) == pytest.approx([0, 0.2, 0.6, 0.2])
     assert depth_shares(results, results.row("loop")) is None
     loads = expert_loads(results, results.row("experts"))
-    assert list(loads) == ["layer 1", "layer 2"]
-    assert loads["layer 1"] == pytest.approx([0.5, 0.3, 0.2])
+    assert list(loads) == ["1", "2"]
+    assert loads["1"] == pytest.approx([0.5, 0.3, 0.2])
     assert expert_loads(results, results.row("dense")) == {}
 
 

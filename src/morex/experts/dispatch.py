@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from morex.nn import fast
+
 
 @dataclass(frozen=True, eq=False)
 class Dispatch:
@@ -25,13 +27,22 @@ class Dispatch:
     """Tokens of each expert."""
     top_k: int
 
+    @property
+    def places(self) -> Tensor:
+        """Sorted places of each token's assignments [N, K]."""
+        return self.inverse.view(-1, self.top_k)
+
     def gather(self, x: Tensor) -> Tensor:
         """x [N, D] -> rows of the assignments [N * K, D]."""
+        if fast.usable(x):
+            return fast.gather_rows(x, self.token, self.places)
         return x[self.token]
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         """Rows y [N * K, D] and weights [N, K] -> the weighted sum per token [N, D]."""
-        rows = y[self.inverse].view(-1, self.top_k, y.shape[1])
+        if fast.usable(y, weights):
+            return fast.combine_rows(y, weights, self.token, self.places)
+        rows = y[self.places]
         return (rows * weights.unsqueeze(-1).to(y.dtype)).sum(1)
 
 

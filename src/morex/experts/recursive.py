@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from morex.experts.dispatch import dispatch
+from morex.experts.dispatch import Dispatch, dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
-from morex.nn.attention import AttentionShape, KeyView, attend, attend_to
+from morex.nn import fast
+from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews, swiglu
 from morex.nn.norm import rms_norm
@@ -69,6 +70,8 @@ class RecursiveExperts(nn.Module):
         """x [N, D] -> [N, D] and the router's report. Loops over the few experts, never over tokens or the batch."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
+        if views is None and self._has_fast_path(x, packing):
+            return self._fast(x, weights, packing, sent), signals
         rows, tokens = sent.gather(x).split(sent.counts), sent.token.split(sent.counts)
         own = {name: stack.unbind(0) for name, stack in self.named_parameters(recurse=False)}
         outputs = []
@@ -76,6 +79,25 @@ class RecursiveExperts(nn.Module):
             parts = {name: stack[e] for name, stack in own.items()}
             outputs.append(self._expert(e, z, parts, packing.select(token), views) if z.shape[0] else z)
         return sent.combine(torch.cat(outputs), weights), signals
+
+    def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
+        rows = self.scope == "token" or has_fast_rows(packing)
+        return rows and x.shape[0] > 0 and fast.usable(x, *self.parameters(recurse=False))
+
+    def _fast(self, x: Tensor, weights: Tensor, packing: Packing, sent: Dispatch) -> Tensor:
+        frames: list[fast.Frames | None] | None = None
+        stacks: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        if self.scope == "routed":
+            tokens = sent.token.split(sent.counts)
+            frames = [self.shape.frames(packing.select(own), x.dtype) if own.numel() else None for own in tokens]
+        else:
+            stacks.pop("q", None), stacks.pop("k", None)
+        keeps = torch.is_grad_enabled()
+        shape, names = self.shape, tuple(stacks)
+        plan = fast.Plan(
+            sent.token, sent.places, sent.counts, self.eps, shape.head_dim, shape.scale, frames, names, keeps
+        )
+        return fast.recursive_experts(x, weights.to(x.dtype), stacks, plan)
 
     def _expert(self, e: int, x: Tensor, w: dict[str, Tensor], packing: Packing, views: ExpertViews | None) -> Tensor:
         """One expert on its own tokens x [M, D]."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from morex.nn import fast
 from morex.nn.costs import AttentionCosts, Costs, linear_costs
 from morex.nn.packing import Packing
 from morex.nn.rope import rotate
@@ -92,6 +93,10 @@ class AttentionShape:
     scale: float
     rope_base: float
 
+    def frames(self, packing: Packing, dtype: torch.dtype) -> fast.Frames:
+        """Where the fast path puts heads of this shape."""
+        return packing.frames(self.heads, self.kv_heads, self.head_dim, self.rope_base, dtype)
+
 
 class Attention(nn.Module):
     """Grouped-query causal attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
@@ -107,6 +112,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None) -> Tensor:
         """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it."""
+        if view is None and self._has_fast_path(x, packing):
+            return self._fast(x, packing)
         n, dim = x.shape[0], self.shape.head_dim
         table = packing.rotary(dim, self.shape.rope_base, torch.promote_types(x.dtype, torch.float32))
         q = rotate(self.q(x).view(n, -1, dim), table)
@@ -122,6 +129,20 @@ class Attention(nn.Module):
             assert view is not None
             y = attend_to(q, packing, view.read(), self.shape.scale)
         return self.o(y.reshape(n, -1))
+
+    def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
+        weights = (self.q.weight, self.k.weight, self.v.weight, self.o.weight)
+        return has_fast_rows(packing) and fast.usable(x, *weights)
+
+    def _fast(self, x: Tensor, packing: Packing) -> Tensor:
+        frames = self.shape.frames(packing, x.dtype)
+        weights = (self.q.weight, self.k.weight, self.v.weight, self.o.weight)
+        return fast.attention(x, *weights, frames, self.shape.scale)
+
+
+def has_fast_rows(packing: Packing) -> bool:
+    """Whether `morex.nn.fast` knows rows like these: some tokens, none of them hidden by documents, not too wide."""
+    return packing.documents is None and packing.num_tokens > 0 and fast.fits(packing.width)
 
 
 def attention_costs(d_model: int, shape: AttentionShape) -> Costs:

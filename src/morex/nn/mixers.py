@@ -6,6 +6,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from morex.nn import fast
 from morex.nn.attention import KeyView
 from morex.nn.costs import Costs, linear_costs
 from morex.nn.packing import Packing
@@ -28,6 +29,8 @@ class Mixer(Protocol):
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate x) * up x) (Shazeer 2020, eq. 6); x [N, D], weights as in `nn.Linear`."""
+    if fast.usable(x, gate, up, down):
+        return fast.swiglu(x, gate, up, down)
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 

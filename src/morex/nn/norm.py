@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from morex.nn import fast
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4)."""
+    if fast.usable(x, weight):
+        return fast.rms_norm(x, weight, eps)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 

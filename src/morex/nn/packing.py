@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from morex.nn.fast import Frames
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
@@ -33,6 +35,7 @@ class Packing:
     index: Tensor | None = None
     """Where each token stands in the list that these were selected from [N]; None where all were."""
     _tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _frames: dict[tuple[int, int, int, float, torch.dtype], Frames] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -66,7 +69,8 @@ class Packing:
             documents=None if self.documents is None else self.documents[index],
             place=None if full else row * width + rank,
             index=index if self.index is None else self.index[index],
-            _tables={},
+            _tables={key: (cos[index], sin[index]) for key, (cos, sin) in self._tables.items()},
+            _frames={},
         )
 
     def root(self) -> "Packing":
@@ -98,6 +102,14 @@ class Packing:
             angle = self.positions.to(dtype)[:, None] / base**exponent
             self._tables[key] = (angle.cos(), angle.sin())
         return self._tables[key]
+
+    def frames(self, heads: int, kv_heads: int, dim: int, base: float, dtype: torch.dtype) -> Frames:
+        """The frames that fast attention pads these tokens into; computed once and kept."""
+        key = (heads, kv_heads, dim, base, dtype)
+        if key not in self._frames:
+            turns = torch.complex(*self.rotary(dim, base, dtype))
+            self._frames[key] = Frames(self.row, self.rank, self.rows, self.width, turns, heads, kv_heads)
+        return self._frames[key]
 
 
 def pack_batch(

@@ -67,67 +67,47 @@ def ranking(results: Results, looks: dict[str, Style]) -> Figure | None:
     rows = sorted(results.finished, key=lambda row: row.val_loss or 0.0, reverse=True)
     if not rows:
         return None
-    traces: list[dict[str, Any]] = []
-    for row in rows:
-        look = looks[row.name]
-        spread = row.val_loss_spread
-        if row.val_loss_oracle is not None:
-            traces.append(
-                {
-                    "type": "scatter",
-                    "x": [row.val_loss_oracle],
-                    "y": [row.name],
-                    "meta": row.name,
-                    "mode": "markers",
-                    "marker": {
-                        "color": "#ffffff",
-                        "symbol": look.marker,
-                        "size": 9,
-                        "line": {"color": look.colour, "width": 2},
-                    },
-                    "hovertemplate": f"{row.name}, oracle routing<br>%{{x:.4f}}<extra></extra>",
-                }
-            )
-        traces.append(
-            {
-                "type": "scatter",
-                "x": [row.val_loss],
-                "y": [row.name],
-                "meta": row.name,
-                "mode": "markers",
-                "marker": {"color": look.colour, "symbol": look.marker, "size": 12},
-                "error_x": {"type": "data", "array": [spread or 0], "visible": bool(spread), "color": look.colour},
-                "hovertemplate": f"{row.name}<br>held-out loss %{{x:.4f}}"
-                + (f" ± {spread:.4f}" if spread is not None else "")
-                + "<extra></extra>",
-            }
-        )
     values = [v for row in rows for v in (row.val_loss, row.val_loss_oracle) if v is not None]
     spread = max((row.val_loss_spread or 0.0) for row in rows)
     low, high = min(values) - spread, max(values) + spread
-    room = max(high - low, 0.01)
+    room = 0.06 * max(high - low, 0.01)
     layout = _layout(height=70 + 34 * len(rows), left=None)
-    layout["xaxis"] |= {
-        "title": _title("held-out loss, nats per token"),
-        "range": [low - 0.06 * room, high + 0.06 * room],
-    }
+    layout["xaxis"] |= {"title": _title("held-out loss, nats per token"), "range": [low - room, high + room]}
     layout["yaxis"] |= {"type": "category", "showgrid": True, "automargin": True, "ticksuffix": "  "}
     layout["margin"]["r"] = 108 if spread else 58
+    note = {"xref": "paper", "x": 1, "xanchor": "left", "xshift": 10, "showarrow": False, "name": "fixed"}
     layout["annotations"] = [
-        {
-            "xref": "paper",
-            "x": 1,
-            "xanchor": "left",
-            "xshift": 10,
-            "y": row.name,
-            "text": loss_text(row),
-            "showarrow": False,
-            "font": {"size": 12.5, "color": INK},
-            "name": "fixed",
-        }
-        for row in rows
+        note | {"y": row.name, "text": loss_text(row), "font": {"size": 12.5, "color": INK}} for row in rows
     ]
-    return {"data": traces, "layout": layout}
+    return {"data": [mark for row in rows for mark in _end_marks(row, looks[row.name])], "layout": layout}
+
+
+def _end_marks(row: Row, look: Style) -> list[dict[str, Any]]:
+    """The oracle's loss, hollow, and over it the causal loss with its spread."""
+    common = {"type": "scatter", "y": [row.name], "meta": row.name, "mode": "markers"}
+    spread = row.val_loss_spread
+    marks: list[dict[str, Any]] = []
+    if row.val_loss_oracle is not None:
+        rim = {"color": look.colour, "width": 2}
+        marks.append(
+            common
+            | {
+                "x": [row.val_loss_oracle],
+                "marker": {"color": "#ffffff", "symbol": look.marker, "size": 9, "line": rim},
+                "hovertemplate": f"{row.name}, oracle routing<br>%{{x:.4f}}<extra></extra>",
+            }
+        )
+    said = f" ± {spread:.4f}" if spread is not None else ""
+    marks.append(
+        common
+        | {
+            "x": [row.val_loss],
+            "marker": {"color": look.colour, "symbol": look.marker, "size": 12},
+            "error_x": {"type": "data", "array": [spread or 0], "visible": bool(spread), "color": look.colour},
+            "hovertemplate": f"{row.name}<br>held-out loss %{{x:.4f}}{said}<extra></extra>",
+        }
+    )
+    return marks
 
 
 def loss(results: Results, looks: dict[str, Style], axis: Axis) -> Figure | None:
@@ -303,13 +283,13 @@ def experts(results: Results, row: Row, look: Style) -> Figure | None:
             "name": f"expert {e + 1}",
             "meta": row.name,
             "marker": {"color": mixed(look.colour, 1 - 0.7 * e / max(1, number - 1))},
-            "hovertemplate": f"%{{x}}, expert {e + 1}: %{{y:.1f}} %<extra></extra>",
+            "hovertemplate": f"layer %{{x}}, expert {e + 1}: %{{y:.1f}} %<extra></extra>",
         }
         for e in range(number)
     ]
-    layout = _layout(height=250)
+    layout = _layout(height=260)
     layout |= {"barmode": "group", "bargap": 0.25, "showlegend": number <= 8}
-    layout["xaxis"] |= {"type": "category", "showgrid": False}
+    layout["xaxis"] |= {"type": "category", "showgrid": False, "title": _title("layer")}
     layout["yaxis"] |= {"title": _title("share of the work, %"), "rangemode": "tozero"}
     even = 100 / number
     layout["shapes"] = [

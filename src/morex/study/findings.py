@@ -22,6 +22,7 @@ def findings(results: Results) -> tuple[str, ...]:
         return (*_failures(results), "No cell has finished, so there is nothing to compare.")
     sentences = [
         *_winner(results),
+        *_learning_rates(results),
         *_against_dense(results, "unique_non_embedding", "equal parameters", _parameters),
         *_against_dense(
             results, "train_flops", "equal training FLOPs", lambda row: human(row.train_flops or 0, "FLOP")
@@ -70,6 +71,17 @@ def _winner(results: Results) -> list[str]:
     if dense is not None and dense not in (best, second):
         sentence += f" The best dense variant, `{dense.name}`, has {_loss_text(dense)}."
     return [_capital(sentence)]
+
+
+def _learning_rates(results: Results) -> list[str]:
+    rows = [row for row in results.finished if len(row.learning_rates) > 1]
+    if not rows:
+        return []
+    chosen = _listed([f"`{row.name}` {row.lr:g}" for row in rows])
+    return [
+        f"Each is shown at the best of {len(rows[0].learning_rates)} learning rates, chosen on the first half of the "
+        f"held-out windows and measured on the second: {chosen}."
+    ]
 
 
 def _against_dense(results: Results, key: str, words: str, amount: Callable[[Row], str]) -> list[str]:

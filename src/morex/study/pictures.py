@@ -308,6 +308,7 @@ def _experts(results: Results, looks: Looks) -> "Figure | None":
         axes.set_xticks(range(len(loads)), list(loads))
         axes.grid(axis="x", visible=False)
         axes.set_title(name)
+        axes.set_xlabel("layer")
     grid[0][0].set_ylabel("share of the work, %")
     figure.text(0.995, 0.99, "a bar per expert; dotted: an even share", ha="right", va="top", color=FAINT, fontsize=8.5)
     return figure

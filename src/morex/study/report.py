@@ -198,7 +198,7 @@ def _learning_rates(results: Results, looks: dict[str, Style]) -> str:
     heads = "".join(f'<th scope="col" style="padding:10px">{name}</th>' for name in names)
     return f"""<h3 style="margin-top:22px">Each learning rate</h3>
 <p class="note">The learning rate is chosen on the first half of the held-out windows; the second half, marked, is what
-is reported and compared.</p>
+is reported and compared. Curves are over all windows.</p>
 <div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"""
 
 

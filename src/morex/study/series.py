@@ -158,11 +158,11 @@ def depth_shares(results: Results, row: Row) -> list[float] | None:
 
 
 def expert_loads(results: Results, row: Row) -> dict[str, list[float]]:
-    """Share of each expert by layer, `layer 1` first, averaged over seeds."""
+    """Share of each expert by the number of its layer, averaged over seeds."""
     routings = [cell.measures.routing for cell in results.cells_of(row) if cell.measures.routing]
     layers = list(routings[0].expert_load) if routings else []
     return {
-        f"layer {number}": [_mean(column) for column in zip(*(r.expert_load[layer] for r in routings), strict=True)]
+        f"{number}": [_mean(column) for column in zip(*(r.expert_load[layer] for r in routings), strict=True)]
         for number, layer in enumerate(layers, start=1)
     }
 

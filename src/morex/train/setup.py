@@ -87,7 +87,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     memory = PeakMemory(device)
     model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
     optimizer = build_optimizer(model, config.train)
-    loader = Loader(data.train, seq_len, config.train.batch_size, windows=config.data.windows, seed=config.data.seed)
+    loader = Loader(data.train, seq_len, config.train.batch_size, config.data.windows, config.train.seed)
     torch.manual_seed(config.train.seed)
     state = TrainState(data=_identity(data))
     if checkpoint is not None:

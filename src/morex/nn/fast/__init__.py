@@ -1,0 +1,29 @@
+"""Hand-written fast paths for the CPU, and the only place for them.
+
+Each stands behind one function of `morex.nn` or `morex.experts`, whose body is the plain version; `enabled(False)`
+makes every function take it. What is fast here: batched products with a manual softmax for the short rows that routing
+leaves, rotation as a complex product, gathers whose gradient is a gather, residual sums inside matrix products, and
+fewer tensors kept for the backward pass.
+"""
+
+from morex.nn.fast.attention import attention, fits
+from morex.nn.fast.experts import Plan, recursive_experts
+from morex.nn.fast.frame import Frames
+from morex.nn.fast.norm import rms_norm
+from morex.nn.fast.rows import combine_rows, gather_rows
+from morex.nn.fast.swiglu import swiglu
+from morex.nn.fast.switch import enabled, usable
+
+__all__ = [
+    "Frames",
+    "Plan",
+    "attention",
+    "combine_rows",
+    "enabled",
+    "fits",
+    "gather_rows",
+    "recursive_experts",
+    "rms_norm",
+    "swiglu",
+    "usable",
+]

@@ -37,7 +37,7 @@ def causal_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
     Returns:
         The probabilities of each block of queries.
     """
-    groups, width, dim = k.shape
+    groups, width, _ = k.shape
     found = []
     for block in blocks_of(width):
         stop, size = block.stop, block.stop - block.start
@@ -135,6 +135,17 @@ def attend_backward(grad: Tensor, saved: list[Tensor], frames: Frames) -> Tensor
         causal_rows_backward(g, q, k, v, found[done : done + count], *gradients)
         done += count
     return frames.unload(d_buffer)
+
+
+def fits(width: int) -> bool:
+    """Whether rows of this width are better off here than in `scaled_dot_product_attention`."""
+    return width <= LONGEST
+
+
+def attention(x: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, frames: Frames, scale: float) -> Tensor:
+    """Causal attention with rotary positions of x [N, D] -> [N, D]; weights as in `nn.Linear`."""
+    y: Tensor = _Attention.apply(x, q, k, v, o, frames, scale)
+    return y
 
 
 class _Attention(torch.autograd.Function):

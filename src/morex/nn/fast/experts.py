@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from morex.nn.fast.attention import attend, attend_backward, blocks_of, joint_weight, joint_weight_backward
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.norm import inverse_rms
-from morex.nn.fast.rows import sum_of_rows
+from morex.nn.fast.rows import in_order, sum_of_rows
 from morex.nn.fast.swiglu import hidden_backward
 
 
@@ -35,10 +35,10 @@ class Plan:
     dim: int
     """Width of a head."""
     scale: float
-    frames: list[Frames] | None
+    frames: list[Frames | None] | None
     """Frames of each expert's tokens; None where attention sees only the token itself."""
     names: tuple[str, ...]
-    """Names of the stacked weights, in the order they are passed."""
+    """Names of the stacked weights, in their order."""
     keeps: bool
     """Whether a backward pass may follow."""
 
@@ -52,9 +52,20 @@ class Plan:
 Weights = dict[str, Tensor]
 
 
-def run_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan) -> Tensor:
-    """x [N, D], weights of the assignments [N, K], weights of all experts stacked [E, ...] -> [N, D]."""
-    return _Experts.apply(x, weights, plan, *stacks.values())
+def recursive_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan) -> Tensor:
+    """What `morex.experts.recursive` does behind its router.
+
+    Args:
+        x: [N, D].
+        weights: of the assignments [N, K].
+        stacks: weights of all experts by name, stacked [E, ...]; those of queries and keys only with frames.
+        plan: where tokens go.
+
+    Returns:
+        The branch [N, D].
+    """
+    y: Tensor = _Experts.apply(x, weights, plan, *stacks.values())
+    return y
 
 
 class _Experts(torch.autograd.Function):
@@ -90,8 +101,7 @@ class _Experts(torch.autograd.Function):
         saved = rest[len(own) :]
         folded = fold(own, plan)
         sums = {name: torch.zeros_like(weight) for name, weight in folded.items()}
-        shares = torch.empty_like(kept[:, 0])
-        shares[plan.places.flatten()] = weights.flatten()
+        shares = in_order(weights, plan.places)
         d_shares, d_rows = torch.empty_like(shares), torch.empty_like(kept)
         d_norm_out = torch.zeros_like(own["norm_out"]) if "norm_out" in own else None
         for e, span in reversed(plan.visited):

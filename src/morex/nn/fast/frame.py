@@ -101,7 +101,7 @@ class Frames:
         """Queries [G, S * M, dim], keys and values [G, M, dim] of each frame; G = R * KV, S = H / KV."""
         parts, count = buffer.split(self._sizes), len(self.shapes)
         found = []
-        for i, (rows, width) in enumerate(self.shapes):
+        for i, (rows, _) in enumerate(self.shapes):
             groups = rows * self.kv_heads
             q, k, v = (parts[kind * count + i].view(groups, -1, self.dim) for kind in range(3))
             found.append((q, k, v))

@@ -1,4 +1,4 @@
-"""Rows that visit a piece of network and come back: gathers whose backward is a gather, never an accumulating scatter."""
+"""Rows that go to experts and come back: gathers whose gradient is a gather, never a scatter that adds up."""
 
 from typing import Any
 
@@ -6,50 +6,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from morex.nn.fast.switch import usable
 
-
-def gather_rows_plain(x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+def gather_rows(x: Tensor, token: Tensor, places: Tensor) -> Tensor:
     """Rows of x for each assignment of a token to an expert.
 
     Args:
         x: [N, D].
         token: token of each assignment [N * K], in any order; every token K times.
-        inverse: place of assignment n * K + k in that order [N * K].
+        places: where each token's assignments stand in that order [N, K].
 
     Returns:
         [N * K, D].
     """
-    return x[token]
+    rows: Tensor = _GatherRows.apply(x, token, places)
+    return rows
 
 
-def gather_rows(x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-    """`gather_rows_plain`; the gradient is K gathers and their sum."""
-    if usable(x) and x.shape[0]:
-        return _GatherRows.apply(x, token, inverse.view(x.shape[0], -1))
-    return gather_rows_plain(x, token, inverse)
-
-
-def combine_rows_plain(y: Tensor, weights: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-    """Weighted sum of what comes back for each token.
-
-    Args:
-        y: rows of the assignments [N * K, D], in the order of `token`.
-        weights: [N, K].
-        token, inverse: as for `gather_rows_plain`.
-
-    Returns:
-        [N, D] in the dtype of y.
-    """
-    rows = y[inverse].view(*weights.shape, y.shape[1])
-    return (rows * weights.unsqueeze(-1).to(y.dtype)).sum(1)
-
-
-def combine_rows(y: Tensor, weights: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
-    """`combine_rows_plain`."""
-    if usable(y, weights) and y.shape[0]:
-        return _CombineRows.apply(y, weights, token, inverse.view(weights.shape))
-    return combine_rows_plain(y, weights, token, inverse)
+def combine_rows(y: Tensor, weights: Tensor, token: Tensor, places: Tensor) -> Tensor:
+    """Weighted sum [N, D] of each token's rows, for y [N * K, D] in the order of `token` and weights [N, K]."""
+    total: Tensor = _CombineRows.apply(y, weights, token, places)
+    return total
 
 
 def sum_of_rows(y: Tensor, places: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -61,6 +37,13 @@ def sum_of_rows(y: Tensor, places: Tensor, weights: Tensor | None = None) -> Ten
         rows = y.index_select(0, places[:, k])
         total = total.add_(rows) if weights is None else total.addcmul_(rows, weights[:, k : k + 1])
     return total
+
+
+def in_order(weights: Tensor, places: Tensor) -> Tensor:
+    """Weights [N, K] in the order of the assignments [N * K]."""
+    ordered = torch.empty_like(weights).flatten()
+    ordered[places.flatten()] = weights.flatten()
+    return ordered
 
 
 class _GatherRows(torch.autograd.Function):
@@ -88,6 +71,4 @@ class _CombineRows(torch.autograd.Function):
         y, weights, token, places = ctx.saved_tensors
         rows = grad.index_select(0, token)
         d_weights = (rows * y).sum(1)[places]
-        own = torch.empty_like(d_weights).view(-1, 1)
-        own[places.flatten()] = weights.reshape(-1, 1)
-        return rows.mul_(own), d_weights, None, None
+        return rows.mul_(in_order(weights, places).unsqueeze(1)), d_weights, None, None

@@ -1,20 +1,20 @@
-"""When the fast paths run: on a CPU, in fp32 or fp64, outside torch.compile, and while nobody has turned them off."""
+"""When the fast paths run, and the switch that turns them off."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-_DTYPES = (torch.float32, torch.float64)
 _is_enabled = True
 
 
 @contextmanager
 def enabled(on: bool) -> Iterator[None]:
-    """Inside, fast paths run (`on`) or every function takes its plain path.
+    """Inside, fast paths run where they can (`on`), or every function takes its plain path.
 
-    Plain paths serve where the fast ones do not go: derivatives of derivatives, torch.func, FLOP counters.
+    The plain paths are for derivatives of derivatives and torch.func, which the fast ones do not know.
     """
     global _is_enabled
     before, _is_enabled = _is_enabled, on
@@ -25,8 +25,17 @@ def enabled(on: bool) -> Iterator[None]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether a fast path may run on these: on a CPU, one dtype of fp32 and fp64 (or what autocast makes of it)."""
-    if not _is_enabled or torch.compiler.is_compiling():
-        return False
+    """Whether a fast path may take these: on a CPU, all fp32 or all fp64, without autocast.
+
+    Not under torch.compile, which fuses the plain path itself, nor under a dispatch mode such as a FLOP counter, which
+    would not see into products that are written in place.
+    """
     dtype = tensors[0].dtype
-    return dtype in _DTYPES and all(t.device.type == "cpu" and t.dtype == dtype for t in tensors)
+    return (
+        _is_enabled
+        and dtype in (torch.float32, torch.float64)
+        and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_in_torch_dispatch_mode()
+    )
