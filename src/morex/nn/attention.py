@@ -131,13 +131,15 @@ class Attention(nn.Module):
         return self.o(y.reshape(n, -1))
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
-        weights = (self.q.weight, self.k.weight, self.v.weight, self.o.weight)
-        return has_fast_rows(packing) and fast.usable(x, *weights)
+        # fp16 stays where it is: its range is too small for sums in another order.
+        return has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
 
     def _fast(self, x: Tensor, packing: Packing) -> Tensor:
-        frames = self.shape.frames(packing, x.dtype)
-        weights = (self.q.weight, self.k.weight, self.v.weight, self.o.weight)
-        return fast.attention(x, *weights, frames, self.shape.scale)
+        shape = self.shape
+        weight = fast.joint_weight(self.q.weight, self.k.weight, self.v.weight, shape.head_dim, shape.scale)
+        projected = F.linear(x, weight)
+        wide = torch.promote_types(projected.dtype, torch.float32)
+        return self.o(fast.attend(projected, shape.frames(packing, wide)))
 
 
 def has_fast_rows(packing: Packing) -> bool:

@@ -6,22 +6,24 @@ leaves, rotation as a complex product, gathers whose gradient is a gather, resid
 fewer tensors kept for the backward pass.
 """
 
-from morex.nn.fast.attention import attention, fits
+from morex.nn.fast.causal import attend, fits, joint_weight
 from morex.nn.fast.experts import Plan, recursive_experts
+from morex.nn.fast.feed_forward import swiglu
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.rows import combine_rows, gather_rows
-from morex.nn.fast.swiglu import swiglu
-from morex.nn.fast.switch import enabled, usable
+from morex.nn.fast.switch import available, enabled, usable
 
 __all__ = [
     "Frames",
     "Plan",
-    "attention",
+    "attend",
+    "available",
     "combine_rows",
     "enabled",
     "fits",
     "gather_rows",
+    "joint_weight",
     "recursive_experts",
     "rms_norm",
     "swiglu",

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from morex.nn.fast.attention import attend, attend_backward, blocks_of, joint_weight, joint_weight_backward
+from morex.nn.fast.causal import attend_backward, attend_forward, blocks_of, joint_weight, joint_weight_backward
+from morex.nn.fast.feed_forward import hidden_backward
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.norm import inverse_rms
 from morex.nn.fast.rows import in_order, sum_of_rows
-from morex.nn.fast.swiglu import hidden_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,7 @@ class _Experts(torch.autograd.Function):
     """Saves for each expert and step: both normed inputs, the heads and probabilities, and the two hidden tensors."""
 
     @staticmethod
+    @full_precision
     def forward(ctx: Any, x: Tensor, weights: Tensor, plan: Plan, *stacks: Tensor) -> Tensor:
         own = dict(zip(plan.names, stacks, strict=True))
         folded = fold(own, plan)
@@ -93,7 +94,7 @@ class _Experts(torch.autograd.Function):
         return sum_of_rows(y, plan.places, weights)
 
     @staticmethod
-    @once_differentiable
+    @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         weights, kept, *rest = ctx.saved_tensors
@@ -189,7 +190,7 @@ def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor])
             z.addmm_(h, own["alone"].t())
             kept = [h, inverse]
         else:
-            heads, kept = attend(h @ own["joint"].t(), frames)
+            heads, kept = attend_forward(h @ own["joint"].t(), frames)
             z.addmm_(heads, own["o"].t())
             kept += [heads, h, inverse]
         inverse = inverse_rms(z, plan.eps)

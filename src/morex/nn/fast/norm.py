@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,13 +24,14 @@ class _RMSNorm(torch.autograd.Function):
     """Saves x, which the residual stream often keeps alive anyway, and one number a row."""
 
     @staticmethod
+    @full_precision
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = inverse_rms(x, eps)
         ctx.save_for_backward(x, inverse, weight)
         return torch.mul(x, inverse).mul_(weight)
 
     @staticmethod
-    @once_differentiable
+    @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, inverse, weight = ctx.saved_tensors
         # With n = x * inverse: d x = inverse * (grad * weight - n * mean(grad * weight * n)).

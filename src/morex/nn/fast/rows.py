@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
 def gather_rows(x: Tensor, token: Tensor, places: Tensor) -> Tensor:
@@ -48,12 +49,13 @@ def in_order(weights: Tensor, places: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx: Any, x: Tensor, token: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
         return x.index_select(0, token)
 
     @staticmethod
-    @once_differentiable
+    @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (places,) = ctx.saved_tensors
         return sum_of_rows(grad, places), None, None
@@ -61,12 +63,13 @@ class _GatherRows(torch.autograd.Function):
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
+    @full_precision
     def forward(ctx: Any, y: Tensor, weights: Tensor, token: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, token, places)
         return sum_of_rows(y, places, weights)
 
     @staticmethod
-    @once_differentiable
+    @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y, weights, token, places = ctx.saved_tensors
         rows = grad.index_select(0, token)

@@ -1,13 +1,23 @@
 """When the fast paths run, and the switch that turns them off."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _is_enabled = True
+
+# The bodies of fast functions pick their dtypes themselves: autocast stays out of them, both ways.
+full_precision = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+
+
+def full_precision_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of a function whose forward is `full_precision`."""
+    return torch.amp.custom_bwd(once_differentiable(backward), device_type="cpu")
 
 
 @contextmanager
@@ -24,18 +34,26 @@ def enabled(on: bool) -> Iterator[None]:
         _is_enabled = before
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether a fast path may take these: on a CPU, all fp32 or all fp64, without autocast.
+def available(*tensors: Tensor) -> bool:
+    """Whether fast paths may run on these: on a CPU.
 
     Not under torch.compile, which fuses the plain path itself, nor under a dispatch mode such as a FLOP counter, which
     would not see into products that are written in place.
     """
-    dtype = tensors[0].dtype
     return (
         _is_enabled
-        and dtype in (torch.float32, torch.float64)
-        and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+        and all(tensor.device.type == "cpu" for tensor in tensors)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
         and not is_in_torch_dispatch_mode()
+    )
+
+
+def usable(*tensors: Tensor, under_autocast: bool = False) -> bool:
+    """Whether a fast path that keeps to one dtype may take these: all fp32 or all fp64, and no autocast."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(tensor.dtype == dtype for tensor in tensors)
+        and (under_autocast or not torch.is_autocast_enabled("cpu"))
+        and available(*tensors)
     )

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -18,13 +19,14 @@ class _SwiGLU(torch.autograd.Function):
     """Saves x and the two projections; silu is cheaper to repeat than to keep."""
 
     @staticmethod
+    @full_precision
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         g, u = x @ gate.t(), x @ up.t()
         ctx.save_for_backward(x, g, u, gate, up, down)
         return F.silu(g).mul_(u) @ down.t()
 
     @staticmethod
-    @once_differentiable
+    @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, g, u, gate, up, down = ctx.saved_tensors
         hidden, d_g, d_u = hidden_backward(grad @ down, g, u)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from morex.nn.fast.frame import Frames
+from morex.nn.fast.switch import full_precision, full_precision_backward
 
 BLOCK = 64
 """Queries that are taken together in long rows: fewer skip more of the upper triangle, more make larger products."""
@@ -91,35 +91,68 @@ def _bmm_into(a: Tensor, b: Tensor, out: Tensor, block: slice, width: int) -> No
 
 def joint_weight(q: Tensor, k: Tensor, v: Tensor, dim: int, scale: float) -> Tensor:
     """Query, key and value weights [..., C * dim, D] as one, pairs side by side, the scale inside the queries."""
-    queries = q.index_select(-2, _pair_order(q.shape[-2], dim)).mul_(scale)
-    return torch.cat((queries, k.index_select(-2, _pair_order(k.shape[-2], dim)), v), -2)
+    return torch.cat((_paired(q, dim) * scale, _paired(k, dim), v), -2)
 
 
 def joint_weight_backward(grad: Tensor, queries: int, keys: int, dim: int, scale: float) -> list[Tensor]:
     """Gradients of the three weights, for `queries` and `keys` channels."""
     d_q, d_k, d_v = grad.split((queries, keys, keys), -2)
-    d_q = d_q.index_select(-2, _pair_order(queries, dim).argsort()).mul_(scale)
-    return [d_q, d_k.index_select(-2, _pair_order(keys, dim).argsort()), d_v]
+    return [_unpaired(d_q, dim) * scale, _unpaired(d_k, dim), d_v]
 
 
-def _pair_order(channels: int, dim: int) -> Tensor:
-    """Order of rotate-half channels (pairs i, i + dim / 2 in each head) that puts pairs side by side."""
-    return torch.arange(channels).view(-1, 2, dim // 2).transpose(1, 2).flatten()
+def _paired(weight: Tensor, dim: int) -> Tensor:
+    """Puts channels i and i + dim / 2 of each head (the pairs of rotate-half) side by side."""
+    return weight.unflatten(-2, (-1, 2, dim // 2)).transpose(-3, -2).flatten(-4, -2)
 
 
-def attend(projected: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
+def _unpaired(weight: Tensor, dim: int) -> Tensor:
+    """The reverse of `_paired`."""
+    return weight.unflatten(-2, (-1, dim // 2, 2)).transpose(-3, -2).flatten(-4, -2)
+
+
+def fits(width: int) -> bool:
+    """Whether rows of this width are better off here than in `scaled_dot_product_attention`."""
+    return width <= LONGEST
+
+
+def attend(projected: Tensor, frames: Frames) -> Tensor:
     """Rotated causal attention.
 
     Args:
-        projected: x times the joint weight [N, (H + 2 KV) * dim]; overwritten.
+        projected: x times the joint weight [N, (H + 2 KV) * dim].
 
     Returns:
-        The heads' outputs [N, H * dim], and what the backward pass needs.
+        The heads' outputs [N, H * dim] in the dtype of `projected`. Computed in fp32 at least: on a CPU the gradient of
+        bf16 attention takes several times as long as that of fp32.
     """
+    wide = projected if projected.dtype == torch.float64 else projected.float()
+    heads: Tensor = _Attend.apply(wide, frames)
+    return heads.to(projected.dtype)
+
+
+class _Attend(torch.autograd.Function):
+    """Saves the heads in their frames and the probabilities."""
+
+    @staticmethod
+    @full_precision
+    def forward(ctx: Any, projected: Tensor, frames: Frames) -> Tensor:
+        heads, saved = attend_forward(projected, frames)
+        ctx.frames = frames
+        ctx.save_for_backward(*saved)
+        return heads
+
+    @staticmethod
+    @full_precision_backward
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return attend_backward(grad, list(ctx.saved_tensors), ctx.frames), None
+
+
+def attend_forward(projected: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
+    """The heads' outputs [N, H * dim], and what the backward pass needs."""
     buffer = frames.load(projected)
     out = buffer.new_empty(frames.places * frames.heads, frames.dim)
     saved = [buffer]
-    for (q, k, v), part in zip(frames.kinds(buffer), frames.outputs(out), strict=True):
+    for (q, k, v), part in zip(frames.frames(buffer), frames.outputs(out), strict=True):
         saved += causal_rows(q, k, v, part)
     return frames.collect(out), saved
 
@@ -128,45 +161,9 @@ def attend_backward(grad: Tensor, saved: list[Tensor], frames: Frames) -> Tensor
     """Gradient of `projected` from that of the heads' outputs."""
     buffer, *found = saved
     d_buffer = torch.empty_like(buffer)
-    done = 0
-    parts = zip(frames.outputs(frames.spread(grad)), frames.kinds(buffer), frames.kinds(d_buffer), strict=True)
+    parts = zip(frames.outputs(frames.spread(grad)), frames.frames(buffer), frames.frames(d_buffer), strict=True)
     for g, (q, k, v), gradients in parts:
         count = len(blocks_of(k.shape[1]))
-        causal_rows_backward(g, q, k, v, found[done : done + count], *gradients)
-        done += count
+        causal_rows_backward(g, q, k, v, found[:count], *gradients)
+        found = found[count:]
     return frames.unload(d_buffer)
-
-
-def fits(width: int) -> bool:
-    """Whether rows of this width are better off here than in `scaled_dot_product_attention`."""
-    return width <= LONGEST
-
-
-def attention(x: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, frames: Frames, scale: float) -> Tensor:
-    """Causal attention with rotary positions of x [N, D] -> [N, D]; weights as in `nn.Linear`."""
-    y: Tensor = _Attention.apply(x, q, k, v, o, frames, scale)
-    return y
-
-
-class _Attention(torch.autograd.Function):
-    """Saves x, the heads in their frames, the probabilities and the heads' outputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, frames: Frames, scale: float
-    ) -> Tensor:
-        weight = joint_weight(q, k, v, frames.dim, scale)
-        heads, saved = attend(x @ weight.t(), frames)
-        ctx.frames, ctx.scale = frames, scale
-        ctx.save_for_backward(x, heads, weight, o, *saved)
-        return heads @ o.t()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        frames: Frames = ctx.frames
-        x, heads, weight, o, *saved = ctx.saved_tensors
-        projected = attend_backward(grad @ o, saved, frames)
-        queries, keys = frames.heads * frames.dim, frames.kv_heads * frames.dim
-        d_q, d_k, d_v = joint_weight_backward(projected.t() @ x, queries, keys, frames.dim, ctx.scale)
-        return projected @ weight, d_q, d_k, d_v, grad.t() @ heads, None, None
