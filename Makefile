@@ -33,8 +33,12 @@ check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
 
 bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins; writes benchmarks/results
 	@mkdir -p benchmarks/results
-	$(BIN)/morex bench train more more-tuned moe recursive mor-expert mor-token mor-threshold \
+	$(BIN)/morex bench train more more-tuned moe recursive mor-expert mor-token mor-threshold mor-random \
 	  --json benchmarks/results/train.json
+	$(BIN)/morex bench train more more-tuned moe --expert-loads 0.4,0.4,0.1,0.1 --no-memory \
+	  --json benchmarks/results/train-uneven.json
+	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
+	  --threads 2 --precision fp32 --precision bf16 --no-twins --no-memory --json benchmarks/results/train-bf16.json
 
 docs: $(VENV)/dev.stamp  ## regenerate docs/configuration.md and the figures
 	$(BIN)/python docs/generate_configuration.py

@@ -105,10 +105,18 @@ def tiny_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
-    """The same config with the mixer `swiglu`: the dense twin of an expert model."""
-    if isinstance(model.mixer, FeedForwardConfig):
+    """The same config with the mixer `swiglu`, the dense twin of an expert model; of the size of one expert.
+
+    A swiglu has three matrices, so the twin of experts with two has 2/3 of their hidden width, to a multiple of 8.
+    """
+    mixer = model.mixer
+    if isinstance(mixer, FeedForwardConfig):
         return model
-    width = model.mixer.d_ff if isinstance(model.mixer, RecursiveExpertsConfig) else model.mixer.expert.d_ff
+    if isinstance(mixer, RecursiveExpertsConfig):
+        width = mixer.d_ff
+    else:
+        width = mixer.expert.hidden(model.d_model)
+        width = width if mixer.expert.kind == "swiglu" else max(1, round(width / 12)) * 8
     return model.model_copy(update={"mixer": FeedForwardConfig(kind="swiglu", d_ff=width)})
 
 

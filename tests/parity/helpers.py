@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         "mor-threshold",
         ["model.mixer={kind: moe, expert: {kind: swiglu, d_ff: 16}, router: {experts: 4, top_k: 2, bias_rate: 0.01}}"],
     ),
+    "moe+gelu": ("moe", ["model.mixer.expert.kind=gelu", "model.mixer.router.top_k=2"]),
     "random+shared_first": ("mor-random", ["model.kv=shared_first"]),
     "tuned+one_expert_each": ("more-tuned", ["model.mixer.router.top_k=1", "model.mixer.branch=output"]),
     "tuned+token_scope": ("more-tuned", ["model.mixer.attention_scope=token"]),

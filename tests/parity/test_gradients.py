@@ -1,5 +1,6 @@
 """Gradients are those of the loss: hand-written backward passes and gathers included, against central differences."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parity.helpers import CASES, fresh_model, labels_of, pad, plain_path, ragged_rows
+from parity.helpers import CASES, cases, fresh_model, labels_of, pad, plain_path, ragged_rows
 
 STEP = 1e-5
 
@@ -83,3 +84,30 @@ def test_gradients_of_the_plain_path(case: str) -> None:
         if first.grad is not None:
             assert second.grad is not None
             torch.testing.assert_close(first.grad, second.grad, rtol=0, atol=1e-9, msg=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("case", cases("fixed", mixer="swiglu"))
+def test_gradients_under_bf16_autocast(case: str) -> None:
+    """Fast paths under autocast are as near to the gradients in float64 as the plain path is, over several batches."""
+    errors = {False: 0.0, True: 0.0}
+    for seed in range(4):
+        tokens, lengths = pad(ragged_rows(case, [24, 7, 1], seed))
+        exact = fresh_model(case)
+        loss_of(exact, tokens, lengths).backward()
+        for plain in errors:
+            model = fresh_model(case).float()
+            with plain_path() if plain else contextlib.nullcontext():
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = loss_of(model, tokens, lengths)
+                loss.backward()
+            errors[plain] += relative_error(model, exact) / 4
+    assert errors[False] < 0.2
+    assert errors[False] < 2 * errors[True]
+
+
+def relative_error(model: Any, exact: Any) -> float:
+    """Length of the difference between two models' gradients, over the length of the exact one."""
+    pairs = [(mine.grad, true.grad) for mine, true in zip(model.parameters(), exact.parameters(), strict=True)]
+    assert all(mine.dtype == torch.float32 for mine, _ in pairs)
+    wrong = sum((mine.double() - true).square().sum().item() for mine, true in pairs)
+    return (wrong / sum(true.square().sum().item() for _, true in pairs)) ** 0.5

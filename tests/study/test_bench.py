@@ -15,6 +15,7 @@ from morex.study.bench import (
     _row,
     _shape,
     bench_train,
+    drawn_experts,
     paired_ratio,
     random_batches,
     twin_name,
@@ -136,3 +137,40 @@ def test_names_of_twins() -> None:
 def test_unknown_presets_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown preset 'mor'"):
         bench_train(["mor"])
+
+
+@pytest.mark.parametrize(("loads", "top_k"), [([0.25] * 4, 2), ([0.4, 0.4, 0.1, 0.1], 2), ([0.7, 0.1, 0.2], 1)])
+def test_experts_are_drawn_in_the_given_shares(loads: list[float], top_k: int) -> None:
+    chosen = drawn_experts(loads, top_k)(torch.zeros(20_000, len(loads)))
+    assert chosen.shape == (20_000, top_k)
+    assert all(len(set(row)) == top_k for row in chosen[:500].tolist())
+    shares = torch.bincount(chosen.flatten(), minlength=len(loads)) / chosen.numel()
+    assert shares.tolist() == pytest.approx(loads, abs=0.01)
+
+
+def test_experts_work_under_the_loads_that_were_asked_for() -> None:
+    config = load_config("more-tuned", SMALL)
+    contender = Contender(config, Shape(8, 64, "fp32", CPU), (0.5, 0.3, 0.2, 0.0))
+    stats = contender.step(random_batches(64, Shape(8, 64, "fp32", CPU), 1)[0])
+    loads = [fields["load"] for fields in stats.values() if "load" in fields]
+    assert len(loads) == 2
+    for load in loads:
+        assert (load / load.sum()).tolist() == pytest.approx([0.5, 0.3, 0.2, 0.0], abs=0.05)
+    [row] = bench_train(["more-tuned"], 2, 16, steps=1, rounds=1, twins=False, overrides=SMALL, memory=False)
+    assert row["expert_loads"] == [0.25] * 4
+    [row] = bench_train(["vanilla"], 2, 16, steps=1, rounds=1, twins=False, overrides=SMALL, memory=False)
+    assert row["expert_loads"] is None
+
+
+@pytest.mark.parametrize(
+    ("loads", "sentence"),
+    [
+        ([0.5, 0.5], "name 2 experts, but 'more' has 4"),
+        ([0.6, 0.2, 0.1, 0.1], "each at most 1/2"),
+        ([0.4, 0.4, 0.1, 0.2], "sum to 1"),
+        ([0.5, 0.5, 0.1, -0.1], "0 or more"),
+    ],
+)
+def test_loads_that_no_router_could_have_are_refused(loads: list[float], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        bench_train(["more"], loads=loads)

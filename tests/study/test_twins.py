@@ -106,6 +106,15 @@ def test_bench_twins() -> None:
     assert twin.schedule == ScheduleConfig(layers=8)
 
 
+def test_the_twin_of_experts_has_the_size_of_one() -> None:
+    """Two matrices of hidden width 512 hold as much as the three of a swiglu of width 344, to 1 %."""
+    for kind, hidden in (("relu", 344), ("gelu", 344), ("swiglu", 512)):
+        model = load_config("moe", [f"model.mixer.expert={{kind: {kind}, d_ff: 512}}"]).model
+        twin = bench_twin(model)
+        assert twin is not None
+        assert twin.mixer == FeedForwardConfig(kind="swiglu", d_ff=hidden)
+
+
 def test_unrouted() -> None:
     assert unrouted(load_config("mor-token").model) == load_config("recursive").model
     assert unrouted(load_config("recursive").model) is None

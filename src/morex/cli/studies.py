@@ -57,6 +57,7 @@ def compare(
     epilog=examples(
         "morex bench train more mor-expert",
         "morex bench train more more-tuned --threads 1 --precision fp32 --json speed.json",
+        "morex bench train more-tuned --expert-loads 0.4,0.4,0.1,0.1",
         "morex bench train vanilla --threads 2 --precision fp32 --precision bf16 --no-twins",
     ),
 )
@@ -75,6 +76,10 @@ def bench_train(
     ] = None,
     twins: Annotated[bool, typer.Option("--twins/--no-twins", help="Also run the dense twins.")] = True,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
+    loads: Annotated[
+        str | None,
+        typer.Option("--expert-loads", metavar="A,B,...", help="Share of the work of each expert; default: even."),
+    ] = None,
     overrides: Overrides = None,
     device: Device = "auto",
 ) -> None:
@@ -104,6 +109,7 @@ def bench_train(
         twins=twins,
         overrides=overrides or [],
         memory=memory,
+        loads=_shares(loads) if loads else None,
         device=device,
         console=console(stderr=True),
     )
@@ -111,6 +117,16 @@ def bench_train(
     if json_file is not None:
         write_json(json_file, rows)
         console(stderr=True).print(f"wrote {json_file}", style="dim")
+
+
+def _shares(text: str) -> list[float]:
+    """Numbers with commas between."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--expert-loads '{text}' must be numbers with commas between, such as 0.4,0.4,0.1,0.1"
+        ) from None
 
 
 def _cell(row: dict[str, Any], key: str) -> str:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from morex.experts.dispatch import dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
+from morex.nn import fast
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ACTIVATIONS, ExpertViews, feed_forward_costs, swiglu
@@ -37,15 +38,23 @@ class MoE(nn.Module):
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
+        rows, gate = sent.gather(x), self.gate if self.kind == "swiglu" else None
+        if fast.usable(rows, *self.parameters(recurse=False)):
+            y = fast.feed_forward_experts(rows, sent.counts, self.kind, self.up, self.down, gate)
+        else:
+            y = self._each(rows, sent.counts)
+        return sent.combine(y, weights), signals
+
+    def _each(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Every expert on its own rows [N * K, D] -> [N * K, D]; loops over the few experts, never over tokens."""
         gate = self.gate.unbind(0) if self.kind == "swiglu" else self.up.unbind(0)
         outputs = []
-        rows = sent.gather(x).split(sent.counts)
-        for z, g, u, d in zip(rows, gate, self.up.unbind(0), self.down.unbind(0), strict=True):
+        for z, g, u, d in zip(rows.split(counts), gate, self.up.unbind(0), self.down.unbind(0), strict=True):
             if self.kind == "swiglu":
                 outputs.append(swiglu(z, g, u, d))
             else:
                 outputs.append(F.linear(ACTIVATIONS[self.kind](F.linear(z, u)), d))
-        return sent.combine(torch.cat(outputs), weights), signals
+        return torch.cat(outputs)
 
     @staticmethod
     def costs(d_model: int, experts: int, top_k: int, shape: AttentionShape, expert: str, d_ff: int) -> Costs:

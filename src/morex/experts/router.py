@@ -31,20 +31,23 @@ class ExpertRouter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)
         probabilities = logits.softmax(-1)
-        chosen = (probabilities.detach() + self.bias).topk(self.top_k, dim=-1).indices
+        chosen = self.choose(probabilities.detach())
         weights = probabilities.gather(1, chosen)
         if self.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         return chosen, weights, self._report(logits, probabilities, chosen)
 
+    def choose(self, probabilities: Tensor) -> Tensor:
+        """Experts [N, K] of tokens with these probabilities [N, E]."""
+        return (probabilities + self.bias).topk(self.top_k, dim=-1).indices
+
     def _report(self, logits: Tensor, probabilities: Tensor, chosen: Tensor) -> Signals:
         load = torch.bincount(chosen.flatten(), minlength=self.experts)
-        log = F.log_softmax(logits.detach(), -1)
         signals = Signals(
             stats={
                 "load": load,
                 "importance": probabilities.detach().sum(0),
-                "entropy": -(log.exp() * log).sum(),
+                "entropy": torch.special.entr(probabilities.detach()).sum(),
                 "tokens": torch.tensor(chosen.shape[0], device=chosen.device),
             },
             chosen=chosen,

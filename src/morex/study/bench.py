@@ -3,7 +3,11 @@
 "Explained" is the FLOP ratio over the time ratio of a preset to its twin: 1.0 means that all of the difference is
 arithmetic. FLOPs come from closed forms without padding, with the shares of active tokens that were measured. The twin
 of a model with recursions is its unrolled dense form, of one with experts the same model with the mixer `swiglu`; a
-depth-routed model is also set against the same model without its router. Shapes: B batch, T tokens, V vocabulary.
+depth-routed model is also set against the same model without its router.
+
+What a layer of experts costs depends on how evenly it is used, and a router that has not been trained uses it unevenly
+by chance. So the loads are given: each token's experts are drawn at random, every expert alike unless the caller says
+otherwise. Shapes: B batch, T tokens, N tokens of a batch, E experts, K of them for each token, V vocabulary.
 """
 
 import json
@@ -12,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +26,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from morex.config import Config, ModelConfig
-from morex.loading import is_depth_routed, load_config
+from morex.config import Config, FeedForwardConfig, ModelConfig
+from morex.experts.router import ExpertRouter
+from morex.loading import ConfigError, is_depth_routed, load_config
 from morex.model.count import count
 from morex.model.lm import build_model
 from morex.nn.signals import RouterStats
 from morex.study.twins import bench_twin, unrouted
-from morex.train.memory import PeakMemory
+from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
 from morex.train.runs import environment, write_whole
@@ -53,9 +58,14 @@ class Shape:
 class Contender:
     """A model with its optimizer, which can take training steps on random text."""
 
-    def __init__(self, config: Config, shape: Shape) -> None:
+    def __init__(self, config: Config, shape: Shape, loads: Sequence[float] | None = None) -> None:
+        keep_freed_memory()
         self.config, self.shape = config, shape
         self.model = build_model(config.model, device=shape.device, dtype=weight_dtype(shape.precision)).train()
+        for module in self.model.modules():
+            if isinstance(module, ExpertRouter):
+                even = [1 / module.experts] * module.experts
+                module.choose = drawn_experts(loads or even, module.top_k)  # type: ignore[method-assign, assignment]
         self.optimizer = build_optimizer(self.model, config.train)
         self.autocast = autocast_dtype(shape.precision)
         self.steps = 0
@@ -122,6 +132,7 @@ def bench_train(
     twins: bool = True,
     overrides: Sequence[str] = (),
     memory: bool = True,
+    loads: Sequence[float] | None = None,
     device: str = "auto",
     console: Console | None = None,
 ) -> list[Row]:
@@ -138,16 +149,19 @@ def bench_train(
         twins: also run the dense twin and, for routed models, the unrouted form.
         overrides: `a.b=value` changes of every preset.
         memory: also measure peak memory, in a process of its own per preset.
+        loads: share of the work of each expert; default: even.
 
     Returns:
         One row per preset and precision, see `_row`.
 
     Raises:
-        ConfigError: an unknown preset, key, device or precision.
+        ConfigError: an unknown preset, key, device or precision, or loads that no router could have.
     """
     place = resolve_device(device)
     wanted = [precision] if isinstance(precision, str) else list(precision)
     configs = {name: load_config(name, overrides) for name in names}
+    for name, config in configs.items():
+        check_loads(name, config.model, loads)
     rows = []
     console = console or Console(quiet=True)
     with _threads(threads):
@@ -157,10 +171,10 @@ def bench_train(
                 console.print(
                     f"{name}: {shape.batch_size} x {shape.seq_len} tokens, {shape.precision}", highlight=False
                 )
-                match = _race(name, config, shape, steps, rounds, twins)
-                row = _row(match, shape, threads, steps)
+                match = _race(name, config, shape, steps, rounds, twins, loads)
+                row = _row(match, shape, threads, steps) | {"expert_loads": given_loads(config.model, loads)}
                 del match
-                row["peak_bytes"] = _peak_bytes(name, overrides, shape, threads) if memory else None
+                row["peak_bytes"] = _peak_bytes(name, overrides, shape, threads, loads) if memory else None
                 rows.append(row)
     return rows
 
@@ -182,13 +196,15 @@ def _shape(config: Config, batch_size: int | None, seq_len: int | None, precisio
     return Shape(batch_size or (own if own <= LARGEST_BATCH else 8), seq_len or config.train.seq_len, precision, device)
 
 
-def _race(name: str, config: Config, shape: Shape, steps: int, rounds: int, twins: bool) -> Match:
+def _race(
+    name: str, config: Config, shape: Shape, steps: int, rounds: int, twins: bool, loads: Sequence[float] | None
+) -> Match:
     """Rounds in which each model takes its steps once, in an order that turns from round to round."""
     models: dict[str, ModelConfig | None] = {"preset": config.model}
     if twins:
         models |= {"twin": bench_twin(config.model), "unrouted": unrouted(config.model)}
     contenders = {
-        role: Contender(config.model_copy(update={"model": model}), shape)
+        role: Contender(config.model_copy(update={"model": model}), shape, loads)
         for role, model in models.items()
         if model is not None
     }
@@ -203,6 +219,45 @@ def _race(name: str, config: Config, shape: Shape, steps: int, rounds: int, twin
         for role in order[number % len(order) :] + order[: number % len(order)]:
             match.seconds[role].append(contenders[role].timed(batches[first : first + steps]))
     return match
+
+
+def given_loads(model: ModelConfig, loads: Sequence[float] | None) -> list[float] | None:
+    """Loads that the experts of a model are measured under; None without experts."""
+    if isinstance(model.mixer, FeedForwardConfig):
+        return None
+    experts = model.mixer.router.experts
+    return list(loads) if loads else [1 / experts] * experts
+
+
+def check_loads(name: str, model: ModelConfig, loads: Sequence[float] | None) -> None:
+    """Raises ConfigError where a model's experts cannot have these loads."""
+    given = given_loads(model, loads)
+    if given is None:
+        return
+    assert not isinstance(model.mixer, FeedForwardConfig)
+    router = model.mixer.router
+    if len(given) != router.experts:
+        raise ConfigError(f"expert loads {given} name {len(given)} experts, but '{name}' has {router.experts}")
+    if abs(sum(given) - 1) > 1e-6 or min(given) < 0 or max(given) > 1 / router.top_k + 1e-9:
+        raise ConfigError(
+            f"expert loads {given} must be 0 or more and sum to 1, each at most 1/{router.top_k}: a token of '{name}' "
+            f"visits {router.top_k} different experts"
+        )
+
+
+def drawn_experts(loads: Sequence[float], top_k: int) -> Callable[[Tensor], Tensor]:
+    """A choice of K different experts for each token at random, in which expert e has the share `loads[e]` of the work.
+
+    Systematic sampling: points u, u + 1, ... u + K - 1 with u in [0, 1) fall into intervals of lengths K * load.
+    """
+    edges = (top_k * torch.tensor(loads, dtype=torch.double)).cumsum(0)[:-1]
+    generator = torch.Generator().manual_seed(0)
+
+    def choose(probabilities: Tensor) -> Tensor:
+        points = torch.rand(probabilities.shape[0], 1, dtype=torch.double, generator=generator) + torch.arange(top_k)
+        return torch.searchsorted(edges, points, right=True).to(probabilities.device)
+
+    return choose
 
 
 def random_batches(vocab_size: int, shape: Shape, number: int) -> list[Tensor]:
@@ -277,7 +332,7 @@ def twin_name(model: ModelConfig, twin: ModelConfig) -> str:
     return " ".join(parts)
 
 
-def _peak_bytes(name: str, overrides: Sequence[str], shape: Shape, threads: int) -> int:
+def _peak_bytes(name: str, overrides: Sequence[str], shape: Shape, threads: int, loads: Sequence[float] | None) -> int:
     """Peak memory of a few steps above the start, in a process of its own so that nothing else adds to it."""
     request = {
         "preset": name,
@@ -287,6 +342,7 @@ def _peak_bytes(name: str, overrides: Sequence[str], shape: Shape, threads: int)
         "precision": shape.precision,
         "device": str(shape.device),
         "threads": threads,
+        "loads": loads,
     }
     done = subprocess.run(
         [sys.executable, "-m", "morex.study.bench", json.dumps(request)], capture_output=True, text=True, check=False
@@ -303,7 +359,7 @@ def _measure_peak(request: dict[str, Any]) -> int:
     with _threads(request["threads"]):
         batches = random_batches(config.model.vocab_size, shape, MEMORY_STEPS)
         memory = PeakMemory(device)
-        contender = Contender(config, shape)
+        contender = Contender(config, shape, request["loads"])
         for batch in batches:
             contender.step(batch)
         return memory.bytes()

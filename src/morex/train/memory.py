@@ -1,4 +1,4 @@
-"""Peak memory of a training."""
+"""Memory of a training: its peak, and how the C library keeps what is freed."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+LARGEST_SETTING = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep what is freed for the next step, which needs as much again; elsewhere nothing happens.
+
+    By default large tensors go back to the system at once, and every step pays for their pages anew: 3 to 10 % of a
+    step on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, LARGEST_SETTING)
+        mallopt(M_TRIM_THRESHOLD, LARGEST_SETTING)
+        mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 class PeakMemory:

@@ -22,7 +22,7 @@ from morex.train.checkpoint import (
     refuse_other_config,
 )
 from morex.train.errors import CheckpointError, RunFolderError
-from morex.train.memory import PeakMemory
+from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer, same_path
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
 from morex.train.runs import RunFolder, environment, write_config, write_json
@@ -84,6 +84,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     tokenizer = load_tokenizer(run.tokenizer_path) if stored is not None and run.tokenizer_path.is_dir() else None
     seq_len = config.train.seq_len
     data = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
+    keep_freed_memory()
     memory = PeakMemory(device)
     model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
     optimizer = build_optimizer(model, config.train)

@@ -8,7 +8,7 @@ fewer tensors kept for the backward pass.
 
 from morex.nn.fast.causal import attend, fits, joint_weight
 from morex.nn.fast.experts import Plan, recursive_experts
-from morex.nn.fast.feed_forward import swiglu
+from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.rows import combine_rows, gather_rows
@@ -21,6 +21,7 @@ __all__ = [
     "available",
     "combine_rows",
     "enabled",
+    "feed_forward_experts",
     "fits",
     "gather_rows",
     "joint_weight",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from morex.nn.fast.frame import Frames
+from morex.nn.fast.scratch import Scratch
 from morex.nn.fast.switch import full_precision, full_precision_backward
 
 BLOCK = 64
@@ -51,14 +52,21 @@ def causal_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
 
 
 def causal_rows_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: list[Tensor], d_q: Tensor, d_k: Tensor, d_v: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: list[Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    scratch: Scratch,
 ) -> None:
-    """Writes the gradients of q, k and v, from that of the output and the probabilities."""
+    """Writes the `gradients` of q, k and v, from that of the output and the probabilities."""
+    d_q, d_k, d_v = gradients
     width = k.shape[1]
     for block, scores in reversed(list(zip(blocks_of(width), found, strict=True))):
         stop = block.stop
         g, queries = _queries(grad, block, width), _queries(q, block, width)
-        d_scores = torch.bmm(g, v[:, :stop].transpose(1, 2))
+        d_scores = torch.bmm(g, v[:, :stop].transpose(1, 2), out=scratch.take("d_scores", *scores.shape))
         torch.ops.aten._softmax_backward_data.out(d_scores, scores, -1, scores.dtype, grad_input=d_scores)
         if stop == width:
             torch.bmm(scores.transpose(1, 2), g, out=d_v)
@@ -136,7 +144,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @full_precision
     def forward(ctx: Any, projected: Tensor, frames: Frames) -> Tensor:
-        heads, saved = attend_forward(projected, frames)
+        heads, saved = attend_forward(projected, frames, Scratch(projected))
         ctx.frames = frames
         ctx.save_for_backward(*saved)
         return heads
@@ -144,26 +152,27 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return attend_backward(grad, list(ctx.saved_tensors), ctx.frames), None
+        return attend_backward(grad, list(ctx.saved_tensors), ctx.frames, Scratch(grad)), None
 
 
-def attend_forward(projected: Tensor, frames: Frames) -> tuple[Tensor, list[Tensor]]:
+def attend_forward(projected: Tensor, frames: Frames, scratch: Scratch) -> tuple[Tensor, list[Tensor]]:
     """The heads' outputs [N, H * dim], and what the backward pass needs."""
     buffer = frames.load(projected)
-    out = buffer.new_empty(frames.places * frames.heads, frames.dim)
+    out = scratch.take("out", frames.places * frames.heads, frames.dim)
     saved = [buffer]
     for (q, k, v), part in zip(frames.frames(buffer), frames.outputs(out), strict=True):
         saved += causal_rows(q, k, v, part)
     return frames.collect(out), saved
 
 
-def attend_backward(grad: Tensor, saved: list[Tensor], frames: Frames) -> Tensor:
+def attend_backward(grad: Tensor, saved: list[Tensor], frames: Frames, scratch: Scratch) -> Tensor:
     """Gradient of `projected` from that of the heads' outputs."""
     buffer, *found = saved
-    d_buffer = torch.empty_like(buffer)
-    parts = zip(frames.outputs(frames.spread(grad)), frames.frames(buffer), frames.frames(d_buffer), strict=True)
+    d_buffer = scratch.take("d_buffer", *buffer.shape)
+    d_out = frames.spread(grad, scratch)
+    parts = zip(frames.outputs(d_out), frames.frames(buffer), frames.frames(d_buffer), strict=True)
     for g, (q, k, v), gradients in parts:
         count = len(blocks_of(k.shape[1]))
-        causal_rows_backward(g, q, k, v, found[:count], *gradients)
+        causal_rows_backward(g, q, k, v, found[:count], gradients, scratch)
         found = found[count:]
-    return frames.unload(d_buffer)
+    return frames.unload(d_buffer, scratch)

@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from morex.nn.fast.causal import attend_backward, attend_forward, blocks_of, joint_weight, joint_weight_backward
@@ -18,6 +17,7 @@ from morex.nn.fast.feed_forward import hidden_backward
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.norm import inverse_rms
 from morex.nn.fast.rows import in_order, sum_of_rows
+from morex.nn.fast.scratch import Scratch
 from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
@@ -79,9 +79,10 @@ class _Experts(torch.autograd.Function):
         y = x.new_empty(plan.token.shape[0], x.shape[1])
         kept = torch.empty_like(y) if "norm_out" in own else y
         saved: list[Tensor] = []
+        scratch = Scratch(x)
         for e, span in plan.visited:
             rows = x.index_select(0, plan.token[span])
-            z = loop(e, rows, folded, plan, saved)
+            z = loop(e, rows, folded, plan, saved, scratch)
             if "norm_out" in own:
                 inverse = inverse_rms(z, plan.eps)
                 torch.mul(torch.mul(z, inverse, out=kept[span]), own["norm_out"][e], out=y[span])
@@ -105,6 +106,7 @@ class _Experts(torch.autograd.Function):
         shares = in_order(weights, plan.places)
         d_shares, d_rows = torch.empty_like(shares), torch.empty_like(kept)
         d_norm_out = torch.zeros_like(own["norm_out"]) if "norm_out" in own else None
+        scratch = Scratch(kept)
         for e, span in reversed(plan.visited):
             share, y = shares[span], kept[span]
             dz = torch.index_select(grad, 0, plan.token[span], out=d_rows[span])
@@ -113,7 +115,7 @@ class _Experts(torch.autograd.Function):
                 torch.sum(product, 1, out=d_shares[span])
                 direct = torch.mul(dz, share.unsqueeze(1), out=product)
                 dz.copy_(direct)
-                loop_backward(e, dz, folded, sums, plan, saved)
+                loop_backward(e, dz, folded, sums, plan, saved, scratch)
                 dz.sub_(direct)
             else:
                 # d norm = inverse * (g - normed * mean(g * normed)) with g = dz * norm_out * share
@@ -123,7 +125,7 @@ class _Experts(torch.autograd.Function):
                 scale = share.unsqueeze(1) * inverse
                 inner = (d_shares[span].unsqueeze(1) * scale).div_(-y.shape[1])
                 dz.mul_(norm).mul_(scale).addcmul_(y, inner)
-                loop_backward(e, dz, folded, sums, plan, saved)
+                loop_backward(e, dz, folded, sums, plan, saved, scratch)
         gradients = unfold(own, sums, plan)
         if d_norm_out is not None:
             gradients["norm_out"] = d_norm_out
@@ -175,7 +177,7 @@ def _shared_values(own: Weights, dim: int) -> Tensor:
     return values.repeat_interleave(heads // values.shape[1], dim=1).flatten(1, 2)
 
 
-def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor]) -> Tensor:
+def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor], scratch: Scratch) -> Tensor:
     """Expert e on its tokens' rows [n, D] -> z [n, D]; adds what the backward pass needs to `saved`."""
     own = {name: weight[e] for name, weight in folded.items()}
     frames = None if plan.frames is None else plan.frames[e]
@@ -190,48 +192,60 @@ def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor])
             z.addmm_(h, own["alone"].t())
             kept = [h, inverse]
         else:
-            heads, kept = attend_forward(h @ own["joint"].t(), frames)
+            joint = own["joint"]
+            projected = torch.mm(h, joint.t(), out=scratch.take("projected", h.shape[0], joint.shape[0]))
+            heads, kept = attend_forward(projected, frames, scratch)
             z.addmm_(heads, own["o"].t())
             kept += [heads, h, inverse]
         inverse = inverse_rms(z, plan.eps)
         h = z * inverse
         g, u = h @ own["gate"].t(), h @ own["up"].t()
-        z.addmm_(F.silu(g).mul_(u), own["down"].t())
+        hidden = torch.ops.aten.silu.out(g, out=scratch.take("hidden", *g.shape)).mul_(u)
+        z.addmm_(hidden, own["down"].t())
         if plan.keeps:
             saved += [*kept, u, g, h, inverse]
     return z
 
 
-def loop_backward(e: int, dz: Tensor, folded: Weights, sums: Weights, plan: Plan, saved: list[Tensor]) -> None:
+def loop_backward(
+    e: int, dz: Tensor, folded: Weights, sums: Weights, plan: Plan, saved: list[Tensor], scratch: Scratch
+) -> None:
     """Turns the gradient of z into that of the rows, in place; takes what it needs off the end of `saved`."""
     own = {name: weight[e] for name, weight in folded.items()}
     total = {name: weight[e] for name, weight in sums.items()}
     frames = None if plan.frames is None else plan.frames[e]
+    d_h = scratch.take("d_h", *dz.shape)
+    d_hidden, hidden, d_u = (
+        scratch.take(name, len(dz), own["gate"].shape[0]) for name in ("d_hidden", "hidden", "d_u")
+    )
     for s in reversed(range(own["step_embedding"].shape[0])):
         inverse, h, g, u = (saved.pop() for _ in range(4))
-        hidden, d_g, d_u = hidden_backward(dz @ own["down"], g, u)
+        torch.mm(dz, own["down"], out=d_hidden)
+        d_g = hidden_backward(d_hidden, g, u, hidden, d_u)
         total["down"].addmm_(dz.t(), hidden)
         total["gate"].addmm_(d_g.t(), h)
         total["up"].addmm_(d_u.t(), h)
-        _add_norm_backward(dz, (d_g @ own["gate"]).addmm_(d_u, own["up"]), h, inverse)
+        _add_norm_backward(dz, torch.mm(d_g, own["gate"], out=d_h).addmm_(d_u, own["up"]), h, inverse, scratch)
 
         inverse, h = saved.pop(), saved.pop()
         if frames is None:
             total["alone"].addmm_(dz.t(), h)
-            d_h = dz @ own["alone"]
+            torch.mm(dz, own["alone"], out=d_h)
         else:
             total["o"].addmm_(dz.t(), saved.pop())
             count = 1 + sum(len(blocks_of(width)) for _, width in frames.shapes)
             kept = saved[-count:]
             del saved[-count:]
-            projected = attend_backward(dz @ own["o"], kept, frames)
+            d_heads = torch.mm(dz, own["o"], out=scratch.take("d_heads", len(dz), own["o"].shape[1]))
+            projected = attend_backward(d_heads, kept, frames, scratch)
             total["joint"].addmm_(projected.t(), h)
-            d_h = projected @ own["joint"]
-        _add_norm_backward(dz, d_h, h, inverse)
+            torch.mm(projected, own["joint"], out=d_h)
+        _add_norm_backward(dz, d_h, h, inverse, scratch)
         torch.sum(dz, 0, out=total["step_embedding"][s])
 
 
-def _add_norm_backward(dz: Tensor, d_h: Tensor, h: Tensor, inverse: Tensor) -> None:
+def _add_norm_backward(dz: Tensor, d_h: Tensor, h: Tensor, inverse: Tensor, scratch: Scratch) -> None:
     """dz += gradient of the norm's input, from that of h = z * inverse (overwritten)."""
-    inner = (d_h * h).mean(1, keepdim=True).neg_()
+    product = torch.mul(d_h, h, out=scratch.take("product", *h.shape))
+    inner = product.mean(1, keepdim=True).neg_()
     dz.addcmul_(d_h.addcmul_(h, inner), inverse)

@@ -29,13 +29,89 @@ class _SwiGLU(torch.autograd.Function):
     @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, g, u, gate, up, down = ctx.saved_tensors
-        hidden, d_g, d_u = hidden_backward(grad @ down, g, u)
+        hidden, d_u = torch.empty_like(g), torch.empty_like(g)
+        d_g = hidden_backward(grad @ down, g, u, hidden, d_u)
         return (d_g @ gate).addmm_(d_u, up), d_g.t() @ x, d_u.t() @ x, grad.t() @ hidden
 
 
-def hidden_backward(grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden = silu(g) * u, and the gradients of g and u from that of hidden (which is overwritten)."""
-    hidden = F.silu(g)
-    d_u = grad * hidden
+def hidden_backward(grad: Tensor, g: Tensor, u: Tensor, hidden: Tensor, d_u: Tensor) -> Tensor:
+    """From the gradient of silu(g) * u (overwritten) to that of g.
+
+    Writes silu(g) * u to `hidden` and the gradient of u to `d_u`.
+    """
+    torch.ops.aten.silu.out(g, out=hidden)
+    torch.mul(grad, hidden, out=d_u)
     hidden.mul_(u)
-    return hidden, torch.ops.aten.silu_backward(grad.mul_(u), g), d_u
+    grad.mul_(u)
+    d_g: Tensor = torch.ops.aten.silu_backward.grad_input(grad, g, grad_input=grad)
+    return d_g
+
+
+def feed_forward_experts(
+    x: Tensor, counts: list[int], kind: str, up: Tensor, down: Tensor, gate: Tensor | None
+) -> Tensor:
+    """Each expert's feed-forward net on its own rows.
+
+    Args:
+        x: rows [N, D], expert by expert.
+        counts: rows of each expert.
+        kind: `swiglu`, `gelu` or `relu`.
+        up, down, gate: weights of all experts, stacked [E, out, in]; `gate` for swiglu only.
+
+    Returns:
+        [N, D].
+    """
+    y: Tensor = _FeedForwardExperts.apply(x, counts, kind, up, down, gate)
+    return y
+
+
+class _FeedForwardExperts(torch.autograd.Function):
+    """Products land in their place; what lies between them runs over the rows of all experts together."""
+
+    @staticmethod
+    @full_precision
+    def forward(
+        ctx: Any, x: Tensor, counts: list[int], kind: str, up: Tensor, down: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        u = _by_expert(x, up, counts)
+        g = None if gate is None else _by_expert(x, gate, counts)
+        hidden = F.silu(g).mul_(u) if g is not None else F.gelu(u) if kind == "gelu" else u.relu_()
+        ctx.counts, ctx.kind = counts, kind
+        ctx.save_for_backward(x, up, down, gate, u, g)
+        return _by_expert(hidden, down, counts)
+
+    @staticmethod
+    @full_precision_backward
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, down, gate, u, g = ctx.saved_tensors
+        counts, d_gate = ctx.counts, None
+        d_hidden = _by_expert(grad, down.transpose(1, 2), counts)
+        if g is not None:
+            hidden, d_u = torch.empty_like(g), torch.empty_like(g)
+            d_g = hidden_backward(d_hidden, g, u, hidden, d_u)
+            d_gate = _products(d_g, x, counts)
+            d_x = _by_expert(d_g, gate.transpose(1, 2), counts).add_(_by_expert(d_u, up.transpose(1, 2), counts))
+        else:
+            hidden = F.gelu(u) if ctx.kind == "gelu" else u
+            if ctx.kind == "gelu":
+                d_u = torch.ops.aten.gelu_backward(d_hidden, u)
+            else:
+                d_u = torch.ops.aten.threshold_backward.grad_input(d_hidden, u, 0, grad_input=d_hidden)
+            d_x = _by_expert(d_u, up.transpose(1, 2), counts)
+        return d_x, None, None, _products(d_u, x, counts), _products(grad, hidden, counts), d_gate
+
+
+def _by_expert(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """x [N, in] times each expert's weight, stacked [E, out, in] -> [N, out]."""
+    y = x.new_empty(x.shape[0], weights.shape[1])
+    for rows, weight, out in zip(x.split(counts), weights.transpose(1, 2), y.split(counts), strict=True):
+        torch.mm(rows, weight, out=out)
+    return y
+
+
+def _products(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
+    """left^T right of each expert's rows [N, ...] -> [E, out, in]."""
+    total = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    for a, b, out in zip(left.split(counts), right.split(counts), total, strict=True):
+        torch.mm(a.t(), b, out=out)
+    return total

@@ -6,9 +6,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16
+from morex.nn.fast.scratch import Scratch
+
+ALIGNMENT = 8
 """Widths of frames with padding are multiples of this: softmax over a ragged width takes up to twice as long."""
-FRAME_COST = 15_000
+FRAME_COST = 30_000
 """What the calls for one more frame cost, in scores."""
 
 
@@ -87,11 +89,13 @@ class Frames:
         areas[2].copy_(tokens[2])
         return buffer
 
-    def unload(self, buffer: Tensor) -> Tensor:
+    def unload(self, buffer: Tensor, scratch: Scratch) -> Tensor:
         """The gradient of `load`, from that of its buffer (overwritten)."""
         self._turn(buffer, self.turns_back)
         if not self.is_full:
-            return buffer.index_select(0, self._place.flatten()).view(self._place.shape[0], -1)
+            rows = scratch.take("unloaded", self._place.numel(), self.dim)
+            torch.index_select(buffer, 0, self._place.flatten(), out=rows)
+            return rows.view(self._place.shape[0], -1)
         x = buffer.new_empty(self.places, sum(self.kinds) * self.dim)
         for part, area in zip(self._by_kind(x), self._only_frame(buffer), strict=True):
             part.copy_(area)
@@ -132,18 +136,20 @@ class Frames:
         ]
 
     def collect(self, outputs: Tensor) -> Tensor:
-        """Rows for each query head [A * H, dim] -> flat heads [N, H * dim]."""
+        """Rows for each query head [A * H, dim] -> flat heads [N, H * dim], in memory of their own."""
         if self.is_full:
             rows, width = self.shapes[0]
-            return outputs.view(rows, self.heads, width, self.dim).transpose(1, 2).reshape(self.places, -1)
+            heads = outputs.new_empty(rows, width, self.heads, self.dim)
+            return heads.copy_(outputs.view(rows, self.heads, width, self.dim).transpose(1, 2)).view(self.places, -1)
         return outputs.index_select(0, self._out_place.flatten()).view(-1, self.heads * self.dim)
 
-    def spread(self, grad: Tensor) -> Tensor:
+    def spread(self, grad: Tensor, scratch: Scratch) -> Tensor:
         """The gradient of `collect`: flat heads [N, H * dim] -> rows [A * H, dim], zero at padding."""
         if self.is_full:
             rows, width = self.shapes[0]
             return grad.view(rows, width, self.heads, self.dim).transpose(1, 2).reshape(-1, self.dim)
-        spread = grad.reshape(-1, self.dim).index_select(0, self._out_source.flatten())
+        spread = scratch.take("spread", self._out_source.numel(), self.dim)
+        torch.index_select(grad.reshape(-1, self.dim), 0, self._out_source.flatten(), out=spread)
         return spread.index_fill_(0, self._out_padding, 0)
 
 
