@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     results = validate(Results, json.loads((options.study / "results.json").read_text(encoding="utf-8")))
     fill(root / "README.md", "demo-table", study_section(results))
     shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / "demo.png")
-    measured = sorted((root / "benchmarks" / "results").glob("*.json"))
+    measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
     print("wrote README.md, docs/images/demo.png and docs/speed.md")
 
