@@ -39,6 +39,7 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins; wr
 	  --json benchmarks/results/train-uneven.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
 	  --threads 2 --precision fp32 --precision bf16 --no-twins --no-memory --json benchmarks/results/train-bf16.json
+	$(BIN)/python benchmarks/startup.py benchmarks/results/startup.json
 
 docs: $(VENV)/dev.stamp  ## regenerate docs/configuration.md and the figures
 	$(BIN)/python docs/generate_configuration.py

@@ -36,7 +36,7 @@ HEADINGS = {
 }
 SPEED_HEADINGS = (
     "preset", "twin", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
-    "time ratio to unrouted", "peak memory",
+    "time ratio to unrouted", "times as fast as fp32", "peak memory",
 )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def _machine(results: Results) -> str:
 
 
 def _speed_row(row: dict[str, Any]) -> list[str]:
-    ratios = ("flop_ratio", "time_ratio", "explained", "unrouted_time_ratio")
+    ratios = ("flop_ratio", "time_ratio", "explained", "unrouted_time_ratio", "fp32_speedup")
     numbers = ["–" if row.get(key) is None else f"{row[key]:.2f}" for key in ratios]
     memory = "–" if row["peak_bytes"] is None else human(row["peak_bytes"], "B")
     names = [f"`{row['preset']}`", row["twin"] or "–", row["precision"], str(row["threads"])]

@@ -75,7 +75,7 @@ def test_speed_page_gets_the_training_rows(project: Path) -> None:
     SCRIPT["main"]([], root=project)
     text = (project / "docs" / "speed.md").read_text()
     assert "`morex bench train more` on A CPU, torch 2.13.0 (`train.json`):" in text
-    assert "| `more` | swiglu | fp32 | 1 | 12,346 | 3.85 | 3.50 | 1.10 | – | 500 MB |" in text
+    assert "| `more` | swiglu | fp32 | 1 | 12,346 | 3.85 | 3.50 | 1.10 | – | – | 500 MB |" in text
     assert text.count("| `more` |") == 1
 
 

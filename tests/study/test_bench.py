@@ -113,6 +113,8 @@ def test_several_precisions() -> None:
         ["vanilla"], 2, 16, steps=1, rounds=1, precision=("fp32", "bf16"), twins=False, overrides=SMALL, memory=False
     )
     assert [row["precision"] for row in rows] == ["fp32", "bf16"]
+    assert rows[0]["fp32_speedup"] is None
+    assert rows[1]["fp32_speedup"] == pytest.approx(rows[1]["tokens_per_s"] / rows[0]["tokens_per_s"])
 
 
 def test_the_shape_is_the_presets_own_unless_it_is_large() -> None:

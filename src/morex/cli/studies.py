@@ -19,6 +19,7 @@ BENCH_COLUMNS = {
     "time_ratio": "time ratio\nto twin",
     "explained": "explained",
     "unrouted_time_ratio": "time ratio\nto unrouted",
+    "fp32_speedup": "times as fast\nas fp32",
     "peak_bytes": "peak memory",
 }
 
@@ -133,6 +134,6 @@ def _cell(row: dict[str, Any], key: str) -> str:
     value = row[key]
     if value is None:
         return "–"
-    if key.endswith("ratio") or key == "explained":
+    if key.endswith("ratio") or key in ("explained", "fp32_speedup"):
         return f"{value:.2f}"
     return number(value, short=key == "peak_bytes") if not isinstance(value, str) else value

@@ -176,6 +176,7 @@ def bench_train(
                 del match
                 row["peak_bytes"] = _peak_bytes(name, overrides, shape, threads, loads) if memory else None
                 rows.append(row)
+            _compare_precisions(rows[-len(wanted) :])
     return rows
 
 
@@ -315,6 +316,14 @@ def _row(match: Match, shape: Shape, threads: int, steps: int) -> Row:
     if "unrouted" in match.contenders:
         row["unrouted_time_ratio"] = paired_ratio(match.seconds["preset"], match.seconds["unrouted"])
     return row
+
+
+def _compare_precisions(rows: Sequence[Row]) -> None:
+    """Adds `fp32_speedup` to the rows of one preset: tokens/s over those in fp32, where both were measured."""
+    plain = next((row["tokens_per_s"] for row in rows if row["precision"] == "fp32"), None)
+    for row in rows:
+        compared = plain is not None and row["precision"] != "fp32"
+        row["fp32_speedup"] = row["tokens_per_s"] / plain if compared else None
 
 
 def paired_ratio(one: Sequence[float], other: Sequence[float]) -> float:
