@@ -131,13 +131,18 @@ def assert_one_sentence(message: str) -> None:
     assert 10 < len(message) < 400, message
 
 
+def move(model: Any, distance: float, generator: torch.Generator) -> None:
+    """Moves every parameter at random."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += distance * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
 def check_model(config: ModelConfig) -> None:
     """Builds, runs forward and backward, and is causal in eval mode."""
     model: Any = morex.build_model(config, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    move(model, 0.3, generator)
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator)
     lengths = torch.tensor([LENGTH, 3])
     out = model.train()(tokens, labels=tokens, lengths=lengths)
@@ -145,6 +150,8 @@ def check_model(config: ModelConfig) -> None:
     out.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert any(p.grad is not None for p in model.parameters())
+    # As an optimizer step would; else a threshold may be the very logit of a token, and rounding decides.
+    move(model, 0.01, generator)
     model.update_routers(out.stats, 1)
     assert morex.count(config, seq_len=LENGTH).parameters == sum(p.numel() for p in model.parameters())
 
