@@ -30,7 +30,7 @@ class ExpertRouter(nn.Module):
         """x [N, D] -> chosen experts [N, K], their weights [N, K], and the report."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight)
-        # Over a few columns torch's softmax takes twice as long as this, and the z-loss and the entropy need it too.
+        # torch's softmax is slow over a few columns on a CPU; the z-loss and the entropy need the logarithms anyway.
         log_total = logits.logsumexp(-1)
         log_probabilities = logits - log_total.unsqueeze(-1)
         probabilities = log_probabilities.exp()

@@ -18,8 +18,7 @@ LARGEST_SETTING = 2**31 - 1
 def keep_freed_memory() -> None:
     """Asks glibc to keep what is freed for the next step, which needs as much again; elsewhere nothing happens.
 
-    By default large tensors go back to the system at once, and every step pays for their pages anew: 3 to 10 % of a
-    step on a CPU.
+    By default large tensors go back to the system at once, and every step pays for their pages anew.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
