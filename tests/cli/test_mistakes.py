@@ -49,6 +49,8 @@ from morex.train.runs import RunFolder
         (["bench", "train", "more", "--rounds", "0"], "--rounds 0 must be 1 or more"),
         (["bench", "train", "more", "--precision", "fp8"], "--precision 'fp8' is unknown; use fp32, bf16"),
         (["bench", "train", "more", "--device", "tpu"], "'tpu'"),
+        (["bench", "train", "more", "--expert-loads", "half"], "--expert-loads 'half' must be numbers with commas"),
+        (["bench", "train", "more", "--expert-loads", "0.5,0.5"], "name 2 experts, but 'more' has 4"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
