@@ -15,9 +15,10 @@ from rich.console import Console
 
 from morex.data.prepare import prepare
 from morex.loading import ConfigError
-from morex.study.compare import command_of, compare
+from morex.study import runner
+from morex.study.compare import _claim, command_of, compare
 from morex.study.plan import plan
-from morex.study.results import collect, is_finished
+from morex.study.results import collect, is_finished, note_jobs
 from morex.study.spec import load_study
 from morex.study.worker import Worker
 from study.helpers import tiny_study
@@ -225,16 +226,108 @@ def test_an_interrupted_study_goes_on_where_it_stopped(source: Path, tmp_path: P
 
 
 PROGRAM = """
+import os
 import sys
 from rich.console import Console
 from morex.study.compare import compare
 from morex.train.errors import Interrupted
 try:
-    compare(sys.argv[1], sys.argv[2], sys.argv[3:], console=Console(stderr=True, width=400))
+    jobs = int(os.environ.get("JOBS", "1"))
+    compare(sys.argv[1], sys.argv[2], sys.argv[3:], console=Console(stderr=True, width=400), jobs=jobs)
 except Interrupted as stop:
     print(stop, file=sys.stderr)
     sys.exit(stop.exit_code)
 """
+
+
+def test_cells_run_side_by_side(source: Path, finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder, progress, output = tmp_path / "out", quiet(), quiet()
+    results = compare(source, folder, console=progress, output=output, jobs=2)
+    alone = collect(finished[0])
+    assert [cell.status for cell in results.cells] == ["finished", "finished", "failed"]
+    for row in ("mor-expert", "twin"):
+        assert results.row(row).val_loss == pytest.approx(alone.row(row).val_loss, rel=1e-4)
+    assert sorted(line.split()[1] for line in text_of(progress).splitlines() if " wild-s0" in line or "✓" in line) == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]
+    assert "Up to 2 cells ran at a time" in text_of(output)
+    assert "Up to" not in finished[2]
+    assert results.command.endswith("--jobs 2")
+    # A later call that runs one at a time does not make the times of the earlier ones comparable.
+    note_jobs(folder, 1)
+    assert collect(folder).jobs == 2
+
+
+def test_no_more_cells_at_a_time_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: set[str] = set()
+    events: list[tuple[str, int]] = []
+
+    class Looks(Worker):
+        """A cell ends at the third look, without a process."""
+
+        def start(self, cell: str, log: Path) -> None:
+            running.add(cell)
+            events.append((cell, len(running)))
+            self.cell, self.looks = cell, 0
+
+        def poll(self) -> int | None:
+            self.looks += 1
+            if self.looks < 3:
+                return None
+            running.discard(self.cell)
+            return 0
+
+    monkeypatch.setattr(runner, "Worker", Looks)
+    monkeypatch.setattr(runner, "POLL", 0.0)
+    planned = plan(tiny_study(tmp_path, {"name": "vanilla"}, seeds=(0, 1, 2, 3, 4)))
+    runner.run_cells(tmp_path, planned, quiet(), "", jobs=3)
+    assert [cell for cell, _ in events] == [f"vanilla-s{seed}" for seed in range(5)]
+    assert [together for _, together in events[:3]] == [1, 2, 3]
+    assert max(together for _, together in events) == 3
+
+
+def test_cells_share_the_threads(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    _claim(tmp_path, load_study(source, ["train.threads=null"]))
+    with Worker(tmp_path, threads=1) as worker:
+        worker.start("twin-s0", tmp_path / "twin.log")
+        wait_for(lambda: worker.poll() is not None)
+    assert json.loads((tmp_path / "runs" / "twin-s0" / "env.json").read_text())["threads"] == 1
+
+
+def test_all_cells_in_hand_are_saved(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    overrides = ["budget.value=4000", "train.checkpoint_every=1000"]
+    words = [sys.executable, "-c", PROGRAM, str(source), str(folder), *overrides]
+    process = subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"JOBS": "2"}
+    )
+    metrics = [folder / "runs" / name / "metrics.jsonl" for name in ("mor-expert-s0", "twin-s0")]
+    wait_for(lambda: all(path.is_file() and path.stat().st_size > 500 for path in metrics))
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--jobs 2`" in errors
+    for path in metrics:
+        [checkpoint] = (path.parent / "checkpoints").iterdir()
+        assert 0 < int(checkpoint.name.removeprefix("step-")) < 4000
+
+
+@pytest.mark.parametrize(
+    ("jobs", "overrides", "words"),
+    [
+        (0, [], "--jobs 0 must be 1 or more"),
+        (2, ["budget={kind: seconds, value: 1}"], "--jobs 2 does not go with budget.kind 'seconds'"),
+    ],
+)
+def test_jobs_that_make_no_sense_are_refused(
+    source: Path, tmp_path: Path, jobs: int, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compare(source, tmp_path / "out", overrides, console=quiet(), output=quiet(), jobs=jobs)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_cell_is_a_failed_cell(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,5 +349,6 @@ def test_a_killed_cell_is_a_failed_cell(source: Path, tmp_path: Path, monkeypatc
 def test_commands_can_be_typed_again(tmp_path: Path) -> None:
     assert command_of("demo", Path("a b"), ["seeds=[1, 2]"]) == "morex compare demo --out 'a b' --set 'seeds=[1, 2]'"
     assert command_of(load_study("demo"), Path("out"), ()) == "morex compare demo --out out"
+    assert command_of("demo", Path("out"), (), jobs=2) == "morex compare demo --out out --jobs 2"
     study = tiny_study(tmp_path)
     assert command_of(study, Path("out"), ()) == "morex compare out/study.yaml --out out"

@@ -29,6 +29,7 @@ BENCH_COLUMNS = {
         "morex compare demo --out studies/demo",
         "morex compare iso-flop --out studies/iso-flop --set seeds=[0]",
         "morex compare my-study.yaml --out studies/mine --set train.threads=2",
+        "morex compare seed-more --out studies/seed-more --jobs 4",
     )
 )
 def compare(
@@ -40,6 +41,9 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="Change the study, or a value of every variant; repeatable."),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Cells trained at a time; they share the machine, so their times compare less well.")
+    ] = 1,
 ) -> None:
     """Train the models of a study and compare them in a report.
 
@@ -48,7 +52,7 @@ def compare(
     """
     from morex.study.compare import compare as run_study
 
-    results = run_study(study, out, overrides or [], console=console(stderr=True))
+    results = run_study(study, out, overrides or [], console=console(stderr=True), jobs=jobs)
     if any(row.failed for row in results.rows):
         raise typer.Exit(1)
 

@@ -32,6 +32,7 @@ def compare(
     overrides: Sequence[str] = (),
     console: Console | None = None,
     output: Console | None = None,
+    jobs: int = 1,
 ) -> Results:
     """Runs a study, or what is left of it, and writes its report.
 
@@ -41,21 +42,23 @@ def compare(
         overrides: `a.b=value` changes of the study or, with `model.`, `data.`, `train.`, `eval.`, of every variant.
         console: where progress goes; default stderr.
         output: where the table and the findings go; default stdout.
+        jobs: cells trained at a time. Their times are then those of a shared machine, and the report says so.
 
     Raises:
-        ConfigError: the study, its data or the folder cannot be used; nothing has been trained or overwritten.
+        ConfigError: the study, its data, the folder or `jobs` cannot be used; nothing has been trained or overwritten.
         Interrupted: a signal asked to stop; the same call goes on.
     """
     loaded = study if isinstance(study, StudyConfig) else load_study(study, overrides)
     folder = Path(out_dir) if out_dir is not None else Path("studies") / loaded.name
     console = console or Console(stderr=True)
-    command = command_of(study, folder, overrides)
+    _check_jobs(loaded, jobs)
+    command = command_of(study, folder, overrides, jobs)
     planned = plan(loaded)
     _require_drawing()
     _claim(folder, loaded)
     with RunFolder(folder).locked():
         check_data(loaded, planned)
-        run_cells(folder, planned, console, command)
+        run_cells(folder, planned, console, command, jobs)
         results = write_report(folder, command)
     print_results(results, folder, output or Console(width=None if Console().is_terminal else PIPE_WIDTH))
     return results
@@ -83,7 +86,7 @@ def print_results(results: Results, folder: Path, output: Console) -> None:
     output.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequence[str]) -> str:
+def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequence[str], jobs: int = 1) -> str:
     """The command line that runs or continues the study."""
     source = str(study)
     if isinstance(study, StudyConfig):
@@ -93,6 +96,8 @@ def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequenc
     words = ["morex", "compare", source, "--out", str(folder)]
     for override in overrides:
         words += ["--set", override]
+    if jobs > 1:
+        words += ["--jobs", str(jobs)]
     return shlex.join(words)
 
 
@@ -108,6 +113,16 @@ def check_data(study: StudyConfig, planned: Plan) -> None:
         raise ConfigError(
             f"learning_rates are chosen on the first half of the held-out windows, but there is one window only "
             f"({data.val.num_tokens} held-out tokens); raise data.val_fraction {config.data.val_fraction:g}"
+        )
+
+
+def _check_jobs(study: StudyConfig, jobs: int) -> None:
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs} must be 1 or more")
+    if jobs > 1 and study.budget.kind == "seconds":
+        raise ConfigError(
+            f"--jobs {jobs} does not go with budget.kind 'seconds', as cells would take time from each other; use "
+            f"--jobs 1, or a budget in tokens, flops or steps"
         )
 
 

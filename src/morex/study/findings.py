@@ -34,6 +34,7 @@ def findings(results: Results) -> tuple[str, ...]:
         *_oracle_only(results),
         *_depths(results),
         *_experts(results),
+        *_shared_machine(results),
         *_failures(results),
     ]
     if all(row.seeds < 2 for row in results.finished) and len(results.finished) > 1:
@@ -240,6 +241,14 @@ def _experts(results: Results) -> list[str]:
                 f"{100 / len(busiest):.0f} % would be even."
             )
     return sentences
+
+
+def _shared_machine(results: Results) -> list[str]:
+    if results.jobs == 1:
+        return []
+    return [
+        f"Up to {results.jobs} cells ran at a time, so seconds and tokens per second are those of a shared machine."
+    ]
 
 
 def _failures(results: Results) -> list[str]:

@@ -180,6 +180,8 @@ class Results(Section):
     """Resolved config of each variant."""
     environment: dict[str, Any] = Field(default_factory=dict)
     command: str = ""
+    jobs: int = 1
+    """Most cells that ran at a time; above 1, times and speeds are those of a shared machine."""
     findings: tuple[str, ...] = ()
 
     def row(self, name: str) -> Row:

@@ -3,6 +3,7 @@
 study.yaml              the resolved study
 runs/CELL/              a run folder, with cell.json beside its summary once the cell is measured
 runs/CELL.failed.json   the sentence that a failed cell ended with
+jobs.json               how many cells ran at a time, where it was more than one
 """
 
 import statistics
@@ -25,9 +26,10 @@ from morex.study.records import (
     TrainingPoint,
 )
 from morex.study.spec import StudyConfig
-from morex.train.runs import RunFolder, read_json
+from morex.train.runs import RunFolder, read_json, write_json
 
 MEASURES = "cell.json"
+JOBS = "jobs.json"
 AVERAGED = (
     "parameters",
     "unique_non_embedding",
@@ -70,12 +72,25 @@ def is_finished(folder: Path, name: str) -> bool:
     return run.summary_path.is_file() and (run.path / MEASURES).is_file()
 
 
+def note_jobs(folder: Path, jobs: int) -> None:
+    """Writes down that `jobs` cells ran at a time: their times are those of a shared machine, for good."""
+    if jobs > most_jobs(folder):
+        write_json(folder / JOBS, {"jobs": jobs})
+
+
+def most_jobs(folder: Path) -> int:
+    """Most cells of the study that ever ran at a time."""
+    path = folder / JOBS
+    return int(read_json(path)["jobs"]) if path.is_file() else 1
+
+
 def collect(folder: Path, command: str = "") -> Results:
     """Reads every cell of a study folder, finished or not."""
     study = read_study(folder)
     planned = plan(study)
     cells = tuple(_read_cell(folder, cell) for cell in planned.cells)
-    return summarise(study, planned, cells, _environment(folder, planned), command)
+    results = summarise(study, planned, cells, _environment(folder, planned), command)
+    return results.model_copy(update={"jobs": most_jobs(folder)})
 
 
 def summarise(

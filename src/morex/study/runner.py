@@ -1,4 +1,4 @@
-"""Runs the cells of a study one after another, each in a process of its own, and shows how far they are.
+"""Runs the cells of a study, each in a process of its own, and shows how far they are.
 
 A finished cell is skipped, an interrupted one goes on from its checkpoint, a failed one is written down and tried again
 the next time; the others go on without it.
@@ -7,35 +7,40 @@ the next time; the others go on without it.
 import json
 import signal
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from morex.study.plan import Plan, PlannedCell
-from morex.study.results import cell_folder, failure_path, is_finished
+from morex.study.results import cell_folder, failure_path, is_finished, note_jobs
 from morex.study.units import duration
 from morex.study.worker import Worker
 from morex.train.errors import Interrupted
-from morex.train.interrupt import StopRequest, stop_on_signals
+from morex.train.interrupt import stop_on_signals
 from morex.train.runs import RunFolder, read_json, write_json
 
 POLL = 0.25
-"""Seconds between looks at a cell's process and its metrics."""
+"""Seconds between looks at the cells' processes and their metrics."""
 
 
-def run_cells(folder: Path, planned: Plan, console: Console, go_on: str) -> None:
-    """Trains and measures every cell that is not finished.
+def run_cells(folder: Path, planned: Plan, console: Console, go_on: str, jobs: int = 1) -> None:
+    """Trains and measures every cell that is not finished, in the order of the plan.
 
     Args:
         folder: of the study, with its study.yaml.
         planned: its cells.
         console: where progress goes.
         go_on: command that continues the study, for the message after an interruption.
+        jobs: cells at a time; they share the CPU threads, where `train.threads` does not set them.
 
     Raises:
-        Interrupted: a signal asked to stop; the cell in hand has saved a checkpoint.
+        Interrupted: a signal asked to stop; the cells in hand have saved a checkpoint.
     """
     todo = [cell for cell in planned.cells if not is_finished(folder, cell.name)]
     done = len(planned.cells) - len(todo)
@@ -43,38 +48,71 @@ def run_cells(folder: Path, planned: Plan, console: Console, go_on: str) -> None
         console.print(f"{done} of {len(planned.cells)} cells are finished already and are kept.", highlight=False)
     if not todo:
         return
+    jobs = min(jobs, len(todo))
+    note_jobs(folder, jobs)
+    threads = None if jobs == 1 else max(1, torch.get_num_threads() // jobs)
     shown = Display(console, todo, done, len(planned.cells))
-    with stop_on_signals(console) as stop, Worker(folder) as worker, shown as display:
-        for cell in todo:
-            display.start(cell)
-            error = _run(folder, cell, worker, display, stop)
-            if stop.asked:
-                assert stop.signal_number is not None
-                raise Interrupted(f"stopped; what is trained is kept, go on with `{go_on}`", stop.signal_number)
-            display.end(cell, error)
+    with stop_on_signals(console) as stop, ExitStack() as workers, shown as display:
+        slots = [Slot(folder, workers.enter_context(Worker(folder, threads)), display) for _ in range(jobs)]
+        waiting = deque(todo)
+        while True:
+            for slot in slots:
+                if slot.cell is None and waiting and not stop.asked:
+                    slot.start(waiting.popleft())
+            if all(slot.cell is None for slot in slots):
+                break
+            time.sleep(POLL)
+            for slot in slots:
+                slot.look(stop.asked)
+        if stop.asked:
+            assert stop.signal_number is not None
+            raise Interrupted(f"stopped; what is trained is kept, go on with `{go_on}`", stop.signal_number)
 
 
-def _run(folder: Path, cell: PlannedCell, worker: Worker, display: "Display", stop: StopRequest) -> str | None:
-    """Runs one cell to its end; returns the sentence that it failed with, or None."""
-    failure = failure_path(folder, cell.name)
-    failure.parent.mkdir(parents=True, exist_ok=True)
-    failure.unlink(missing_ok=True)
-    run = RunFolder(cell_folder(folder, cell.name))
-    log = failure.with_name(f"{cell.name}.log")
-    worker.start(cell.name, log)
-    asked = False
-    while (code := worker.poll()) is None:
-        if stop.asked and not asked:
-            asked = worker.interrupt()
-        display.show(cell, spent_share(run, cell))
-        time.sleep(POLL)
-    if code == 0 or stop.asked:
-        return None
-    if not failure.is_file():
-        end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        hint = ", probably because memory ran out" if code == -signal.SIGKILL else ""
-        write_json(failure, {"cell": cell.name, "error": f"its process {end}{hint}; see {log}"})
-    return str(read_json(failure)["error"])
+class Slot:
+    """A worker and the cell that it runs; `cell` is None while it has none."""
+
+    def __init__(self, folder: Path, worker: Worker, display: "Display") -> None:
+        self.folder, self.worker, self.display = folder, worker, display
+        self.cell: PlannedCell | None = None
+        self.interrupted = False
+
+    def start(self, cell: PlannedCell) -> None:
+        """Begins a cell, or goes on with it."""
+        self.cell = cell
+        failure = failure_path(self.folder, cell.name)
+        failure.parent.mkdir(parents=True, exist_ok=True)
+        failure.unlink(missing_ok=True)
+        self.worker.start(cell.name, self._log(cell))
+        self.display.start(cell)
+
+    def look(self, stopping: bool) -> None:
+        """Shows how far the cell is, asks it to stop where `stopping`, and frees the slot where it has ended."""
+        if self.cell is None:
+            return
+        code = self.worker.poll()
+        if code is None:
+            if stopping and not self.interrupted:
+                self.interrupted = self.worker.interrupt()
+            self.display.show(self.cell, spent_share(RunFolder(cell_folder(self.folder, self.cell.name)), self.cell))
+            return
+        if code == 0 or not stopping:
+            self.display.end(self.cell, self._error(self.cell, code))
+        self.cell = None
+
+    def _error(self, cell: PlannedCell, code: int) -> str | None:
+        """The sentence that a cell failed with, or None; one that could not write its own gets one."""
+        if code == 0:
+            return None
+        failure = failure_path(self.folder, cell.name)
+        if not failure.is_file():
+            end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            hint = ", probably because memory ran out" if code == -signal.SIGKILL else ""
+            write_json(failure, {"cell": cell.name, "error": f"its process {end}{hint}; see {self._log(cell)}"})
+        return str(read_json(failure)["error"])
+
+    def _log(self, cell: PlannedCell) -> Path:
+        return failure_path(self.folder, cell.name).with_name(f"{cell.name}.log")
 
 
 def spent_share(run: RunFolder, cell: PlannedCell) -> float:
@@ -96,8 +134,18 @@ def spent_share(run: RunFolder, cell: PlannedCell) -> float:
     return 0.0
 
 
+@dataclass
+class Shown:
+    """A cell's line while it runs."""
+
+    task: TaskID
+    where: str
+    started: float
+    share: float = 0.0
+
+
 class Display:
-    """All cells on one bar, weighted by their FLOPs or seconds, and the cell in hand on a second one.
+    """All cells on one bar, weighted by their FLOPs or seconds, and each cell in hand on one of its own.
 
     The time left follows from the time that the work done so far has taken.
     """
@@ -107,7 +155,6 @@ class Display:
         self.weights = {cell.name: cell.max_seconds or cell.train_flops for cell in cells}
         self.all = sum(self.weights.values())
         self.spent, self.started, self.width = 0.0, time.monotonic(), max(len(cell.name) for cell in cells)
-        self.cell_started = self.started
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -118,12 +165,11 @@ class Display:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.study: TaskID | None = None
-        self.cell: TaskID | None = None
+        self.study = self.progress.add_task("study", total=1.0, left="")
+        self.cells: dict[str, Shown] = {}
 
     def __enter__(self) -> "Display":
         self.progress.start()
-        self.study = self.progress.add_task("study", total=1.0, left="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,27 +178,27 @@ class Display:
     def start(self, cell: PlannedCell) -> None:
         """A cell begins."""
         self.number += 1
-        self.cell_started = time.monotonic()
-        if self.cell is not None:
-            self.progress.remove_task(self.cell)
-        text = f"{self.number}/{self.total} {cell.name:<{self.width}}"
-        self.cell = self.progress.add_task(text, total=1.0, left="")
+        where = f"{self.number}/{self.total} {cell.name:<{self.width}}"
+        self.cells[cell.name] = Shown(self.progress.add_task(where, total=1.0, left=""), where, time.monotonic())
 
     def show(self, cell: PlannedCell, share: float) -> None:
         """The cell has spent `share` of its budget."""
-        assert self.study is not None and self.cell is not None
-        done = (self.spent + share * self.weights[cell.name]) / self.all
-        self.progress.update(self.cell, completed=share, left="measuring" if share >= 1 else "")
+        shown = self.cells[cell.name]
+        shown.share = share
+        self.progress.update(shown.task, completed=share, left="measuring" if share >= 1 else "")
+        in_hand = sum(shown.share * self.weights[name] for name, shown in self.cells.items())
+        done = (self.spent + in_hand) / self.all
         left = (time.monotonic() - self.started) * (1 - done) / done if done > 0.01 else None
         self.progress.update(self.study, completed=done, left="" if left is None else f"{duration(left)} left")
 
     def end(self, cell: PlannedCell, error: str | None) -> None:
         """The cell has ended; its line stays."""
         self.spent += self.weights[cell.name]
-        took = duration(time.monotonic() - self.cell_started)
-        where = f"{self.number}/{self.total} {cell.name:<{self.width}}"
+        shown = self.cells.pop(cell.name)
+        self.progress.remove_task(shown.task)
+        took = duration(time.monotonic() - shown.started)
         if error is None:
-            self.console.print(f"[green]✓[/] {where}  {took}", highlight=False)
+            self.console.print(f"[green]✓[/] {shown.where}  {took}", highlight=False)
         else:
-            self.console.print(f"[red]✗[/] {where}  {took}  ", end="", highlight=False)
+            self.console.print(f"[red]✗[/] {shown.where}  {took}  ", end="", highlight=False)
             self.console.print(error, style="red", markup=False, highlight=False)

@@ -21,10 +21,14 @@ class Worker:
     """Runs one cell of a study folder at a time; use as a context manager.
 
     It has a session of its own, so that Ctrl-C in a terminal reaches the caller alone.
+
+    Args:
+        folder: of the study.
+        threads: CPU threads of cells whose config does not set them; default torch's own.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.folder, self.threads = folder, threads
         self.server: subprocess.Popen[bytes] | None = None
         self.pid: int | None = None
         self.answers = b""
@@ -86,6 +90,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            env=os.environ | ({} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}),
         )
         assert server.stdout is not None
         os.set_blocking(server.stdout.fileno(), False)
