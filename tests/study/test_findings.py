@@ -54,6 +54,7 @@ def test_spread_is_added_in_quadrature() -> None:
         (2.30, 2.20, "loses to `loop` (2.200 with 2 times its FLOPs)"),
         (2.10, 2.20, "beats `loop` (2.200 with 2 times its FLOPs)"),
         (2.20, 2.20, "is level with `loop` (2.200 with 2 times its FLOPs)"),
+        (2.197, 2.20, "is level with `loop` (2.200 with 2 times its FLOPs)"),
     ],
 )
 def test_equal_parameters_in_every_direction(dense: float, loop: float, verdict: str) -> None:

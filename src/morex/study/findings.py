@@ -10,6 +10,8 @@ from morex.study.units import duration, human
 
 EQUAL = 0.01
 """Relative difference up to which two sizes or budgets count as equal."""
+LEVEL = 0.005
+"""Nats per token up to which two losses count as equal, whatever the seeds say."""
 COLLAPSED = 0.95
 """Share of the tokens at one depth from which a depth router is said not to tell tokens apart."""
 UNEVEN = 1.5
@@ -96,7 +98,7 @@ def _against_dense(results: Results, key: str, words: str, amount: Callable[[Row
         told.add(frozenset(row.name for row in same))
         verdicts = {"loses to": [], "is level with": [], "beats": []}  # type: dict[str, list[str]]
         for row in sorted(same, key=_loss):
-            if separation(dense, row) or round(_loss(row), 3) == round(_loss(dense), 3):
+            if separation(dense, row) or abs(_loss(row) - _loss(dense)) < LEVEL:
                 verdict = "is level with"
             else:
                 verdict = "loses to" if _loss(row) < _loss(dense) else "beats"
