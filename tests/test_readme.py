@@ -70,5 +70,5 @@ def test_readme_shows_a_real_run() -> None:
     """The table comes from a study, and the picture is there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.partition("<!-- demo-table -->")[2].partition("<!-- /demo-table -->")[0]
-    assert table.count("\n|") >= 2 + 7, "run make demo and then python docs/update_readme.py"
+    assert table.count("\n|") >= 2 + 7, "run make demo and then python docs/update_pages.py"
     assert (ROOT / "docs" / "images" / "demo.png").stat().st_size > 10_000

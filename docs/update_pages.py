@@ -1,8 +1,9 @@
-"""Fills README.md from a study that was run, and docs/speed.md from benchmarks/results: no number is typed by hand.
+"""Fills pages from a study that was run and from benchmarks/results: no number is typed by hand.
 
-    python docs/update_readme.py [STUDY_FOLDER] [--picture NAME]
+    python docs/update_pages.py [STUDY_FOLDER] [--picture NAME]
 
-The README gets the study's table, its findings, the machine, and one of its pictures as docs/images/demo.png.
+README.md gets the table, the findings, the machine and a picture of the study `demo`, docs/studies/NAME.md those of any
+other study; docs/speed.md gets the training benchmarks.
 """
 
 import argparse
@@ -41,17 +42,19 @@ SPEED_HEADINGS = (
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
-    """Reads the study and the benchmarks and rewrites both pages in place."""
+    """Reads the study and the benchmarks and rewrites the pages in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", type=Path, default=root / "studies" / "demo")
     parser.add_argument("--picture", default="loss", help="name of the PNG, without its ending")
     options = parser.parse_args(arguments)
     results = validate(Results, json.loads((options.study / "results.json").read_text(encoding="utf-8")))
-    fill(root / "README.md", "demo-table", study_section(results))
-    shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / "demo.png")
+    name = results.study.name
+    page = root / ("README.md" if name == "demo" else f"docs/studies/{name}.md")
+    fill(page, f"{name}-table", study_section(results))
+    shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / f"{name}.png")
     measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
-    print("wrote README.md, docs/images/demo.png and docs/speed.md")
+    print(f"wrote {page.relative_to(root)}, docs/images/{name}.png and docs/speed.md")
 
 
 def fill(page: Path, name: str, text: str) -> None:
@@ -74,7 +77,31 @@ def study_section(results: Results) -> str:
         for i, row in enumerate(results.rows)
     ]
     findings = "\n".join(f"- {sentence}" for sentence in results.findings)
-    return f"{_table(['model', *headings], rows)}\n\n{_machine(results)}\n\n{findings}"
+    parts = [_table(["model", *headings], rows), _machine(results), _rates(results), findings]
+    return "\n\n".join(filter(None, parts))
+
+
+def _rates(results: Results) -> str:
+    """Every variant at every learning rate, where the study tries several; means over the seeds."""
+    tried = [(row, rate) for row in results.rows for rate in row.learning_rates]
+    lines = []
+    for row, rate in tried:
+        halves = ["–" if half is None else f"{half:.4f}" for half in (rate.first_half, rate.second_half)]
+        whole = "–" if rate.full is None else f"{rate.full:.4f}"
+        lines.append(
+            [
+                f"`{row.name}`",
+                f"{rate.lr:g}",
+                *(_bold(half, rate.lr == row.lr) for half in halves),
+                whole if rate.full_spread is None else f"{whole} ± {rate.full_spread:.4f}",
+            ]
+        )
+    if not lines:
+        return ""
+    headings = ["model", "learning rate", "first half", "second half", "all held-out windows"]
+    return (
+        f"{_table(headings, lines)}\n\nMeans over seeds; ± is the standard deviation. Bold is the rate that was chosen."
+    )
 
 
 def speed_section(path: Path) -> str:

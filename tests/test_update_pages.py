@@ -1,4 +1,4 @@
-"""docs/update_readme.py puts the numbers of a study and of benchmarks into the pages, and nothing else."""
+"""docs/update_pages.py puts the numbers of a study and of benchmarks into the pages, and nothing else."""
 
 import json
 import runpy
@@ -12,7 +12,7 @@ from documents import ROOT
 from morex.loading import ConfigError
 from morex.study.records import Results
 
-SCRIPT = runpy.run_path(str(ROOT / "docs" / "update_readme.py"))
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "update_pages.py"))
 BENCH = {
     "machine": {"cpu": "A CPU", "versions": {"torch": "2.13.0"}, "command": "morex bench train more"},
     "rows": [
@@ -69,6 +69,27 @@ def test_readme_gets_table_findings_machine_and_picture(project: Path) -> None:
         before.partition("<!-- demo-table -->")[2].partition("<!-- /demo-table -->")[0], "\n"
     )
     assert (project / "docs" / "images" / "demo.png").read_bytes() == b"a picture"
+
+
+def test_other_studies_have_pages_of_their_own(project: Path) -> None:
+    demo = project / "studies" / "demo" / "results.json"
+    content = json.loads(demo.read_text())
+    content["study"]["name"] = "rates"
+    rate = {"first_half": 3.0, "second_half": 3.125, "full": 3.0625, "full_spread": 0.25}
+    unfinished = {"first_half": None, "second_half": None, "full": None, "full_spread": None}
+    content["rows"][0] |= {"lr": 0.001, "learning_rates": [{"lr": 0.001, **rate}, {"lr": 0.003, **unfinished}]}
+    demo.write_text(json.dumps(content))
+    page = project / "docs" / "studies" / "rates.md"
+    page.parent.mkdir()
+    page.write_text("# Rates\n\n<!-- rates-table -->\n<!-- /rates-table -->\nThe end.\n")
+    readme = (project / "README.md").read_text()
+    SCRIPT["main"]([], root=project)
+    text = page.read_text()
+    assert "| `vanilla` | 0.001 | **3.0000** | **3.1250** | 3.0625 ± 0.2500 |" in text
+    assert "| `vanilla` | 0.003 | – | – | – |" in text
+    assert "- One wins." in text and text.endswith("<!-- /rates-table -->\nThe end.\n")
+    assert (project / "docs" / "images" / "rates.png").read_bytes() == b"a picture"
+    assert (project / "README.md").read_text() == readme
 
 
 def test_speed_page_gets_the_training_rows(project: Path) -> None:
