@@ -128,6 +128,16 @@ def test_capacity_warm_up_falls_along_a_cosine() -> None:
             assert abs(mask.sum(1) - expected).max() <= 1, (step, recursion)
 
 
+def test_the_causal_rule_is_not_trained_where_all_go_on() -> None:
+    """A warm-up starts at capacity 1: the rule `all are active` is not one to learn."""
+    model = build(small({"kind": "expert_choice", "warmup_steps": 10}), std=0.5)
+    tokens = many_tokens(2, 40)
+    out = model(tokens, labels=tokens)
+    assert out.losses["router_bce"] == 0
+    model.update_routers(out.stats, 5)
+    assert model(tokens, labels=tokens).losses["router_bce"] > 0
+
+
 @pytest.mark.parametrize("case", cases("expert_choice"))
 def test_expert_choice_takes_its_share_of_each_sequence(case: str) -> None:
     """max(1, floor(c_r T)) tokens, T the sequence's own unpadded length; no padding is ever active."""

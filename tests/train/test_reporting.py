@@ -1,18 +1,22 @@
 """What is shown and measured on the way: progress, peak memory."""
 
 import io
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from morex.train import memory, progress
 from morex.train.memory import PeakMemory
 from morex.train.progress import ProgressDisplay
 from morex.train.trainer import train
-from train.helpers import configure
+from train.helpers import QUIET, configure
 
 MEGABYTE = 2**20
 
@@ -91,3 +95,36 @@ def test_memory_grows_with_the_batch(corpus: Path, tmp_path: Path) -> None:
         config = configure("vanilla", corpus, *wide, f"train.batch_size={size}")
         peaks.append(train(config, tmp_path / str(size), console=Console(quiet=True))["peak_memory_bytes"])
     assert peaks[1] > peaks[0] + 10 * MEGABYTE
+
+
+def training_lines(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def test_every_expert_router_is_logged_by_itself(corpus: Path, tmp_path: Path) -> None:
+    overrides = ("model.schedule.layers=2", "model.mixer.router.bias_rate=0.01")
+    train(configure("moe", corpus, *overrides), tmp_path / "run", console=QUIET)
+    for line in training_lines(tmp_path / "run"):
+        for name in ("expert_balance", "expert_z"):
+            layers = line[name]
+            assert len(layers) == 2
+            assert sum(layers.values()) / 2 == pytest.approx(line["losses"][name], rel=1e-4)
+        for path, load in line["expert_load"].items():
+            bias = torch.tensor(line["router_state"][path]["bias"])
+            # The busiest expert has been pushed down and the idlest up; here the loads of one step are not even.
+            if line["step"] == 1:
+                expected = (1 / len(load) - torch.tensor(load)).sign() * 0.01
+                torch.testing.assert_close(bias, expected)
+
+
+def test_what_depth_routers_have_moved_to_is_logged(corpus: Path, tmp_path: Path) -> None:
+    train(configure("mor-threshold", corpus), tmp_path / "threshold", console=QUIET)
+    *_, last = training_lines(tmp_path / "threshold")
+    ((name, state),) = last["router_state"].items()
+    saved = load_file(tmp_path / "threshold" / "checkpoints" / "step-6" / "model.safetensors")[f"{name}.threshold"]
+    assert state["threshold"] == [None, *saved[1:].tolist()]
+    train(configure("mor-token", corpus), tmp_path / "token", console=QUIET)
+    for line in training_lines(tmp_path / "token"):
+        (entropy,) = line["router_entropy"].values()
+        assert 0 < entropy <= math.log(3) + 1e-6

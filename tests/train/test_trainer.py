@@ -13,6 +13,7 @@ from torch import Tensor
 from morex.config import Config
 from morex.data.loader import Batch, Loader
 from morex.data.prepare import prepare
+from morex.model.count import count
 from morex.model.lm import LanguageModel, build_model
 from morex.train import trainer
 from morex.train.errors import NonFiniteError
@@ -23,7 +24,7 @@ from train.helpers import KINDS, QUIET, checkpoint_bytes, configure, run, state_
 
 TRAINING_KEYS = {
     "kind", "step", "tokens", "loss", "lr", "tokens_per_s", "flops_per_s", "grad_norm", "seconds", "memory_bytes",
-    "losses", "active_share", "expert_load", "router_entropy",
+    "losses", "active_share", "expert_load", "expert_balance", "expert_z", "router_entropy", "router_state",
 }  # fmt: skip
 SUMMARY_KEYS = {
     "steps", "tokens", "seconds", "train_flops", "final_train_loss", "val_loss", "perplexity", "bits_per_byte",
@@ -50,6 +51,10 @@ def test_a_run_writes_down_what_it_did(corpus: Path, tmp_path: Path) -> None:
     summary = trainer.train(config, tmp_path / "run", console=QUIET)
     done = run(config, tmp_path / "again")
 
+    # 16 tokens have 10 and 5 active ones at recursions 2 and 3, and not the 2/3 and 1/3 that the router is set to.
+    spent = count(config.model, seq_len=16, shares=(1.0, 10 / 16, 5 / 16)).train_flops_per_token
+    assert spent < summary["train_flops_per_token"]
+
     lines = done.metrics("train")
     assert [line["step"] for line in lines] == [1, 2, 4, 6]
     for line in lines:
@@ -57,13 +62,14 @@ def test_a_run_writes_down_what_it_did(corpus: Path, tmp_path: Path) -> None:
         assert line["loss"] == line["losses"]["lm"]
         assert line["loss_router_bce"] == line["losses"]["router_bce"]
         assert line["tokens"] == line["step"] * 4 * 16
-        assert line["flops_per_s"] == pytest.approx(line["tokens_per_s"] * summary["train_flops_per_token"])
+        assert line["flops_per_s"] == pytest.approx(line["tokens_per_s"] * spent)
+        assert line["flops"] == pytest.approx(line["tokens"] * spent)
     assert [line["step"] for line in done.metrics("eval")] == [4, 6]
     assert {"val_loss", "val_loss_oracle", "perplexity", "bits_per_byte", "flops"} <= set(done.metrics("eval")[0])
 
     assert set(summary) >= SUMMARY_KEYS
     assert summary["steps"] == 6 and summary["tokens"] == 6 * 64 and summary["finished"] is True
-    assert summary["train_flops"] == summary["tokens"] * summary["train_flops_per_token"]
+    assert summary["train_flops"] == pytest.approx(summary["tokens"] * spent)
     assert summary["final_train_loss"] == lines[-1]["loss"]
     assert summary["val_loss"] == done.metrics("eval")[-1]["val_loss"]
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())

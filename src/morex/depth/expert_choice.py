@@ -62,6 +62,8 @@ class ExpertChoiceRouter(LearnedGateRouter):
         if self.is_causal:
             target, weight = top.to(judged.dtype), candidates.to(judged.dtype)
             term = F.binary_cross_entropy_with_logits(judged, target, weight, reduction="sum")
+            # As long as a warm-up lets everybody go on there is nothing to learn.
+            term = term * (self.capacity[r - 1] < 1)
             routing.add_loss("router_bce", term / candidates.sum().clamp(min=1))
         return top
 

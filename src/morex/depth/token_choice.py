@@ -88,11 +88,13 @@ class TokenChoiceRouter(DepthRouter):
 
     def _balance(self, logits: Tensor, scores: Tensor, choice: Tensor, routing: Routing) -> None:
         counts = torch.bincount(choice, minlength=self.recursions)
+        # Sigmoid scores of a token do not sum to 1 by themselves.
+        probabilities = scores / scores.sum(-1, keepdim=True)
         routing.stats["chosen"] = counts
+        routing.stats["entropy"] = torch.special.entr(probabilities.detach()).sum()
         if "depth_balance" in self.loss_weights:
             share = counts.to(scores.dtype) / max(1, choice.shape[0])
-            probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
-            routing.add_loss("depth_balance", self.recursions * (share * probability).sum())
+            routing.add_loss("depth_balance", self.recursions * (share * probabilities.mean(0)).sum())
         if "router_z" in self.loss_weights:
             routing.add_loss("router_z", logits.logsumexp(-1).square().mean())
 

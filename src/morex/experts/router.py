@@ -46,10 +46,12 @@ class ExpertRouter(nn.Module):
 
     def _report(self, log_total: Tensor, log_probabilities: Tensor, probabilities: Tensor, chosen: Tensor) -> Signals:
         load = torch.bincount(chosen.flatten(), minlength=self.experts)
+        squares = log_total.square()
         signals = Signals(
             stats={
                 "load": load,
                 "importance": probabilities.detach().sum(0),
+                "z": squares.detach().sum(),
                 "entropy": -(probabilities.detach() * log_probabilities.detach()).sum(),
                 "tokens": torch.tensor(chosen.shape[0], device=chosen.device),
             },
@@ -58,7 +60,7 @@ class ExpertRouter(nn.Module):
         if self.training:
             share = load.to(probabilities.dtype) / max(1, chosen.numel())
             signals.losses["expert_balance"] = self.experts * (share * probabilities.mean(0)).sum()
-            signals.losses["expert_z"] = log_total.square().mean()
+            signals.losses["expert_z"] = squares.mean()
         return signals
 
     @torch.no_grad()

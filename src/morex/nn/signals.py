@@ -27,6 +27,16 @@ class RouterStats(dict[str, dict[str, Tensor]]):
             joined.include(name, fields)
         return joined
 
+    @property
+    def active_shares(self) -> tuple[float, ...] | None:
+        """Share of the tokens active at recursion r = 1..R, the mean over depth routers; None without any."""
+        shares = [
+            fields["active"].double().cpu() / max(int(fields["tokens"]), 1)
+            for fields in self.values()
+            if "active" in fields
+        ]
+        return tuple(torch.stack(shares).mean(0).tolist()) if shares else None
+
     def include(self, name: str, fields: dict[str, Tensor]) -> None:
         """Adds one router's statistics in place."""
         known = self.setdefault(name, {})

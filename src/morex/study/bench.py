@@ -69,7 +69,7 @@ class Contender:
         self.optimizer = build_optimizer(self.model, config.train)
         self.autocast = autocast_dtype(shape.precision)
         self.steps = 0
-        self.active: list[Tensor] = []
+        self.active: list[tuple[float, ...]] = []
 
     def step(self, batch: Tensor) -> RouterStats:
         """One optimizer step on [B, T+1] tokens, as the trainer takes it."""
@@ -94,18 +94,14 @@ class Contender:
             stats.append(self.step(batch))
         _wait(self.shape.device)
         seconds = time.perf_counter() - start
-        for one in stats:
-            self.active += [
-                fields["active"].double().cpu() / fields["tokens"].cpu()
-                for fields in one.values()
-                if "active" in fields
-            ]
+        self.active += [one.active_shares for one in stats if one.active_shares is not None]
         return seconds
 
     def shares(self) -> tuple[float, ...] | None:
         """Measured share of the tokens at recursion r = 1..R, or None where no router decides depth."""
-        routed = is_depth_routed(self.config.model) and self.active
-        return tuple(torch.stack(self.active).mean(0).tolist()) if routed else None
+        if not self.active or not is_depth_routed(self.config.model):
+            return None
+        return tuple(map(statistics.fmean, zip(*self.active, strict=True)))
 
     def flops_per_token(self) -> float:
         """Training FLOPs per token, closed form on the measured shares."""

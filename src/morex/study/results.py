@@ -33,7 +33,6 @@ JOBS = "jobs.json"
 AVERAGED = (
     "parameters",
     "unique_non_embedding",
-    "train_flops_per_token",
     "decode_flops_per_token",
     "kv_bytes_per_token",
     "tokens",
@@ -165,6 +164,7 @@ def _row(variant: PlannedVariant, cells: list[Cell]) -> Row:
     row["lr"] = chosen[0].lr
     summaries = [cell.summary for cell in chosen if cell.summary is not None]
     row |= {key: _mean([getattr(summary, key) for summary in summaries]) for key in AVERAGED}
+    row["train_flops_per_token"] = _mean([summary.train_flops / summary.tokens for summary in summaries])
     losses = [summary.val_loss for summary in summaries]
     if best is not None:
         losses = [

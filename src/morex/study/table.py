@@ -58,9 +58,17 @@ COLUMNS = (
         "Parameters without embeddings and head; a shared weight counts once",
     ),
     Column(
-        "train_flops_per_token", "train|FLOP/t", "{}", "Training FLOPs per token, forward and backward, by closed form"
+        "train_flops_per_token",
+        "train|FLOP/t",
+        "{}",
+        "Training FLOPs per token, forward and backward: closed form on the tokens that were active",
     ),
-    Column("decode_flops_per_token", "decode|FLOP/t", "{}", "FLOPs to decode one token, by closed form"),
+    Column(
+        "decode_flops_per_token",
+        "decode|FLOP/t",
+        "{}",
+        "FLOPs to decode one token: closed form on the shares that the router is set to",
+    ),
     Column("tokens", "tokens|seen", "{}", "Tokens seen in training"),
     Column("seconds", "train|time", "s", "Seconds of training, evaluation left out", min),
     Column("tokens_per_s", "train|tok/s", "{}", "Training tokens per second", max),

@@ -36,7 +36,7 @@ from morex.train.tensors import (
     write_tensors,
 )
 
-FORMAT = 1
+FORMAT = 2
 MODEL, OPTIMIZER, STATE, CHECKSUMS = "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"
 RESUMABLE = frozenset(
     f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "threads")
@@ -53,6 +53,8 @@ class TrainState:
     """Completed optimizer steps."""
     tokens: int = 0
     """Tokens trained on."""
+    flops: float = 0.0
+    """Training FLOPs of those tokens, by closed form on the shares of them that were active."""
     seconds: float = 0.0
     """Time spent in training steps, without evaluation and saving."""
     max_seconds: float | None = None

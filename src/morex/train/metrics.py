@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from morex.depth.router import DepthRouter
 from morex.eval.loss import EvalResult
+from morex.experts.router import ExpertRouter
 from morex.train.runs import read_json_lines, write_whole
 from morex.train.setup import Training
 
@@ -56,22 +58,23 @@ def training_line(
     t: Training, lr: float, losses: Mapping[str, float], grad_norm: float, stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
     """A line about the step just done; `loss` is the language-model loss of that step's tokens, no running mean."""
-    speed = t.pace.tokens_per_second(t.state.tokens, t.state.seconds)
+    tokens_per_s, flops_per_s = t.pace.since_last(t.state)
     return {
         "kind": "train",
         "step": t.state.step,
         "tokens": t.state.tokens,
         "seconds": t.state.seconds,
-        "flops": t.state.tokens * t.counts.train_flops_per_token,
+        "flops": t.state.flops,
         "loss": losses["lm"],
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens_per_s": speed,
-        "flops_per_s": speed * t.counts.train_flops_per_token,
+        "tokens_per_s": tokens_per_s,
+        "flops_per_s": flops_per_s,
         "memory_bytes": t.memory.bytes(),
         "losses": dict(losses),
         **{f"loss_{name}": value for name, value in losses.items() if name != "lm"},
         **router_report(stats),
+        "router_state": router_state(t.model),
     }
 
 
@@ -82,7 +85,7 @@ def evaluation_line(t: Training, result: EvalResult) -> dict[str, Any]:
         "step": t.state.step,
         "tokens": t.state.tokens,
         "seconds": t.state.seconds,
-        "flops": t.state.tokens * t.counts.train_flops_per_token,
+        "flops": t.state.flops,
         **_held_out(result),
     }
 
@@ -112,7 +115,7 @@ def summarise(t: Training) -> dict[str, Any]:
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": state.seconds,
-        "train_flops": state.tokens * counts.train_flops_per_token,
+        "train_flops": state.flops,
         "final_train_loss": state.last_loss,
         **{key: value for key, value in state.evaluation.items() if key not in about_run},
         "best_val_loss": state.best_val_loss,
@@ -135,19 +138,35 @@ def router_report(stats: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[s
     Returns:
         active_share: share of the tokens active at recursions 1..R, of each depth router.
         expert_load: share of the assignments that each expert got, of each expert router.
-        router_entropy: mean entropy of a token's expert probabilities in nats, of each expert router.
+        expert_balance, expert_z: raw balance loss and z-loss of each expert router.
+        router_entropy: mean entropy of a token's probabilities in nats, of each router that has a distribution.
     """
-    report: dict[str, dict[str, Any]] = {"active_share": {}, "expert_load": {}, "router_entropy": {}}
+    names = ("active_share", "expert_load", "expert_balance", "expert_z", "router_entropy")
+    report: dict[str, dict[str, Any]] = {name: {} for name in names}
     for name, fields in stats.items():
         tokens = max(float(fields["tokens"]), 1.0)
         if "active" in fields:
             report["active_share"][name] = (fields["active"].double() / tokens).tolist()
         if "load" in fields:
-            load = fields["load"].double()
-            report["expert_load"][name] = (load / load.sum().clamp(min=1)).tolist()
+            load = fields["load"].double() / fields["load"].sum().clamp(min=1)
+            report["expert_load"][name] = load.tolist()
+            report["expert_balance"][name] = float(len(load) * (load * fields["importance"]).sum()) / tokens
+            report["expert_z"][name] = float(fields["z"]) / tokens
         if "entropy" in fields:
             report["router_entropy"][name] = float(fields["entropy"]) / tokens
     return report
+
+
+def router_state(model: nn.Module) -> dict[str, dict[str, list[float | None]]]:
+    """Biases, thresholds and capacities that the routers have moved to, by module path; None for infinity."""
+    state: dict[str, dict[str, list[float | None]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, DepthRouter | ExpertRouter):
+            for name, values in module.named_buffers(recurse=False):
+                if values.any():
+                    plain = [value if math.isfinite(value) else None for value in values.tolist()]
+                    state.setdefault(path, {})[name] = plain
+    return state
 
 
 def _encode(line: Mapping[str, Any]) -> str:

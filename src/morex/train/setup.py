@@ -54,13 +54,15 @@ class Pace:
     """Speed since the last metric line."""
 
     tokens: int
+    flops: float
     seconds: float
 
-    def tokens_per_second(self, tokens: int, seconds: float) -> float:
-        """Tokens a second since the last call, from the run's totals."""
-        speed = (tokens - self.tokens) / max(seconds - self.seconds, 1e-9)
-        self.tokens, self.seconds = tokens, seconds
-        return speed
+    def since_last(self, state: TrainState) -> tuple[float, float]:
+        """Tokens and FLOPs a second since the last call, from the run's totals."""
+        seconds = max(state.seconds - self.seconds, 1e-9)
+        speeds = (state.tokens - self.tokens) / seconds, (state.flops - self.flops) / seconds
+        self.tokens, self.flops, self.seconds = state.tokens, state.flops, state.seconds
+        return speeds
 
 
 def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | None) -> Training:
@@ -109,7 +111,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         device=device,
         autocast=autocast_dtype(config.train.precision),
         memory=memory,
-        pace=Pace(state.tokens, state.seconds),
+        pace=Pace(state.tokens, state.flops, state.seconds),
         saved_step=None if checkpoint is None else state.step,
     )
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from morex.config import Config
 from morex.data.loader import IGNORED, Batch
 from morex.eval.loss import evaluate
+from morex.loading import is_depth_routed
+from morex.model.count import count
 from morex.nn.signals import RouterStats
 from morex.train.checkpoint import save_checkpoint
 from morex.train.errors import Interrupted, NonFiniteError, disk_full_explained
@@ -96,6 +98,7 @@ def loop(t: Training, console: Console) -> None:
             state.step += 1
             t.model.update_routers(stats, state.step)
             state.tokens += num_tokens(batch)
+            state.flops += num_tokens(batch) * flops_per_token(t, stats)
             state.seconds += time.perf_counter() - started
             state.last_loss = losses["lm"]
 
@@ -154,6 +157,14 @@ def num_predicted(batch: Batch) -> int:
 def num_tokens(batch: Batch) -> int:
     """Tokens that pass through the model, padding apart."""
     return batch.tokens.numel() if batch.lengths is None else int(batch.lengths.sum())
+
+
+def flops_per_token(t: Training, stats: RouterStats) -> float:
+    """Training FLOPs per token of a step: closed form, on the shares of its tokens that were active."""
+    model = t.config.model
+    if not is_depth_routed(model):
+        return t.counts.train_flops_per_token
+    return count(model, seq_len=t.config.train.seq_len, shares=stats.active_shares).train_flops_per_token
 
 
 def clip_gradients(t: Training) -> float:
