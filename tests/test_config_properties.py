@@ -50,8 +50,12 @@ def schedules() -> Any:
     sharing = st.sampled_from(["none", "cycle", "sequence", "middle_cycle", "middle_sequence"])
     named = section({"sharing": sharing, "layers": st.integers(1, 8)}, {"recursions": st.integers(1, 3)})
     general = section(
-        {"sharing": st.sampled_from(["cycle", "sequence"]), "core": st.integers(1, 2)},
-        {"prelude": st.integers(0, 1), "coda": st.integers(0, 1), "recursions": st.integers(1, 3)},
+        {
+            "sharing": st.sampled_from(["cycle", "sequence"]),
+            "core": st.integers(1, 2),
+            "recursions": st.sampled_from([2, 3, 1]),
+        },
+        {"prelude": st.integers(0, 1), "coda": st.integers(0, 1)},
     )
     return st.one_of(named, general)
 
@@ -187,7 +191,7 @@ def test_the_strategy_finds_both_kinds() -> None:
     """The property above would be empty if nearly everything were refused, or nothing."""
     outcomes: list[tuple[bool, str]] = []
 
-    @settings(max_examples=150)
+    @settings(max_examples=300)
     @given(models())
     def collect(tree: Tree) -> None:
         try:
@@ -285,6 +289,24 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.depth.kind=token_choice"],
         r"token_choice",
     ),
+    "nothing to choose from in a loop of one": (
+        ["model.schedule={sharing: cycle, layers: 2, recursions: 1}", "model.depth.kind=token_choice"],
+        r"token_choice.*recursions is 1",
+    ),
+    "no capacities": (["model.depth={kind: expert_choice, capacities: []}"], r"capacities .*0 entries .*3 recursions"),
+    "a threshold router without a gradient": (
+        ["model.depth={kind: threshold, score: unweighted}"],
+        r"unweighted.*gradient.*sigmoid or tanh",
+    ),
+    "an expert-choice router without a gradient": (
+        ["model.depth={kind: expert_choice, score: unweighted, causal: aux_router}"],
+        r"unweighted.*gradient.*aux_loss",
+    ),
+    "unused weights that are used": (
+        ["model.mixer={kind: recursive, attention_scope: routed, keep_unused_qk: true}"],
+        r"keep_unused_qk.*'token'",
+    ),
+    "sequences that are too long": (["train.seq_len=5000"], r"train.seq_len 5000 .*max_seq_len 1024"),
     "negative width": (["model.d_model=-8"], r"d_model.*-8"),
     "no vocabulary": (["model.vocab_size=0"], r"vocab_size.*0"),
     "not a number": (["model.norm_eps=.nan"], r"norm_eps"),

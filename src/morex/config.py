@@ -122,6 +122,14 @@ class RecursiveExpertsConfig(Section):
     keep_unused_qk: bool = False
     """Store the query and key weights that `token` never uses, to match a parameter count."""
 
+    @model_validator(mode="after")
+    def _keeps_what_is_unused(self) -> Self:
+        if self.keep_unused_qk and self.attention_scope == "routed":
+            raise ValueError(
+                "mixer.keep_unused_qk goes with mixer.attention_scope 'token'; with 'routed' these weights are used"
+            )
+        return self
+
     def options(self, d_model: int) -> dict[str, Any]:
         """Constructor options of the layer, without its router."""
         return self.model_dump(exclude={"kind", "router"})
@@ -197,7 +205,9 @@ class GatedConfig(RouterConfig):
 
     def shares(self, recursions: int) -> tuple[float, ...]:
         """Capacities c_1..c_R."""
-        return self.capacities or tuple((recursions - r) / recursions for r in range(recursions))
+        if self.capacities is not None:
+            return self.capacities
+        return tuple((recursions - r) / recursions for r in range(recursions))
 
     def options(self, recursions: int) -> dict[str, Any]:
         return super().options(recursions) | {"capacities": self.shares(recursions)}
@@ -207,11 +217,22 @@ class LearnedGateConfig(GatedConfig):
     """What routers that score tokens share."""
 
     score: Literal["sigmoid", "tanh", "unweighted"] = "sigmoid"
-    """Gate of an active token: alpha * sigmoid(logit), alpha * tanh(logit), or 1."""
+    """Gate of an active token: alpha * sigmoid(logit), alpha * tanh(logit), or 1 (`expert_choice` with `aux_loss` only:
+    nothing else would train the router)."""
     router: Literal["linear", "mlp"] = "linear"
     """Scores from one linear map, or from two with GELU between (hidden width 2 d_model)."""
     z_weight: NonNegative = 0.0
     """Weight of the router z-loss, the mean squared logit of the candidates."""
+
+    @model_validator(mode="after")
+    def _router_learns(self) -> Self:
+        own_loss = isinstance(self, ExpertChoiceConfig) and self.causal == "aux_loss" and self.causal_weight > 0
+        if self.score == "unweighted" and not own_loss:
+            raise ValueError(
+                "depth.score 'unweighted' gives the router no gradient, except with depth.kind 'expert_choice', "
+                "depth.causal 'aux_loss' and depth.causal_weight above 0; use sigmoid or tanh"
+            )
+        return self
 
 
 class ExpertChoiceConfig(LearnedGateConfig):
@@ -318,8 +339,11 @@ class ModelConfig(Section):
                 )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
-        if isinstance(self.depth, TokenChoiceConfig) and self.schedule.sharing == "none":
-            raise ValueError("depth.kind 'token_choice' needs recursions to choose from; schedule.sharing is 'none'")
+        if isinstance(self.depth, TokenChoiceConfig) and recursions == 1:
+            raise ValueError(
+                f"depth.kind 'token_choice' needs recursions to choose from; schedule.recursions is 1 with "
+                f"schedule.sharing {self.schedule.sharing!r}"
+            )
         return self
 
     def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
@@ -448,6 +472,15 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> Self:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"train.seq_len {self.train.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; raise "
+                f"model.max_seq_len or lower train.seq_len"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to a run's config.yaml."""

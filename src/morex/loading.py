@@ -42,7 +42,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
         # With the default kinds written down, an override below them is checked against the right section.
         tree["model"] = {"depth": {"kind": "fixed"}, "mixer": {"kind": "swiglu"}, **tree["model"]}
     if tiny:
-        tree = {**tree, "model": tiny_model(validate(Config, tree).model)}
+        config = validate(Config, tree)
+        model = tiny_model(config.model)
+        train = {**tree.get("train", {}), "seq_len": min(config.train.seq_len, model["max_seq_len"])}
+        tree = {**tree, "model": model, "train": train}
     for override in overrides:
         _apply(tree, override)
     return validate(Config, tree)

@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "expert+shared_first": ("mor-expert", ["model.kv=shared_first"]),
     "expert+aux_router": ("mor-expert", ["model.depth.causal=aux_router", "model.depth.router=mlp"]),
     "expert+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.depth.score=tanh"]),
+    "expert+unweighted": ("mor-expert", ["model.depth.score=unweighted"]),
     "expert+sequence": ("mor-expert", ["model.schedule.sharing=sequence", "model.depth.gate=delta"]),
     "expert+few_at_first": ("mor-expert", ["model.depth.capacities=[0.75, 0.5, 0.25]", "model.depth.z_weight=0.001"]),
     "expert+recursive_experts": ("mor-expert", [EXPERTS, "model.step_embedding=true"]),

@@ -257,6 +257,8 @@ class Reference:
         name = f"stack.groups.{index}.router.{scorer}."
         if f"{name}{recursion - 1}.weight" in self.weights:
             name += f"{recursion - 1}."
+        if name + "weight" not in self.weights:  # an unweighted router where all go on
+            return [0.0]
         hidden = x if name + "hidden" not in self.weights else gelu(self.weights[name + "hidden"] @ x)
         return (self.weights[name + "weight"] @ hidden).tolist()
 

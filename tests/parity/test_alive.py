@@ -11,12 +11,15 @@ from parity.helpers import CASES, build, cases, config_of, fresh_model, random_t
 # Parameters that the language-model loss cannot move, and why.
 EXCEPTIONS: dict[str, str] = {
     r"\.router\.predictor\.": "the aux_router predictor learns from its own loss, with stopped gradient",
+    r"\.router\.score\.": "scores of an `unweighted` router learn from its own loss: a gate of 1 carries no gradient",
     r"\.mixer\.[qk]$": "query and key weights that `more` keeps for its parameter count: a token that sees only "
     "itself has a softmax over one score",
 }
 
 
 def is_exempt(case: str, name: str) -> bool:
+    if re.search(r"\.router\.score\.", name):
+        return getattr(config_of(case).depth, "score", None) == "unweighted"
     if re.search(r"\.mixer\.[qk]$", name):
         mixer = config_of(case).mixer
         return mixer.kind == "recursive" and mixer.keep_unused_qk
@@ -63,7 +66,7 @@ def test_every_parameter_is_alive(case: str) -> None:
     assert not dead
 
 
-@pytest.mark.parametrize("case", ["more", "expert+aux_router"])
+@pytest.mark.parametrize("case", ["more", "expert+aux_router", "expert+unweighted"])
 def test_exceptions_are_really_dead(case: str) -> None:
     """The list of exceptions names nothing that is alive."""
     largest = gradients(case)
@@ -72,7 +75,20 @@ def test_exceptions_are_really_dead(case: str) -> None:
     assert max(exempt.values()) <= 1e-12
 
 
-@pytest.mark.parametrize("case", cases("expert_choice", "threshold", "token_choice"))
+@pytest.mark.parametrize("case", ["expert+aux_router", "expert+unweighted"])
+def test_what_has_a_loss_of_its_own_learns_from_it(case: str) -> None:
+    model, tokens = fresh_model(case), random_tokens(case, 4, 24)
+    model(tokens, labels=tokens).loss.backward()
+    own = [(n, p) for n, p in model.named_parameters() if ".router." in n and is_exempt(case, n)]
+    assert own
+    for name, parameter in own:
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+GATED = [case for case in cases("expert_choice", "threshold", "token_choice") if case != "expert+unweighted"]
+
+
+@pytest.mark.parametrize("case", GATED)
 def test_routers_learn_from_the_language_model_loss(case: str) -> None:
     """The gate carries the gradient: every recursion's router gets one."""
     model, tokens = fresh_model(case), random_tokens(case, 4, 24)

@@ -33,7 +33,8 @@ def test_labels_beyond_the_vocabulary() -> None:
 SHAPES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "labels of another shape": (r"labels .*\[2, 16\]", lambda model: {"labels": TOKENS[:, :5]}),
     "lengths of another batch": (r"lengths .*\[2\]", lambda model: {"lengths": torch.tensor([16])}),
-    "lengths beyond the tokens": (r"lengths .*17.*16", lambda model: {"lengths": torch.tensor([17, 3])}),
+    "lengths beyond the tokens": (r"lengths .*16.*3..17", lambda model: {"lengths": torch.tensor([17, 3])}),
+    "negative lengths": (r"lengths .*16.*-1\.\.3", lambda model: {"lengths": torch.tensor([-1, 3])}),
     "a cache of another batch": (r"cache .*3 .*2 rows", lambda model: {"cache": model.new_cache(3)}),
     "documents in a cache": (
         r"document_ids .*cache",

@@ -74,7 +74,10 @@ def closed_form(config: ModelConfig) -> int:
     depth: Any = config.depth
     scorer = 0
     if depth.kind in ("expert_choice", "token_choice", "threshold"):
-        scorer = schedule.recursions * d if depth.router == "linear" else 2 * d * d + 2 * d * schedule.recursions
+        scored = schedule.recursions
+        if depth.score == "unweighted":  # scores only serve to leave tokens out
+            scored = sum(share < 1 for share in depth.shares(schedule.recursions))
+        scorer = scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
     return embeddings + blocks + d + groups * per_group
 

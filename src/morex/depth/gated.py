@@ -44,7 +44,7 @@ class GatedRouter(DepthRouter):
 
 
 class LearnedGateRouter(GatedRouter):
-    """Base of the routers that score tokens; each recursion has a score net of its own."""
+    """Base of the routers that score tokens; each recursion that needs scores has a net of its own."""
 
     def __init__(
         self,
@@ -59,12 +59,13 @@ class LearnedGateRouter(GatedRouter):
     ) -> None:
         super().__init__(d_model, recursions, capacities, alpha, gate)
         self.activation = score
-        self.score = nn.ModuleList(ScoreNet(d_model, 1, router) for _ in range(recursions))
+        self.score = nn.ModuleDict({str(r): ScoreNet(d_model, 1, router) for r in scored(capacities, score)})
         if z_weight:
             self.loss_weights["router_z"] = z_weight
 
     def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
-        logits = self.score[r - 1](h).squeeze(1)
+        name = str(r - 1)
+        logits = self.score[name](h).squeeze(1) if name in self.score else h.new_zeros(h.shape[0])
         candidates = self.candidates(routing)
         routing.gates = logits
         routing.scores.append(logits.detach().masked_fill(~candidates, torch.nan))
@@ -94,7 +95,14 @@ class LearnedGateRouter(GatedRouter):
 
     @staticmethod
     def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
-        return nets_costs(d_model, recursions, recursions if taken is None else taken, options["router"])
+        nets = scored(options["capacities"], options["score"])
+        used = len(nets) if taken is None else sum(r < taken for r in nets)
+        return nets_costs(d_model, len(nets), used, options["router"])
+
+
+def scored(capacities: tuple[float, ...], score: str) -> list[int]:
+    """Recursions, from 0, that need scores: without a gate only those that leave tokens out."""
+    return [r for r, capacity in enumerate(capacities) if score != "unweighted" or capacity < 1]
 
 
 def nets_costs(d_model: int, nets: int, used: int, kind: str) -> Costs:

@@ -244,8 +244,10 @@ class LanguageModel(nn.Module):
             )
         if lengths is not None and tuple(lengths.shape) != (batch,):
             raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
-        if lengths is not None and lengths.device.type == "cpu" and batch and not 0 <= int(lengths.max()) <= time:
-            raise ValueError(f"lengths go up to {int(lengths.max())}, but tokens have only {time} columns")
+        if lengths is not None and lengths.device.type == "cpu":
+            least, most = int(lengths.min()), int(lengths.max())
+            if least < 0 or most > time:
+                raise ValueError(f"lengths must lie between 0 and the {time} columns of tokens, not {least}..{most}")
         if cache is not None and documents is not None:
             raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
         if cache is not None and cache.seen.shape[0] != batch:
