@@ -47,17 +47,24 @@ def test_speed_page_works(folder: Path) -> None:
     assert_benchmark(folder / "speed.json")
 
 
+@pytest.mark.slow
+def test_pages_of_studies_work(folder: Path) -> None:
+    for page in (ROOT / "docs" / "studies").iterdir():
+        assert run_page(page, folder)
+        assert (folder / "studies" / page.stem / "report.html").is_file()
+
+
 def test_contributing_works(folder: Path) -> None:
     assert run_page(ROOT / "CONTRIBUTING.md", folder) == ["make check", "make test"]
 
 
 def test_every_page_with_commands_is_run_by_a_test() -> None:
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     runnable = {page.name for page in pages if any(block.commands for block in code_blocks(page))}
+    studies = {page.name for page in (ROOT / "docs" / "studies").iterdir()}
     elsewhere = {"adding-a-router.md"}  # in test_docs.py
-    assert (
-        runnable == {"README.md", "CONTRIBUTING.md", "getting-started.md", "configuration.md", "speed.md"} | elsewhere
-    )
+    here = {"README.md", "CONTRIBUTING.md", "getting-started.md", "configuration.md", "speed.md"} | studies
+    assert runnable == here | elsewhere
 
 
 def assert_benchmark(path: Path) -> None:

@@ -172,6 +172,16 @@ def test_the_best_learning_rates_are_named() -> None:
     assert silent(results, "learning rates")
 
 
+def test_losses_over_other_windows_are_told_apart() -> None:
+    """The table has the loss over half of the windows, the curves that over all of them."""
+    results = family()
+    rates = [{"lr": 1e-3, "first_half": 1.0, "second_half": 1.0, "full": 1.0, "full_spread": None}]
+    tree = results.model_dump()
+    tree["rows"] = [row | {"learning_rates": rates} for row in tree["rows"]]
+    assert "over all held-out windows" in said(Results.model_validate(tree), "After the same", "s of training")
+    assert silent(results, "over all held-out windows")
+
+
 def test_one_seed_is_said_to_be_one() -> None:
     one = make_results(variant("a", "dense", 2.0), variant("b", "recursive", 2.1))
     assert "one seed" in findings(one)[-1]

@@ -143,8 +143,10 @@ def _after_the_same(results: Results, axis: str) -> list[str]:
     rival_name = (
         f"the best dense variant, `{rival.name}`," if rival.kind == "dense" else f"the best other, `{rival.name}`,"
     )
+    # Curves are over all windows, also where the table has the loss over half of them.
+    basis = " over all held-out windows" if any(row.learning_rates for row in known) else ""
     return [
-        f"After the same {what}{caveat} {_named(first)} is ahead with {read[first.name]:.3f}; {rival_name} has "
+        f"After the same {what}{caveat} {_named(first)} is ahead with {read[first.name]:.3f}{basis}; {rival_name} has "
         f"{read[rival.name]:.3f}."
     ]
 
