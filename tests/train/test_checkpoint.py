@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import morex
+from morex import files
 from morex.loading import ConfigError
 from morex.model.lm import build_model
-from morex.train import checkpoint, metrics, runs, tensors
+from morex.train import checkpoint, metrics, tensors
 from morex.train.checkpoint import TrainState, load, load_checkpoint, newest_checkpoint, save_checkpoint
 from morex.train.errors import CheckpointError, DiskFullError, RunFolderError
 from morex.train.optim import build_optimizer
@@ -174,7 +175,7 @@ class Disk:
 
     def refuse_text(self, name: str, step: int) -> None:
         """Fails when a small file is forced to disk."""
-        write = runs.write_whole
+        write = files.write_whole
 
         def full(path: Path, text: str) -> None:
             if path.name == name and (step == 0 or f"step-{step}." in path.parent.name):
@@ -182,7 +183,7 @@ class Disk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             write(path, text)
 
-        self.patch.setattr(runs, "write_whole", full)
+        self.patch.setattr(files, "write_whole", full)
 
     def refuse_lines(self, after: int) -> None:
         """Fails in the middle of a metric line."""

@@ -11,7 +11,7 @@ import torch
 
 from morex.train.errors import RunFolderError
 from morex.train.metrics import MetricsWriter
-from morex.train.runs import RunFolder, environment, read_json, read_json_lines, write_whole
+from morex.train.runs import RunFolder, environment, read_json, read_json_lines
 from train.helpers import configure, files_of, run, run_until_crash
 
 
@@ -131,18 +131,6 @@ def test_json_that_is_not_an_object_is_named(tmp_path: Path) -> None:
         (tmp_path / "summary.json").write_text(content)
         with pytest.raises(RunFolderError, match=r"summary\.json' is damaged"):
             read_json(tmp_path / "summary.json")
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "a.txt", "old")
-
-    def broken(descriptor: int) -> None:
-        raise OSError("disk gone")
-
-    monkeypatch.setattr("morex.train.runs.os.fsync", broken)
-    with pytest.raises(OSError, match="disk gone"):
-        write_whole(tmp_path / "a.txt", "new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
 def test_the_environment_names_what_matters_for_a_result() -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from morex import files
 from morex.data.errors import DataError
 
 TEMPORARY = ".unfinished-"
@@ -54,27 +55,18 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a whole file under a temporary name and renames it; raises DataError where that fails."""
+    """Writes a file of the cache, whole or not at all; raises DataError where that fails."""
     with _write_faults(path):
-        temporary = _temporary_name(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, content)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file of the cache, or None where there is none that can be read."""
     try:
-        content = json.loads(path.read_bytes())
+        return files.read_json(path)
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None
 
 
 def discard(folder: Path) -> None:

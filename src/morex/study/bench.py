@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from morex import files
 from morex.config import Config, FeedForwardConfig, ModelConfig
 from morex.experts.router import ExpertRouter
 from morex.loading import ConfigError, is_depth_routed, load_config
@@ -36,7 +37,7 @@ from morex.study.twins import bench_twin, unrouted
 from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
-from morex.train.runs import environment, write_whole
+from morex.train.runs import environment
 
 LARGEST_BATCH = 32
 """A preset's own microbatch is measured up to this size; a larger one is taken as 8."""
@@ -184,8 +185,7 @@ def machine(device: str = "auto") -> dict[str, Any]:
 def write_json(path: str | Path, rows: Sequence[Row], command: Sequence[str] | None = None) -> None:
     """Writes {"machine": ..., "rows": ...} with the command that measured them."""
     words = ["morex", *sys.argv[1:]] if command is None else list(command)
-    content = {"machine": {**machine(), "command": shlex.join(words)}, "rows": list(rows)}
-    write_whole(Path(path), json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files.write_json(Path(path), {"machine": {**machine(), "command": shlex.join(words)}, "rows": list(rows)})
 
 
 def _shape(config: Config, batch_size: int | None, seq_len: int | None, precision: str, device: torch.device) -> Shape:

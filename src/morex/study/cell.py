@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from morex.files import write_json
 from morex.loading import ConfigError
 from morex.study.measure import measure
 from morex.study.plan import PlannedCell, plan
@@ -13,7 +14,7 @@ from morex.study.records import Measures
 from morex.study.results import MEASURES, cell_folder, failure_path, is_finished, read_study
 from morex.study.spec import StudyConfig
 from morex.train.errors import Interrupted, TrainingError
-from morex.train.runs import RunFolder, write_json
+from morex.train.runs import RunFolder
 from morex.train.trainer import train
 
 

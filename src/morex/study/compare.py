@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from morex.data.prepare import prepare
+from morex.files import write_json, write_whole
 from morex.loading import ConfigError
 from morex.study.findings import findings
 from morex.study.pictures import write_pictures
@@ -21,7 +22,7 @@ from morex.study.results import collect, read_study
 from morex.study.runner import run_cells
 from morex.study.spec import StudyConfig, load_study, studies
 from morex.study.table import csv_text, terminal_tables
-from morex.train.runs import RunFolder, write_json, write_whole
+from morex.train.runs import RunFolder
 
 PIPE_WIDTH = 140
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from morex.files import write_json
 from morex.loading import ConfigError, validate
 from morex.study.plan import Plan, PlannedCell, PlannedVariant, plan
 from morex.study.records import (
@@ -26,7 +27,7 @@ from morex.study.records import (
     TrainingPoint,
 )
 from morex.study.spec import StudyConfig
-from morex.train.runs import RunFolder, read_json, write_json
+from morex.train.runs import RunFolder, read_json
 
 MEASURES = "cell.json"
 JOBS = "jobs.json"

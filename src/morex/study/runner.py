@@ -17,13 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from morex.files import write_json
 from morex.study.plan import Plan, PlannedCell
 from morex.study.results import cell_folder, failure_path, is_finished, note_jobs
 from morex.study.units import duration
 from morex.study.worker import Worker
 from morex.train.errors import Interrupted
 from morex.train.interrupt import stop_on_signals
-from morex.train.runs import RunFolder, read_json, write_json
+from morex.train.runs import RunFolder, read_json
 
 POLL = 0.25
 """Seconds between looks at the cells' processes and their metrics."""

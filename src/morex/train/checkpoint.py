@@ -6,7 +6,6 @@
 - checksums.json: sha256 of the three
 """
 
-import hashlib
 import re
 import shutil
 import warnings
@@ -20,11 +19,12 @@ from torch import nn
 
 from morex.config import Config
 from morex.data.tokenizer import Tokenizer, load_tokenizer
+from morex.files import sha256, sync_folder, write_json
 from morex.loading import validate
 from morex.model.lm import LanguageModel, build_model
 from morex.train.errors import CheckpointError, RunFolderError
 from morex.train.precision import resolve_device, weight_dtype
-from morex.train.runs import RunFolder, read_json, sync_folder, write_json
+from morex.train.runs import RunFolder, read_json
 from morex.train.tensors import (
     model_tensors,
     optimizer_tensors,
@@ -94,7 +94,7 @@ def save_checkpoint(
         write_tensors(temporary / MODEL, model_tensors(model))
         write_tensors(temporary / OPTIMIZER, optimizer_tensors(model, optimizer) | random_state(_device(model)))
         write_json(temporary / STATE, {"format": FORMAT, **asdict(state), "config": config.to_dict()})
-        write_json(temporary / CHECKSUMS, {name: _sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)})
+        write_json(temporary / CHECKSUMS, {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)})
         if target.exists():  # a damaged one, which the run went around
             target.rename(run.checkpoints / f".{target.name}.old")
         temporary.rename(target)
@@ -206,7 +206,7 @@ def verify(path: Path) -> None:
     except RunFolderError:
         raise CheckpointError(f"checkpoint '{path}' is damaged: {CHECKSUMS} cannot be read") from None
     for name in (MODEL, OPTIMIZER, STATE):
-        if expected.get(name) != _sha256(path / name):
+        if expected.get(name) != sha256(path / name):
             raise CheckpointError(f"checkpoint '{path}' is damaged: {name} does not match its checksum")
 
 
@@ -234,11 +234,6 @@ def _remove_leftovers(run: RunFolder) -> None:
     """Removes what a process that died while saving has left."""
     for path in run.checkpoints.glob(".step-*"):
         shutil.rmtree(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from morex.depth.router import DepthRouter
 from morex.eval.loss import EvalResult
 from morex.experts.router import ExpertRouter
-from morex.train.runs import read_json_lines, write_whole
+from morex.files import write_whole
+from morex.train.runs import read_json_lines
 from morex.train.setup import Training
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 
+from morex import files
 from morex.config import Config
 from morex.loading import load_config
 from morex.train.errors import FULL, RunFolderError
@@ -123,14 +124,11 @@ class RunFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises RunFolderError where it is not one."""
+    """The JSON object in a file of a run. Raises RunFolderError where it holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunFolderError(f"'{path}' is damaged: it is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise RunFolderError(f"'{path}' is damaged: it must hold a JSON object")
-    return content
+        return files.read_json(path)
+    except ValueError as error:
+        raise RunFolderError(str(error)) from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -149,39 +147,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
 def write_config(path: Path, config: Config) -> None:
     """Writes a config as YAML, whole or not at all."""
-    write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, forces it to disk and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Forces a folder's entries to disk, so that a rename survives a power cut."""
-    with suppress(PermissionError):  # Windows cannot open folders.
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    files.write_whole(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

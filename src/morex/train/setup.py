@@ -11,6 +11,7 @@ from morex.config import Config, TrainConfig
 from morex.data.loader import Loader
 from morex.data.prepare import PreparedData, prepare
 from morex.data.tokenizer import load_tokenizer
+from morex.files import write_json
 from morex.loading import validate
 from morex.model.count import Count, count
 from morex.model.lm import LanguageModel, build_model
@@ -25,7 +26,7 @@ from morex.train.errors import CheckpointError, RunFolderError
 from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer, same_path
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
-from morex.train.runs import RunFolder, environment, write_config, write_json
+from morex.train.runs import RunFolder, environment, write_config
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import Tensor
 from morex.config import Config
 from morex.data.loader import IGNORED, Batch
 from morex.eval.loss import evaluate
+from morex.files import write_json
 from morex.loading import is_depth_routed
 from morex.model.count import count
 from morex.nn.signals import RouterStats
@@ -26,7 +27,7 @@ from morex.train.interrupt import StopRequest, stop_on_signals
 from morex.train.metrics import MetricsWriter, evaluation_line, summarise, training_line
 from morex.train.optim import learning_rate
 from morex.train.progress import ProgressDisplay
-from morex.train.runs import RunFolder, write_json
+from morex.train.runs import RunFolder
 from morex.train.setup import Training, begin, cpu_threads
 
 
