@@ -1,17 +1,17 @@
-"""Reads a config: a preset or a YAML file, then dotted overrides; a fault is one clear sentence."""
+"""Reads YAML files, ours by name and the user's by path, then dotted overrides; a fault is one clear sentence."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from morex.config import Config, FeedForwardConfig, FixedConfig, ModelConfig, RecursiveExpertsConfig
 
-PRESETS = files("morex").joinpath("presets")
 TINY_WIDTH, TINY_VOCABULARY = 32, 97
 SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}
 Tree = TypeVar("Tree", bound=BaseModel)
@@ -21,9 +21,61 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message is one sentence that names the option, the value and what works."""
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """YAML files of one sort: those that come with the library, by name, and the user's own, by path."""
+
+    folder: str
+    """Folder of the package that holds the library's own."""
+    entry: str
+    """What messages call one of the library's own."""
+    sort: str
+    """What messages call any of them."""
+    keys: tuple[str, ...]
+    """Keys at the top, which messages name where a file has none."""
+
+    def names(self) -> list[str]:
+        """Names of those that come with the library."""
+        entries = files("morex").joinpath(self.folder).iterdir()
+        return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+    def read(self, source: str | Path) -> dict[str, Any]:
+        """The mapping in one of them, unchecked.
+
+        Args:
+            source: a name, or a path: a Path, or a string with a slash or the ending of a YAML file.
+
+        Raises:
+            ConfigError: there is none, or it is not UTF-8, not YAML, or not a mapping.
+        """
+        name = str(source)
+        if isinstance(source, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
+            path = Path(source)
+            if not path.is_file():
+                raise ConfigError(f"{self.sort} file '{path}' does not exist")
+            content = path.read_bytes()
+        elif name in self.names():
+            content = files("morex").joinpath(self.folder, f"{name}.yaml").read_bytes()
+        else:
+            raise ConfigError(f"unknown {self.entry} '{name}'{closest(name, self.names())}")
+        try:
+            tree = yaml.safe_load(content.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise ConfigError(f"{self.sort} file '{name}' is not UTF-8 text") from None
+        except (yaml.YAMLError, ValueError) as error:
+            problem = " ".join(str(error).split())
+            raise ConfigError(f"{self.sort} '{name}' is not valid YAML: {problem}") from None
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{self.sort} '{name}' must be a mapping with the keys {', '.join(self.keys)}")
+        return tree
+
+
+PRESETS = Shelf(folder="presets", entry="preset", sort="config", keys=tuple(Config.model_fields))
+
+
 def presets() -> list[str]:
     """Names of the presets that come with the library."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml"))
+    return PRESETS.names()
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = False) -> Config:
@@ -47,7 +99,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
         train = {**tree.get("train", {}), "seq_len": min(config.train.seq_len, model["max_seq_len"])}
         tree = {**tree, "model": model, "train": train}
     for override in overrides:
-        _apply(tree, override)
+        tree = with_override(tree, override)
     return validate(Config, tree)
 
 
@@ -129,30 +181,11 @@ def is_depth_routed(model: ModelConfig) -> bool:
 
 
 def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The mapping of a config, laid over that of the preset that it starts from."""
     name = str(source)
     if name in readers:
         raise ConfigError(f"config '{name}' starts from itself: {' -> '.join((*readers, name))}")
-    if isinstance(source, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError(f"config file '{path}' does not exist")
-        try:
-            return _parse(path.read_text(encoding="utf-8"), name, readers)
-        except UnicodeDecodeError:
-            raise ConfigError(f"config file '{path}' is not UTF-8 text") from None
-    if name not in presets():
-        raise ConfigError(f"unknown preset '{name}'{closest(name, presets())}")
-    return _parse(PRESETS.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name, readers)
-
-
-def _parse(text: str, name: str, readers: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = str(error).replace("\n", " ")
-        raise ConfigError(f"config '{name}' is not valid YAML: {problem}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config '{name}' must be a mapping with the sections {', '.join(Config.model_fields)}")
+    tree = PRESETS.read(source)
     base = tree.pop("preset", None)
     return tree if base is None else merge(_read(str(base), (*readers, name)), tree)
 
@@ -170,21 +203,19 @@ def merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def with_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    """`tree` with one `a.b=value` merged in, the value in YAML; raises ConfigError where it does not have that form."""
     path, separator, text = override.partition("=")
     if not separator or not path.strip():
         raise ConfigError(f"override '{override}' must have the form a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override '{override}': the value is not valid YAML") from None
-    if isinstance(value, str):
-        value = _number(value)
+    change: Any = _number(value) if isinstance(value, str) else value
     for key in reversed(path.strip().split(".")):
-        value = {key: value}
-    merged = merge(tree, cast(dict[str, Any], value))
-    tree.clear()
-    tree.update(merged)
+        change = {key: change}
+    return merge(tree, change)
 
 
 def _number(text: str) -> str | float:

@@ -115,15 +115,34 @@ def test_unknown_studies_name_the_nearest() -> None:
         load_study("missing.yaml")
 
 
-@pytest.mark.parametrize("text", ["variants: [", "just words"])
-def test_files_that_are_no_study(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("name: Wörter".encode("latin-1"), "is not UTF-8 text"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "is not UTF-8 text"),
+        (b"\x7fELF\x02\x01\x01\x00\x00", "is not valid YAML: unacceptable character"),
+        (b"variants: [", "is not valid YAML"),
+        (b"name: 2024-13-01", "is not valid YAML: month must be in 1..12"),
+        (b"", "must be a mapping with the keys name, title, "),
+        (b"just words", "must be a mapping with the keys name, title, "),
+        (b"- name: vanilla", "must be a mapping with the keys name, title, "),
+    ],
+)
+def test_files_that_are_no_study(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"not valid YAML|must be a mapping"):
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
         load_study(path)
+    sentence = str(refused.value)
+    assert sentence.startswith("study ") and f"'{path}' {words}" in sentence and "\n" not in sentence
 
 
-@pytest.mark.parametrize("override", ["seeds", "=3", "seeds=[1"])
+def test_numbers_with_an_exponent_are_numbers(file: Path) -> None:
+    """As in the overrides of a config: YAML 1.1 alone would read `2e1` as text, which is no number of steps."""
+    assert load_study(file, ["report.map_tokens=2e1"]).report.map_tokens == 20
+
+
+@pytest.mark.parametrize("override", ["seeds", "=3", "seeds=[1", "title=2024-13-01"])
 def test_overrides_that_are_none(file: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="override"):
         load_study(file, [override])

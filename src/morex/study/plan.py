@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from morex.config import Config, FeedForwardConfig, ModelConfig
-from morex.loading import ConfigError, is_depth_routed, load_config, validate
+from morex.loading import ConfigError, is_depth_routed, load_config, validate, with_override
 from morex.model.count import count
 from morex.study.records import Kind
-from morex.study.spec import StudyConfig, Twin, Variant, changed
+from morex.study.spec import StudyConfig, Twin, Variant
 from morex.study.twins import derive_twin, unrouted
 
 UNLIMITED = 10**9
@@ -88,7 +88,7 @@ def _twin(origin: Config, variant: Variant) -> Config:
         model = derive_twin(origin.model, variant.twin, origin.train.seq_len)
         tree = origin.to_dict() | {"model": model.model_dump(mode="json")}
         for change in variant.set:
-            tree = changed(tree, change)
+            tree = with_override(tree, change)
         return validate(Config, tree)
     except ConfigError as error:
         raise ConfigError(f"variant '{variant.name}': {error}") from None

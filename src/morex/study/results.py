@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from morex.files import write_json
 from morex.loading import ConfigError, validate
 from morex.study.plan import Plan, PlannedCell, PlannedVariant, plan
@@ -26,7 +24,7 @@ from morex.study.records import (
     Summary,
     TrainingPoint,
 )
-from morex.study.spec import StudyConfig
+from morex.study.spec import STUDIES, StudyConfig
 from morex.train.runs import RunFolder, read_json
 
 MEASURES = "cell.json"
@@ -49,11 +47,11 @@ AVERAGED = (
 
 
 def read_study(folder: Path) -> StudyConfig:
-    """The study of a folder. Raises ConfigError where there is none."""
+    """The study of a folder. Raises ConfigError where there is none that can be read."""
     path = folder / "study.yaml"
     if not path.is_file():
         raise ConfigError(f"'{folder}' is not a study folder: it has no study.yaml")
-    return validate(StudyConfig, yaml.safe_load(path.read_text(encoding="utf-8")))
+    return validate(StudyConfig, STUDIES.read(path))
 
 
 def cell_folder(folder: Path, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,9 +9,8 @@ import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from morex.config import Config, Section
-from morex.loading import ConfigError, closest, merge, validate
+from morex.loading import ConfigError, Shelf, closest, validate, with_override
 
-STUDIES = files("morex").joinpath("studies")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Twin = Literal["equal_depth", "equal_parameters", "equal_flops"]
 
@@ -145,9 +143,12 @@ class StudyConfig(Section):
         return self.model_dump(mode="json")
 
 
+STUDIES = Shelf(folder="studies", entry="study", sort="study", keys=tuple(StudyConfig.model_fields))
+
+
 def studies() -> list[str]:
     """Names of the studies that come with the library."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in STUDIES.iterdir() if entry.name.endswith(".yaml"))
+    return STUDIES.names()
 
 
 def load_study(source: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
@@ -161,33 +162,19 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> StudyConfig
     Raises:
         ConfigError: unknown study or key, or values that do not fit together.
     """
-    tree = _read(source)
+    tree: dict[str, Any] = {"name": Path(source).stem} | STUDIES.read(source)
     cells: list[str] = []
     for override in overrides:
         if override.partition("=")[0].split(".")[0].strip() in Config.model_fields:
             cells.append(override)
         else:
-            tree = changed(tree, override)
+            tree = with_override(tree, override)
     if cells:
         try:
             tree["set"] = [*as_overrides(tree.get("set", ())), *cells]
         except ValueError as error:
             raise ConfigError(f"set: {error}") from None
     return validate(StudyConfig, tree)
-
-
-def changed(tree: dict[str, Any], override: str) -> dict[str, Any]:
-    """`tree` with one `a.b=value` applied; raises ConfigError where it does not have that form."""
-    path, separator, text = override.partition("=")
-    if not separator or not path.strip():
-        raise ConfigError(f"override '{override}' must have the form a.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
-    for key in reversed(path.strip().split(".")):
-        value = {key: value}
-    return merge(tree, value)
 
 
 def as_overrides(value: Any) -> tuple[str, ...]:
@@ -217,27 +204,6 @@ def _flatten(prefix: str, tree: Mapping[Any, Any]) -> list[str]:
 def _inline(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=2**20)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _read(source: str | Path) -> dict[str, Any]:
-    name = str(source)
-    if isinstance(source, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError(f"study file '{path}' does not exist")
-        text, fallback = path.read_text(encoding="utf-8"), path.stem
-    elif name in studies():
-        text, fallback = STUDIES.joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name
-    else:
-        raise ConfigError(f"unknown study '{name}'{closest(name, studies())}")
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = str(error).replace("\n", " ")
-        raise ConfigError(f"study '{name}' is not valid YAML: {problem}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"study '{name}' must be a mapping with the keys {', '.join(StudyConfig.model_fields)}")
-    return {"name": fallback} | tree
 
 
 def _check_name(option: str, name: str) -> None:

@@ -1,0 +1,59 @@
+"""Files and overrides of a config: what is read, and what is refused with one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+import morex
+from morex.loading import ConfigError, load_config, with_override
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("# Wörter".encode("latin-1"), "is not UTF-8 text"),
+        (b"\x7fELF\x02\x01\x01\x00\x00", "is not valid YAML: unacceptable character"),
+        (b"model: [", "is not valid YAML"),
+        (b"", "must be a mapping with the keys model, "),
+        (b"- model", "must be a mapping with the keys model, "),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    sentence = str(refused.value)
+    assert sentence.startswith("config ") and f"'{path}' {words}" in sentence and "\n" not in sentence
+
+
+def test_a_file_starts_from_a_preset_or_another_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("preset: recursive\ntrain: {lr: 0.5}")
+    (tmp_path / "b.yaml").write_text(f"preset: {tmp_path / 'a.yaml'}\nmodel: {{seed: 7}}")
+    loaded = load_config(tmp_path / "b.yaml")
+    assert loaded == load_config("recursive", ["train.lr=0.5", "model.seed=7"])
+    (tmp_path / "a.yaml").write_text(f"preset: {tmp_path / 'b.yaml'}")
+    with pytest.raises(ConfigError, match="starts from itself"):
+        load_config(tmp_path / "b.yaml")
+
+
+def test_sources_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match="unknown preset 'vanila'; did you mean 'vanilla'"):
+        load_config("vanila")
+    for source in ("missing.yaml", "a/b", Path("vanilla")):
+        with pytest.raises(ConfigError, match=f"config file '{source}' does not exist"):
+            load_config(source)
+    assert "vanilla" in morex.presets()
+
+
+def test_an_override_leaves_the_tree_as_it_was() -> None:
+    tree = {"train": {"lr": 1.0, "steps": 2}}
+    assert with_override(tree, "train.lr=3e-4") == {"train": {"lr": 3e-4, "steps": 2}}
+    assert with_override(tree, "a.b.c = [1, x]") == {**tree, "a": {"b": {"c": [1, "x"]}}}
+    assert tree == {"train": {"lr": 1.0, "steps": 2}}
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", "train.lr=[1", "train.lr=2024-13-01"])
+def test_overrides_that_are_none(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"^override '.*(must have the form a\.b=value|the value is not valid YAML)$"):
+        load_config("vanilla", [override])
