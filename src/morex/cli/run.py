@@ -141,11 +141,9 @@ def generate(
     texts = [*(prompt or []), *(_read_lines(prompts) if prompts else [])]
     if not texts:
         raise ConfigError("there is nothing to continue: give --prompt TEXT, or --prompts FILE with one prompt a line")
-    from morex.model.lm import LanguageModel
     from morex.train.checkpoint import load
 
     model, tokenizer = load(run, device)
-    assert isinstance(model, LanguageModel)
     ids = [tokenizer.encode(text) for text in texts]
     for text, tokens in zip(texts, ids, strict=True):
         if not tokens:

@@ -9,13 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from morex.config import ExpertChoiceConfig, ModelConfig
+from morex.config import ExpertChoiceConfig
 from morex.data.loader import IGNORED, held_out_windows
 from morex.data.stream import TokenStream
-
-Depth = int | str | None
+from morex.depth.policy import Depth
+from morex.model.lm import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class EvalResult:
 
 
 def evaluate(
-    model: nn.Module,
+    model: LanguageModel,
     stream: TokenStream,
     seq_len: int,
     batch_size: int,
@@ -58,7 +57,7 @@ def evaluate(
         by_depth: also measure r = 1..R recursions for every token.
         mask_documents: tokens attend only to their own document.
     """
-    config: ModelConfig = model.config  # type: ignore[assignment]
+    config = model.config
 
     def measure(policy: Depth) -> tuple[float, int]:
         return _mean_loss(model, stream, seq_len, batch_size, policy, autocast, mask_documents)
@@ -88,7 +87,7 @@ def evaluate(
 
 @torch.no_grad()
 def _mean_loss(
-    model: nn.Module,
+    model: LanguageModel,
     stream: TokenStream,
     seq_len: int,
     batch_size: int,

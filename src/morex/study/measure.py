@@ -34,18 +34,17 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
     """Measures a finished run for a study."""
     config = run.config()
     with cpu_threads(config.train.threads):
-        loaded, tokenizer = load(run.path, device=str(resolve_device(config.train.device)))
-        assert isinstance(loaded, LanguageModel)
+        model, tokenizer = load(run.path, device=str(resolve_device(config.train.device)))
         data = prepare(config.data, config.model.vocab_size, config.train.seq_len, tokenizer=tokenizer)
-        first, second = (None, None) if study.learning_rates is None else _half_losses(loaded, data, config)
+        first, second = (None, None) if study.learning_rates is None else _half_losses(model, data, config)
         refusal = None
         sample = speed = None
         if _has_causal_rule(config):
-            sample = _sample(loaded, tokenizer, study.sample)
-            speed = _decode_speed(loaded, data.val, study.report.decode_tokens)
+            sample = _sample(model, tokenizer, study.sample)
+            speed = _decode_speed(model, data.val, study.report.decode_tokens)
         else:
             refusal = "This model has no causal rule (depth.causal is 'none'), so it cannot be decoded."
-        routing = _routing(loaded, data, tokenizer, config, study.report)
+        routing = _routing(model, data, tokenizer, config, study.report)
     return Measures(
         val_loss_first_half=first,
         val_loss_second_half=second,
