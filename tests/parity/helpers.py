@@ -99,11 +99,18 @@ def eval_model(case: str, dtype: torch.dtype = torch.float64) -> Any:
 
     Seeds are tried in order until the routing is not trivial; that one is found is asserted here, for every test.
     """
+    return splitting_model(config_of(case), random_tokens(case), dtype)
+
+
+def splitting_model(
+    config: ModelConfig, tokens: Tensor, dtype: torch.dtype = torch.float64, training: bool = False
+) -> Any:
+    """A perturbed model in eval or training mode whose router splits these tokens."""
     for seed in range(1, 60):
-        model = build(config_of(case), dtype, seed).eval()
-        if routing_splits(model, random_tokens(case)):
+        model = build(config, dtype, seed).train(training)
+        if routing_splits(model, tokens):
             return model
-    raise AssertionError(f"no perturbation of {case} makes its routers split the tokens")
+    raise AssertionError(f"no perturbation of {config} makes its routers split the tokens")
 
 
 def fresh_model(case: str, dtype: torch.dtype = torch.float64) -> Any:

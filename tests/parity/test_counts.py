@@ -10,7 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import morex
 from morex.config import ModelConfig
 from morex.loading import validate
-from parity.helpers import CASES, PRESETS, build, cases, config_of, load, plain_path, random_tokens
+from morex.nn.signals import RouterStats
+from parity.helpers import CASES, PRESETS, build, cases, config_of, load, plain_path, random_tokens, splitting_model
+
+ROUTED = cases("token_choice", "threshold", "random", "expert_choice")
 
 LENGTH = 24  # divides into the capacities of R = 2, 3, 4, 6 and 8 recursions
 EXACT = {
@@ -51,6 +54,33 @@ def visits_everything(case: str) -> ModelConfig:
 def amortised(config: ModelConfig) -> int:
     """How many times larger a batch must be for W_o W_v, folded once a forward pass, to weigh under 1 % a token."""
     return 6 if config.mixer.kind == "recursive" and config.mixer.attention_scope == "token" else 1
+
+
+def measured_shares(stats: RouterStats) -> tuple[float, ...]:
+    """Share of the tokens active at recursion r = 1..R, mean over the routed groups."""
+    groups = [fields["active"].double() / fields["tokens"] for fields in stats.values() if "active" in fields]
+    return tuple(torch.stack(groups).mean(0).tolist())
+
+
+def uneven_attention_flops(config: ModelConfig, groups: list[list[torch.Tensor]]) -> float:
+    """Forward FLOPs of attention in frames as wide as their longest row, less those of rows of the mean length.
+
+    Args:
+        groups: active tokens [B, T] of each recursion of each routed group.
+    """
+    head_dim = config.attention.head_dim or config.d_model // config.attention.heads
+    per_pair = 4 * config.attention.heads * head_dim
+    inner = config.mixer.kind == "recursive" and config.mixer.attention_scope == "routed"
+    visits = config.mixer.router.experts * config.mixer.steps if inner else 0
+    active = torch.stack([torch.stack(masks) for masks in groups]).sum(-1).double()  # [groups, R, B]
+    batch = active.shape[-1]
+    widest, mean = active.amax(-1), active.mean((0, 2)).expand(active.shape[:2])
+    own = batch * (widest**2 - mean**2)
+    rereads = config.kv == "shared_first"
+    first = batch * (widest - mean) * LENGTH  # queries of one recursion, the keys of all tokens
+    attended = torch.cat((own[:, :1], (first if rereads else own)[:, 1:]), 1)
+    blocks = config.schedule.resolved.core / len(groups)
+    return per_pair * blocks * (attended.sum() + visits * own.sum()).item()
 
 
 def call_time_depth(config: ModelConfig) -> str | None:
@@ -101,17 +131,52 @@ def test_flops_agree_with_torch_counter(case: str) -> None:
     assert counts.train_flops_per_token == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("case", cases("fixed"))
+@pytest.mark.parametrize("case", [case for case in cases("fixed") if config_of(case).schedule.recursions > 1])
 def test_flops_agree_with_torch_counter_in_fewer_recursions(case: str) -> None:
     config = visits_everything(case)
-    if config.schedule.recursions == 1:
-        assert config.depth.kind == "fixed"
-        return
     model, tokens = build(config), random_tokens(case, 4, LENGTH)
     for depth in (1, "uniform:2"):
         counts = morex.count(config, seq_len=LENGTH, depth=depth)
         measured = flops(model, tokens, backward=False, depth=depth) / tokens.numel()
         assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_flops_at_measured_shares_agree_with_torch_counter(case: str) -> None:
+    """One routed sequence, at the shares that its own forward pass had, within 1 %.
+
+    With one sequence nothing is padding. What is left, 0.3 % here, is `sequence`: `count` takes one share for all
+    groups, and attention in groups of M1 and M2 tokens costs more than twice that in a group of their mean.
+    """
+    config, tokens = visits_everything(case), random_tokens(case, 1, LENGTH)
+    model = splitting_model(config, tokens)
+    with torch.no_grad():
+        shares = measured_shares(model(tokens).stats)
+    counts = morex.count(config, seq_len=LENGTH, shares=shares)
+    measured = flops(model, tokens, backward=False) / tokens.numel()
+    assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
+    if len(config.schedule.resolved.groups) == 1:
+        assert counts.forward_flops_per_token == pytest.approx(measured, rel=1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", ROUTED)
+def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: str, training: bool) -> None:
+    """Rows of a batch have different numbers of active tokens M, which the shares do not say.
+
+    Torch counts attention over the frame, max(M)^2 a row, the closed form over mean(M)^2: padding, and E[M^2] beyond
+    E[M]^2. In tiny models that is up to 4 % of all FLOPs without routed experts and 8 % with them; it is worked out
+    here from the masks, so that everything but attention, and attention itself, agree to rounding.
+    """
+    config, tokens = visits_everything(case), random_tokens(case, 8, LENGTH)
+    model = splitting_model(config, tokens, training=training)
+    out = model(tokens, return_trace=True)
+    counts = morex.count(config, seq_len=LENGTH, shares=measured_shares(out.stats))
+    expected = counts.train_flops_per_token if training else counts.forward_flops_per_token
+    uneven = (3 if training else 1) * uneven_attention_flops(config, list(out.trace.active.values()))
+    assert -1e-6 <= uneven <= 0.1 * expected * tokens.numel()
+    measured = flops(model, tokens, backward=training)
+    assert expected * tokens.numel() + uneven == pytest.approx(measured, rel=1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,7 +192,7 @@ def test_flops_of_decoding_agree_with_torch_counter(case: str) -> None:
         model(tokens[:, :-1], cache=cache, depth=depth)
     counts = morex.count(config, seq_len=context, context=context, depth=depth)
     measured = flops(model, tokens[:, -1:], backward=False, cache=cache, depth=depth) / rows
-    assert counts.decode_flops_per_token == pytest.approx(measured, rel=0.03)
+    assert counts.decode_flops_per_token == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("case", CASES)
