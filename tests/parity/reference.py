@@ -348,12 +348,14 @@ class Reference:
         }
 
     def depth_balance(self, group: int) -> float:
-        """R * sum of f_i P_i: share of tokens that choose depth i, times its mean score."""
+        """R * sum of f_i P_i: share of tokens that choose depth i, times the mean of its share of a token's scores."""
         seen = self.record.depths[group]
         total = 0.0
         for i in range(self.recursions):
             share = sum(taken == i + 1 for taken, _, _ in seen) / len(seen)
-            total += share * sum(scores[i] for _, scores, _ in seen) / len(seen)
+            # P_i is a probability. Sigmoid scores do not sum to 1: taken as they are, the loss would fall when all
+            # scores go to 0, and nothing would be balanced (DeepSeek-V3, 2.1.2, divides alike). A softmax sums to 1.
+            total += share * sum(scores[i] / sum(scores) for _, scores, _ in seen) / len(seen)
         return self.recursions * total
 
     def depth_z(self, group: int) -> float:

@@ -259,11 +259,22 @@ def test_token_choice_losses(score: str) -> None:
         reference.logits(row.tolist())
     tokens, lengths = pad(rows)
     out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
-    if score == "softmax":
-        assert out.losses["depth_balance"].item() == pytest.approx(reference.depth_balance(0), abs=1e-9)
+    assert out.losses["depth_balance"].item() == pytest.approx(reference.depth_balance(0), abs=1e-9)
     assert out.losses["router_z"].item() == pytest.approx(reference.depth_z(0), abs=1e-9)
     total = out.losses["lm"] + 0.3 * out.losses["depth_balance"] + 0.2 * out.losses["router_z"]
     assert out.loss.item() == pytest.approx(total.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_depth_balance_is_one_for_equal_scores(score: str) -> None:
+    """Equal scores of any size are balanced: the loss cannot fall by lowering them all."""
+    depth = {"kind": "token_choice", "score": score}
+    model = build(config_of(RECURRING, {"depth": depth}), std=0.0)
+    (scorer,) = (weight for name, weight in model.named_parameters() if ".router.score." in name)
+    with torch.no_grad():
+        scorer.zero_()
+    tokens = sequences()[0][None]
+    assert model(tokens, labels=tokens).losses["depth_balance"].item() == pytest.approx(1.0, abs=1e-9)
 
 
 def test_norm_and_rotation_by_hand() -> None:
