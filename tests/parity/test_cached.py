@@ -1,14 +1,17 @@
 """Invariant 3: decoding with a cache is the full forward, for every KV rule, router and way to cut the sequence."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 import morex
+from morex.model.lm import Trace
 from parity.helpers import (
     CASES,
+    cases,
     config_of,
     eval_model,
     fresh_model,
@@ -21,6 +24,8 @@ from parity.helpers import (
 
 DEPTHS: list[int | str] = ["uniform:2", "adaptive:8", "progressive:12", 1]
 RECURRENT = [case for case in CASES if config_of(case).schedule.recursions > 1]
+DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "random")
+ROUTED = sorted({*DEPTH_ROUTED, *cases(mixer="moe"), *cases(mixer="recursive")})
 CHUNKS: dict[str, list[list[int]]] = {
     "ones": [[1] * 14] * 3,
     "threes": [[3, 3, 3, 3, 2]] * 3,
@@ -29,39 +34,89 @@ CHUNKS: dict[str, list[list[int]]] = {
     "ragged chunks": [[1, 4, 2, 3], [5, 1, 1, 2], [3, 2, 4, 1]],
 }
 
+# What one token did: the recursions it took, by routed group, and the experts of each of its visits, by expert layer.
+Route = dict[str, list[Any]]
 
-def cached_logits(
+
+@dataclass
+class Row:
+    """What a model made of one sequence."""
+
+    logits: torch.Tensor
+    """[T, V]."""
+    routes: list[Route]
+    """Of each token."""
+
+
+def routes_of(trace: Trace, row: int, length: int) -> list[Route]:
+    """Routes of the first `length` tokens of a row.
+
+    A call of an expert layer that a token did not take part in leaves no entry, and a recursion that nobody takes has
+    no call: what a token visits is said by the depth router, what it chooses there, in order, by the expert router.
+    """
+    routes: list[Route] = []
+    for t in range(length):
+        route: Route = {name: [bool(mask[row, t]) for mask in masks] for name, masks in trace.active.items()}
+        for name, calls in trace.experts.items():
+            chosen = [call[row, t].tolist() for call in calls]
+            route[name] = [ids for ids in chosen if ids[0] >= 0]
+        routes.append(route)
+    return routes
+
+
+def full_pass(model: Any, row: torch.Tensor, depth: int | str | None) -> Row:
+    out = model(row[None], depth=depth, return_trace=True)
+    return Row(out.logits[0], routes_of(out.trace, 0, len(row)))
+
+
+def cached_pass(
     model: Any, rows: Sequence[torch.Tensor], chunks: list[list[int]], depth: int | str | None
-) -> list[torch.Tensor]:
-    """Logits of each row, fed in chunks through one cache."""
+) -> list[Row]:
+    """Each row, fed in chunks through one cache."""
     cache = model.new_cache(len(rows))
     done = [0] * len(rows)
     pieces: list[list[torch.Tensor]] = [[] for _ in rows]
+    routes: list[list[Route]] = [[] for _ in rows]
     for sizes in zip(*chunks, strict=True):
         parts = [row[start : start + size] for row, start, size in zip(rows, done, sizes, strict=True)]
         tokens, lengths = pad(parts)
         ragged = len(set(sizes)) > 1
-        logits = model(tokens, cache=cache, lengths=lengths if ragged else None, depth=depth).logits
+        out = model(tokens, cache=cache, lengths=lengths if ragged else None, depth=depth, return_trace=True)
         for index, size in enumerate(sizes):
-            pieces[index].append(logits[index, :size])
+            pieces[index].append(out.logits[index, :size])
+            routes[index] += routes_of(out.trace, index, size)
             done[index] += size
-    return [torch.cat(piece) for piece in pieces]
+    return [Row(torch.cat(piece), route) for piece, route in zip(pieces, routes, strict=True)]
 
 
 def assert_cached_equals_full(
     case: str, cut: str, depth: int | str | None = None, dtype: torch.dtype = torch.float64, atol: float = 1e-9
 ) -> None:
+    """Logits, and in float64, where no margin is as small as the rounding, the route of every token."""
     model, chunks = eval_model(case, dtype), CHUNKS[cut]
     rows = ragged_rows(case, [sum(sizes) for sizes in chunks])
     with torch.no_grad():
-        for row, logits in zip(rows, cached_logits(model, rows, chunks, depth), strict=True):
-            assert largest_change(logits, model(row[None], depth=depth).logits[0]) <= atol
+        for row, cached in zip(rows, cached_pass(model, rows, chunks, depth), strict=True):
+            full = full_pass(model, row, depth)
+            assert largest_change(cached.logits, full.logits) <= atol
+            assert dtype != torch.float64 or cached.routes == full.routes
 
 
 @pytest.mark.parametrize("cut", CHUNKS)
 @pytest.mark.parametrize("case", CASES)
 def test_cached_equals_full(case: str, cut: str) -> None:
     assert_cached_equals_full(case, cut)
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_routes_that_are_compared_differ_between_tokens(case: str) -> None:
+    """The agreement of routes above would say nothing if all tokens went one way."""
+    with torch.no_grad():
+        routes = full_pass(eval_model(case), ragged_rows(case, [14])[0], None).routes
+    kinds = {name: {str(route[name]) for route in routes} for name in routes[0]}
+    decided = [name for name in kinds if ".mixer." in name or case in DEPTH_ROUTED]
+    assert decided
+    assert all(len(kinds[name]) > 1 for name in decided), kinds
 
 
 @pytest.mark.parametrize("case", CASES)
