@@ -13,6 +13,7 @@ from morex.depth.schedule import Schedule, Sharing, from_layers
 
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -286,7 +287,7 @@ class RandomConfig(GatedConfig):
     """Control: active by a hash of (seed, position, recursion); the gate is the constant alpha / 2."""
 
     kind: Literal["random"]
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the hash."""
 
 
@@ -312,7 +313,7 @@ class ModelConfig(Section):
     """N(0, init_std); `scaled` divides residual projections by sqrt(2 L), L the unrolled depth."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights."""
     attention: AttentionConfig = AttentionConfig()
     """Attention of every block, and of recursive experts."""
@@ -389,7 +390,7 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the text that is held out: whole documents, or the end of a corpus of one document."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split."""
     windows: Literal["packed", "random"] = "packed"
     """`packed`: documents back to back, each token once an epoch; `random`: windows from random places."""
@@ -434,7 +435,7 @@ class TrainConfig(Section):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: PositiveInt | None = None
     """CPU threads; default: torch's own."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random in training, the order of windows included."""
     log_every: PositiveInt = 10
     """Steps between metric lines."""

@@ -49,8 +49,10 @@ class Shelf:
             ConfigError: there is none, or it is not UTF-8, not YAML, or not a mapping.
         """
         name = str(source)
-        if isinstance(source, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
+        if isinstance(source, Path) or _is_path(name):
             path = Path(source)
+            if path.is_dir():
+                raise ConfigError(f"'{path}' is a folder; a {self.sort} is a YAML file, or {self.entry} by name")
             if not path.is_file():
                 raise ConfigError(f"{self.sort} file '{path}' does not exist")
             content = path.read_bytes()
@@ -187,7 +189,15 @@ def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"config '{name}' starts from itself: {' -> '.join((*readers, name))}")
     tree = PRESETS.read(source)
     base = tree.pop("preset", None)
-    return tree if base is None else merge(_read(str(base), (*readers, name)), tree)
+    if base is None:
+        return tree
+    beside = Path(source).parent / str(base)
+    return merge(_read(beside if _is_path(str(base)) else str(base), (*readers, name)), tree)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a string names a file and not something that comes with the library."""
+    return name.endswith((".yaml", ".yml")) or "/" in name
 
 
 def merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,13 +238,13 @@ def _number(text: str) -> str | float:
 
 def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
     fault = error.errors()[0]
-    tags = _tags(kind)
-    location = [str(part) for part in fault["loc"] if not (isinstance(part, str) and part in tags)]
+    location, sections = _walk(kind, fault["loc"])
     dotted = ".".join([where, *location] if where else location)
     match fault["type"]:
         case "extra_forbidden":
-            known = _known_keys(kind, [str(part) for part in fault["loc"][:-1]])
-            return f"unknown key '{dotted}'{closest(location[-1], known)}"
+            return f"unknown key '{dotted}'{closest(location[-1], _keys(sections))}"
+        case "missing" if isinstance(fault["loc"][-1], int):
+            return f"'{dotted.rpartition('.')[0]}' has too few entries: number {fault['loc'][-1] + 1} is missing"
         case "missing":
             return f"'{dotted}' is missing and has no default"
         case "union_tag_invalid":
@@ -245,22 +255,41 @@ def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")
             return f"{dotted}: {message}" if dotted else message
+        case "model_type" | "model_attributes_type" | "dict_type":
+            keys = _keys(sections)
+            example = f", such as {dotted}.{'kind' if 'kind' in keys else keys[0]}" if keys else ""
+            return f"{dotted} {fault['input']!r} is not valid: it is a section with keys of its own{example}"
+        case "tuple_type":
+            return f"{dotted} {fault['input']!r} is not valid: it must be a list, such as [{fault['input']}]"
+        case "invalid_key":
+            return f"key {fault['input']!r} of '{dotted.rpartition('.')[0]}' is not text"
         case _:
             message = fault["msg"][:1].lower() + fault["msg"][1:]
             return f"{dotted} {fault['input']!r} is not valid: {message}"
 
 
-def _known_keys(kind: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the section at `path`; a union's member is found by the discriminator that pydantic reports."""
-    current: list[type[BaseModel]] = [kind]
-    for part in path:
-        below: list[type[BaseModel]] = []
-        for section in current:
-            if part in section.model_fields:
-                below += _sections(section.model_fields[part].annotation)
-        tagged = [section for section in current if _tag(section) == part]
-        current = below or tagged or current
-    return sorted({name for section in current for name in section.model_fields})
+def _walk(kind: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The path to a fault as people write it, and the sections that it ends in.
+
+    Below a union pydantic puts the `kind` of the variant into the path; it is left out, and narrows the sections down.
+    """
+    location: list[str] = []
+    current, is_union = [kind], False
+    for part in loc:
+        tagged = [section for section in current if part in _kinds(section)]
+        if is_union and tagged:
+            current, is_union = tagged, False
+            continue
+        location.append(str(part))
+        fields = [section.model_fields[part] for section in current if part in section.model_fields]
+        below = [section for field in fields for section in _sections(field.annotation)]
+        if below:
+            current, is_union = below, len(below) > 1
+    return location, current
+
+
+def _keys(sections: Sequence[type[BaseModel]]) -> list[str]:
+    return sorted({name for section in sections for name in section.model_fields})
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
@@ -269,16 +298,6 @@ def _sections(annotation: Any) -> list[type[BaseModel]]:
     return [section for member in get_args(annotation) for section in _sections(member)]
 
 
-def _tags(section: type[BaseModel]) -> set[str]:
-    """Every `kind` below a section: pydantic puts the kind of a variant into the path of a fault."""
-    found = set(get_args(section.model_fields["kind"].annotation)) if "kind" in section.model_fields else set()
-    for field in section.model_fields.values():
-        for below in _sections(field.annotation):
-            found |= _tags(below)
-    return found
-
-
-def _tag(section: type[BaseModel]) -> str | None:
+def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
     field = section.model_fields.get("kind")
-    choices = get_args(field.annotation) if field else ()
-    return choices[0] if len(choices) == 1 else None
+    return get_args(field.annotation) if field else ()

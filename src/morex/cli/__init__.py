@@ -4,6 +4,7 @@ A fault of the user's becomes one sentence on stderr and exit code 2; `--debug` 
 to stdout, progress and hints to stderr, so that `--json` can be piped.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--debug" in words:  # it belongs before the command, but people add it to the end of the line that failed
         words = ["--debug", *(word for word in words if word != "--debug")]
     settings = Settings()
+    _open_closed_streams()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -39,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(_sentence(error), getattr(error, "exit_code", 2), stopped=isinstance(error, Interrupted))
     return code if isinstance(code, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """`>&-` leaves no stream to write to; what would go there goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _is_user_fault(error: Exception) -> bool:

@@ -54,7 +54,12 @@ def count(
         depth: depth at call time, as in the model's forward.
         shares: share of the tokens active at recursion r = 1..R, where it was measured.
         bytes_per_value: of a cached value; 4 for fp32, 2 for bf16.
+
+    Raises:
+        ValueError: `seq_len` or `context` is no number of tokens, or `depth` is none that the model can take.
     """
+    if seq_len < 1 or (context is not None and context < 0):
+        raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
     block, router = block_costs(config), router_costs(config, depth)

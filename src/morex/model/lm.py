@@ -128,7 +128,11 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
-        self._check(tokens, labels, lengths, document_ids, cache)
+        self._check(tokens, labels, lengths, positions, document_ids, cache)
+        if isinstance(logits_to_keep, int):
+            if logits_to_keep < 0:
+                raise ValueError(f"logits_to_keep {logits_to_keep} must be 0 or more")
+            logits_to_keep = min(logits_to_keep, tokens.shape[1])
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
@@ -224,6 +228,7 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         labels: Tensor | None,
         lengths: Tensor | None,
+        positions: Tensor | None,
         documents: Tensor | None,
         cache: KVCache | None,
     ) -> None:
@@ -236,6 +241,8 @@ class LanguageModel(nn.Module):
             raise ValueError("a cache is for inference, and this model is in training mode; call eval() first")
         self._check_ids("token id", tokens)
         if labels is not None:
+            if labels.is_floating_point():
+                raise ValueError(f"labels must be integers, not {labels.dtype}")
             self._check_ids("label", labels.masked_fill(labels == -100, 0))
         batch, time = tokens.shape
         if labels is not None and tuple(labels.shape) not in ((batch, time), (batch, time + 1)):
@@ -244,6 +251,11 @@ class LanguageModel(nn.Module):
             )
         if lengths is not None and tuple(lengths.shape) != (batch,):
             raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
+        if lengths is not None and lengths.is_floating_point():
+            raise ValueError(f"lengths must be integers, not {lengths.dtype}")
+        for name, given in (("positions", positions), ("document_ids", documents)):
+            if given is not None and tuple(given.shape) != (batch, time):
+                raise ValueError(f"{name} must have the shape {[batch, time]}, not {list(given.shape)}")
         if lengths is not None and lengths.device.type == "cpu":
             least, most = int(lengths.min()), int(lengths.max())
             if least < 0 or most > time:

@@ -16,8 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
 from morex.train.runs import environment
+from morex.train.setup import cpu_threads
 
 LARGEST_BATCH = 32
 """A preset's own microbatch is measured up to this size; a larger one is taken as 8."""
@@ -159,9 +159,11 @@ def bench_train(
     configs = {name: load_config(name, overrides) for name in names}
     for name, config in configs.items():
         check_loads(name, config.model, loads)
+    if loads and all(given_loads(config.model, loads) is None for config in configs.values()):
+        raise ConfigError(f"expert loads {list(loads)} go with presets that have experts, not {', '.join(configs)}")
     rows = []
     console = console or Console(quiet=True)
-    with _threads(threads):
+    with cpu_threads(threads):
         for name, config in configs.items():
             for kind in wanted:
                 shape = _shape(config, batch_size, seq_len, resolve_precision(kind, place, config.model.d_model), place)
@@ -235,7 +237,7 @@ def check_loads(name: str, model: ModelConfig, loads: Sequence[float] | None) ->
     router = model.mixer.router
     if len(given) != router.experts:
         raise ConfigError(f"expert loads {given} name {len(given)} experts, but '{name}' has {router.experts}")
-    if abs(sum(given) - 1) > 1e-6 or min(given) < 0 or max(given) > 1 / router.top_k + 1e-9:
+    if not (abs(sum(given) - 1) <= 1e-6 and min(given) >= 0 and max(given) <= 1 / router.top_k + 1e-9):
         raise ConfigError(
             f"expert loads {given} must be 0 or more and sum to 1, each at most 1/{router.top_k}: a token of '{name}' "
             f"visits {router.top_k} different experts"
@@ -361,23 +363,13 @@ def _measure_peak(request: dict[str, Any]) -> int:
     config = load_config(request["preset"], request["overrides"])
     device = torch.device(request["device"])
     shape = Shape(request["batch_size"], request["seq_len"], request["precision"], device)
-    with _threads(request["threads"]):
+    with cpu_threads(request["threads"]):
         batches = random_batches(config.model.vocab_size, shape, MEMORY_STEPS)
         memory = PeakMemory(device)
         contender = Contender(config, shape, request["loads"])
         for batch in batches:
             contender.step(batch)
         return memory.bytes()
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _wait(device: torch.device) -> None:

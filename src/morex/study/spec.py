@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from morex.config import Config, Section
+from morex.config import Config, Section, Seed
 from morex.loading import ConfigError, Shelf, closest, validate, with_override
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -68,7 +68,7 @@ class SampleConfig(Section):
     max_new_tokens: PositiveInt = 80
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_k: PositiveInt | None = 40
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ReportConfig(Section):
@@ -97,7 +97,7 @@ class StudyConfig(Section):
     set: tuple[str, ...] = ()
     """Changes for every variant, as `a.b=value` strings or as a mapping."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Each seeds the weights and the training of one cell per variant; the split of the data stays the same."""
     budget: Budget = Budget()
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None

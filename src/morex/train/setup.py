@@ -1,5 +1,6 @@
 """The start of a training: checks the run folder, then builds everything that the loop works with, new or resumed."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from morex.data.loader import Loader
 from morex.data.prepare import PreparedData, prepare
 from morex.data.tokenizer import load_tokenizer
 from morex.files import write_json
-from morex.loading import validate
+from morex.loading import ConfigError, validate
 from morex.model.count import Count, count
 from morex.model.lm import LanguageModel, build_model
 from morex.train.checkpoint import (
@@ -27,6 +28,9 @@ from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer, same_path
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
 from morex.train.runs import RunFolder, environment, write_config
+
+MOST_THREADS = 16
+"""CPU threads for each core, at most."""
 
 
 @dataclass
@@ -81,6 +85,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     checkpoint = newest_checkpoint(run) if resume else None
     if checkpoint is not None:
         content = read_state(checkpoint)
+        refuse_other_config(f"checkpoint '{checkpoint}'", content["config"], config)
         before = validate(TrainConfig, content["config"]["train"])
         max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
     device = resolve_device(config.train.device)
@@ -119,7 +124,13 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
 
 @contextmanager
 def cpu_threads(threads: int | None) -> Iterator[None]:
-    """Sets torch's CPU threads inside the block."""
+    """Sets torch's CPU threads inside the block.
+
+    Raises ConfigError for many more than there are cores: torch would end the process without a word.
+    """
+    most = MOST_THREADS * (os.cpu_count() or 1)
+    if threads is not None and threads > most:
+        raise ConfigError(f"{threads} CPU threads are too many for {os.cpu_count()} cores; use at most {most}")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -133,9 +144,10 @@ def _stored_config(run: RunFolder, resume: bool) -> Config | None:
     if resume:
         return run.config()
     if run.summary_path.exists():
+        constant = run.is_run() and run.config().train.schedule == "constant"
+        further = f", or raise train.steps with `morex train --resume {run.path}`" if constant else ""
         raise RunFolderError(
-            f"run folder '{run.path}' holds a finished run; nothing was overwritten: name another folder, or raise "
-            f"train.steps with `morex train --resume {run.path}`"
+            f"run folder '{run.path}' holds a finished run; nothing was overwritten: name another folder{further}"
         )
     if run.is_run():
         raise RunFolderError(
