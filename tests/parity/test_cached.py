@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import morex
+from morex.model.generate import sample
 from morex.model.lm import Trace
 from parity.helpers import (
     CASES,
@@ -197,6 +198,35 @@ def test_generate_narrows_the_choice() -> None:
     drawn = {int(model.generate(prompt, max_new_tokens=1, temperature=5.0, top_k=3, seed=s)[0, -1]) for s in range(20)}
     assert len(drawn) > 1
     assert drawn <= set(likeliest)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 200])
+@pytest.mark.parametrize("top_p", [None, 0.2, 0.9, 1.0])
+def test_rows_are_drawn_as_if_alone(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """A row's tokens depend on its logits and its generator only, ties at the edges of top_k and top_p included."""
+    logits = (3 * torch.randn(6, 97, generator=torch.Generator().manual_seed(0))).round()
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in range(6)]
+
+    together, alone = generators(), generators()
+    for _ in range(4):
+        drawn = sample(logits, temperature, top_k, top_p, together).tolist()
+        rows = zip(logits, alone, strict=True)
+        assert drawn == [int(sample(row[None], temperature, top_k, top_p, [own])) for row, own in rows]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_that_has_ended_leaves_its_neighbours_alone(use_cache: bool) -> None:
+    model: Any = eval_model("mor-expert")
+    prompts = [row.tolist() for row in ragged_rows("mor-expert", [9, 2, 4])]
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5, "use_cache": use_cache}
+    free = model.generate(prompts, **options)
+    for end in {ids[len(prompt) + 2] for prompt, ids in zip(prompts, free, strict=True)}:
+        for prompt, ids, stopped in zip(prompts, free, model.generate(prompts, eos_id=end, **options), strict=True):
+            new = ids[len(prompt) :]
+            assert stopped == prompt + (new[: new.index(end) + 1] if end in new else new)
 
 
 def test_generate_leaves_training_mode_as_it_was() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from morex.depth.policy import Depth
@@ -47,57 +48,69 @@ def generate(
     prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(prompt) for prompt in tokens]
     _check(prompts, max_new_tokens, temperature, top_k, top_p, depth)
     device = model.embedding.weight.device
-    draws = [torch.Generator().manual_seed((0 if seed is None else seed) * 1_000_003 + b) for b in range(len(prompts))]
-    if seed is None and temperature > 0:
-        for draw in draws:
-            draw.seed()
+    draws = [_generator(seed, row) for row in range(len(prompts))]
     was_training = model.training
     model.eval()
     try:
         cache = model.new_cache(len(prompts)) if use_cache else None
-        texts, fresh = [list(prompt) for prompt in prompts], [list(prompt) for prompt in prompts]
-        going = list(range(len(prompts)))
+        # Texts and their lengths stay on the CPU: what a step draws is all that it waits for.
+        texts, ends = _right_pad(prompts)
+        fresh, lengths = texts, ends
+        going = torch.ones_like(ends, dtype=torch.bool)
         for _ in range(max_new_tokens):
-            if not going:
-                break
-            batch, lengths = _right_pad(fresh if use_cache else texts, device)
-            logits = model(batch, lengths=lengths, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
-            fresh = [[] for _ in prompts]
-            for row in list(going):
-                token = sample(logits[row], temperature, top_k, top_p, draws[row])
-                texts[row].append(token)
-                fresh[row] = [token]
-                if token == eos_id:
-                    going.remove(row)
-                    fresh[row] = []
+            batch, real = (part.to(device, non_blocking=True) for part in (fresh, lengths))
+            logits = model(batch, lengths=real, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
+            new = sample(logits, temperature, top_k, top_p, draws)[:, None]
+            texts = F.pad(texts, (0, 1)).scatter(1, ends[:, None], new)  # after the end of a row it is padding
+            ends = ends + going
+            if eos_id is not None:
+                going = going & (new[:, 0] != eos_id)
+                if not going.any():
+                    break
+            fresh, lengths = (new, going.long()) if use_cache else (texts, ends)
     finally:
         model.train(was_training)
-    same = len({len(text) for text in texts}) == 1
-    return torch.tensor(texts, device=device) if isinstance(tokens, Tensor) and same else texts
+    if isinstance(tokens, Tensor) and bool((ends == ends[0]).all()):
+        return texts[:, : int(ends[0])].to(device)
+    return [row[:end] for row, end in zip(texts.tolist(), ends.tolist(), strict=True)]
 
 
 def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> int:
-    """One token id from logits [V]; temperature 0 takes the likeliest."""
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Token ids [B] on the CPU from logits [B, V], row b drawn by generator b; temperature 0 takes the likeliest."""
     if temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax(-1).cpu()
     scores = logits.double().cpu() / temperature
-    if top_k is not None and top_k < scores.shape[0]:
-        scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], -torch.inf)
+    if top_k is not None and top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
         # A token is dropped where those before it already reach p; the likeliest always stays.
-        dropped = order[probabilities.cumsum(0) - probabilities >= top_p]
-        scores[dropped] = -torch.inf
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+        dropped = probabilities.cumsum(-1) - probabilities >= top_p
+        scores = scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+    rows = zip(scores.softmax(-1), generators, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
 
 
-def _right_pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    width = max(1, int(lengths.max()))
-    padded = [row + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, device=device), lengths
+def _generator(seed: int | None, row: int) -> torch.Generator:
+    """What one row draws from, on the CPU; without a seed, never the same twice."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed * 1_000_003 + row)
+
+
+def _right_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] and lengths [B] of rows of ids, on the CPU."""
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor(lengths)
 
 
 def _check(
