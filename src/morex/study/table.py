@@ -49,7 +49,14 @@ COLUMNS = (
         None,
         3,
     ),
-    Column("final_train_loss", "train|loss", "", "Loss of the last logged training step, not a running mean", None, 3),
+    Column(
+        "final_train_loss",
+        "train|loss",
+        "",
+        "Loss of the last training step's tokens, not a running mean; mean over seeds",
+        None,
+        3,
+    ),
     Column("parameters", "params", "{}", "Parameters; a shared weight counts once"),
     Column(
         "unique_non_embedding",
