@@ -4,7 +4,11 @@ import errno
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,8 @@ from documents import CORPUS
 from morex.cli import main
 from morex.train import trainer
 from morex.train.runs import RunFolder
+
+TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokenizer.kind=byte"]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,17 @@ from morex.train.runs import RunFolder
         (["bench", "train", "more", "--device", "tpu"], "'tpu'"),
         (["bench", "train", "more", "--expert-loads", "half"], "--expert-loads 'half' must be numbers with commas"),
         (["bench", "train", "more", "--expert-loads", "0.5,0.5"], "name 2 experts, but 'more' has 4"),
+        (["bench", "train", "more", "--expert-loads", "nan,1,1,1"], "must be 0 or more and sum to 1"),
+        (["bench", "train", "vanilla", "--expert-loads", "0.5,0.5"], "presets that have experts, not vanilla"),
+        (["bench", "train", "more", "--threads", "100000"], "100000 CPU threads are too many for"),
+        (
+            ["bench", "train", "more", "--json", "nowhere/speed.json"],
+            "--json 'nowhere/speed.json' .*no folder 'nowhere'",
+        ),
+        (["bench", "train", "more", "--json", "."], "--json '.' is a folder"),
+        (["train", "vanilla", "--set", "train.threads=100000", *TINY_CORPUS], "100000 CPU threads are too many for"),
+        (["train", "."], "unknown preset '.'"),
+        (["train", "./"], "'.' is a folder; a config is a YAML file, or preset by name"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -83,7 +100,9 @@ def test_vocabulary_that_is_too_small_for_the_tokenizer(shell: Shell) -> None:
 
 def test_an_existing_run_is_not_overwritten(trained: Path, shell: Shell) -> None:
     before = contents(trained)
-    assert "--resume" in shell.refuses("train", "vanilla", "--out", trained, *TINY)
+    sentence = shell.refuses("train", "vanilla", "--out", trained, *TINY)
+    # Its cosine has come to its end, so that it is no use to go on with more steps.
+    assert "holds a finished run; nothing was overwritten" in sentence and "--resume" not in sentence
     assert "train.lr" in shell.refuses("train", "--resume", trained, "--set", "train.lr=0.5")
     assert contents(trained) == before
 
@@ -120,6 +139,9 @@ def test_generate_refuses_a_model_without_a_causal_rule(shell: Shell) -> None:
     ("words", "sentence"),
     [
         (["--temperature", "-1"], "temperature -1"),
+        (["--temperature", "nan"], "temperature nan must be 0"),
+        (["--temperature", "inf"], "temperature inf must be 0"),
+        (["--seed", "99999999999999999999"], "seed 99999999999999999999 must lie between"),
         (["--top-k", "0"], "top_k 0"),
         (["--max-new-tokens", "-1"], "max_new_tokens -1"),
         (["--top-p", "1.5"], "top_p 1.5"),
@@ -145,6 +167,45 @@ def test_a_run_folder_in_use_is_refused(shell: Shell) -> None:
     with run.locked():
         assert f"in use by process {os.getpid()}" in shell.refuses("train", "vanilla", "--out", "run", *TINY)
     assert list(contents(Path("run"))) == [".lock"]
+
+
+def test_a_run_is_evaluated_as_it_was_trained(trained: Path, shell: Shell) -> None:
+    assert "the model of a run is trained as it is" in shell.refuses("eval", trained, "--set", "model.d_model=64")
+    text = Path(CORPUS).read_text(encoding="utf-8")
+    Path(CORPUS).write_text(text + "And one more line.\n", encoding="utf-8")
+    assert re.search(f"{CORPUS}' has changed since .*--set data.corpus=", shell.refuses("eval", trained))
+    shell.succeeds("eval", trained, "--set", f"data.corpus={CORPUS}")
+
+
+def test_a_run_is_the_same_from_every_folder(
+    trained: Path, shell: Shell, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = shell.succeeds("eval", trained, "--json").json
+    folder = trained.resolve()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert shell.succeeds("eval", folder, "--json").json == here
+
+
+def test_a_checkpoint_of_another_run_is_refused(trained: Path, shell: Shell) -> None:
+    shell.succeeds("train", "vanilla", "--out", "other", *TINY)
+    shutil.rmtree("other/checkpoints")
+    shutil.copytree(trained / "checkpoints", "other/checkpoints")
+    before = contents(Path("other"))
+    assert "is of another config" in shell.refuses("train", "--resume", "other", "--set", "train.steps=9")
+    assert "is of another model than config.yaml" in shell.refuses("eval", "other")
+    assert "is of another model than config.yaml" in shell.refuses("generate", "other", "--prompt", "a")
+    assert contents(Path("other")) == before
+
+
+def test_a_prompt_that_is_no_text(trained: Path, shell: Shell) -> None:
+    assert "is not text in the encoding" in shell.refuses("generate", trained, "--prompt", "bad\udcff")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_closed_streams_are_no_fault(closed: str) -> None:
+    words = f"{shlex.quote(sys.executable)} -m morex presets {closed}"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
 def test_a_full_disk_keeps_what_was_saved(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,11 @@ SHAPES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "lengths of another batch": (r"lengths .*\[2\]", lambda model: {"lengths": torch.tensor([16])}),
     "lengths beyond the tokens": (r"lengths .*16.*3..17", lambda model: {"lengths": torch.tensor([17, 3])}),
     "negative lengths": (r"lengths .*16.*-1\.\.3", lambda model: {"lengths": torch.tensor([-1, 3])}),
+    "lengths that are no integers": (r"lengths .*float32", lambda model: {"lengths": torch.tensor([1.0, 3.0])}),
+    "labels that are no integers": (r"labels .*float32", lambda model: {"labels": TOKENS.float()}),
+    "positions of another shape": (r"positions .*\[2, 16\]", lambda model: {"positions": TOKENS[:, :3]}),
+    "documents of another shape": (r"document_ids .*\[2, 16\]", lambda model: {"document_ids": TOKENS[0]}),
+    "fewer than no logits": (r"logits_to_keep -1", lambda model: {"logits_to_keep": -1}),
     "a cache of another batch": (r"cache .*3 .*2 rows", lambda model: {"cache": model.new_cache(3)}),
     "documents in a cache": (
         r"document_ids .*cache",
@@ -60,6 +65,9 @@ GENERATION: dict[str, tuple[str, list[list[int]], dict[str, Any]]] = {
     "no prompt": (r"prompt", [], {}),
     "an empty prompt": (r"prompt", [[1, 2], []], {}),
     "fewer than no tokens": (r"max_new_tokens -1", [[1]], {"max_new_tokens": -1}),
+    "no temperature": (r"temperature nan", [[1]], {"temperature": float("nan")}),
+    "ids without a list": (r"a list of prompts, each a list", [1, 2], {}),  # type: ignore[list-item]
+    "a text": (r"a list of prompts, each a list", ["abc"], {}),  # type: ignore[list-item]
     "a negative temperature": (r"temperature -0.5", [[1]], {"temperature": -0.5}),
     "no probability": (r"top_p 0", [[1]], {"temperature": 1.0, "top_p": 0.0}),
     "too much probability": (r"top_p 1.5", [[1]], {"temperature": 1.0, "top_p": 1.5}),
@@ -67,6 +75,23 @@ GENERATION: dict[str, tuple[str, list[list[int]], dict[str, Any]]] = {
     "too deep": (r"depth .*9.* 1 to 3", [[1]], {"depth": "uniform:9"}),
     "an oracle": (r"oracle", [[1]], {"depth": "oracle"}),
 }
+
+
+def test_no_more_logits_are_kept_than_there_are() -> None:
+    model: Any = eval_model("mor-expert")
+    assert torch.equal(model(TOKENS, logits_to_keep=99).logits, model(TOKENS, logits_to_keep=16).logits)
+
+
+def test_the_smallest_temperature_takes_the_likeliest() -> None:
+    model: Any = eval_model("mor-expert")
+    greedy = model.generate([[1, 2]], max_new_tokens=4)
+    assert model.generate([[1, 2]], max_new_tokens=4, temperature=1e-320, seed=0) == greedy
+
+
+@pytest.mark.parametrize("sizes", [{"seq_len": 0}, {"context": -1}])
+def test_counts_need_tokens(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"seq_len .* must be 1 or more"):
+        morex.count(config_of("vanilla"), **sizes)
 
 
 @pytest.mark.parametrize("name", GENERATION)

@@ -1,5 +1,6 @@
 """`compare` as a user meets it: a folder with a report, kept cells, refusals, a stop in the middle."""
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from morex.study.plan import plan
 from morex.study.results import collect, is_finished, note_jobs
 from morex.study.spec import load_study
 from morex.study.worker import Worker
+from morex.train.errors import DiskFullError
 from study.helpers import tiny_study
 
 pytest.importorskip("plotly")
@@ -136,7 +138,7 @@ def test_the_same_study_keeps_finished_cells_and_tries_failed_ones(
 def test_another_study_is_refused(source: Path, finished: tuple[Path, str, str]) -> None:
     folder = finished[0]
     before = runs_of(folder)
-    with pytest.raises(ConfigError, match="holds another study: its seeds differs; nothing was overwritten"):
+    with pytest.raises(ConfigError, match=r"holds another study: its seeds is .*; nothing was overwritten"):
         compare(source, folder, ["seeds=[7]"], console=quiet(), output=quiet())
     assert runs_of(folder) == before
 
@@ -174,6 +176,25 @@ def test_faults_of_the_data_show_before_anything_is_trained(
     with pytest.raises(ConfigError, match=words):
         compare(source, tmp_path / "out", overrides, console=quiet(), output=quiet())
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_study_that_could_not_start_leaves_its_folder_free(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"exist\.txt"):
+        compare(source, folder, ["data.corpus=/does/not/exist.txt"], console=quiet(), output=quiet())
+    results = compare(source, folder, ["variants=[{name: vanilla}]"], console=quiet(), output=quiet())
+    assert results.row("vanilla").finished
+
+
+def test_a_full_disk_is_one_sentence_with_the_way_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("morex.study.compare.run_cells", full)
+    with pytest.raises(DiskFullError, match=r"disk of study folder .*go on with `morex compare"):
+        compare(source, tmp_path / "out", console=quiet(), output=quiet())
 
 
 def test_learning_rates_need_two_windows(source: Path, tmp_path: Path) -> None:

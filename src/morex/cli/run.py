@@ -1,6 +1,7 @@
 """`train`, `eval` and `generate`: one run."""
 
 import math
+import shlex
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -66,7 +67,9 @@ def train(
         ["", str(folder)],
         [[label, number(summary[key])] for key, label in SUMMARY_ROWS.items() if summary.get(key) is not None],
     )
-    progress.print(f"Next: morex eval {folder}, or morex generate {folder} --prompt 'Once upon a time'", style="dim")
+    quoted = shlex.quote(str(folder))
+    advice = f"Next: morex eval {quoted}, or morex generate {quoted} --prompt 'Once upon a time'"
+    progress.print(advice, style="dim", markup=False)
 
 
 @app.command(
@@ -87,15 +90,26 @@ def evaluate(
 
     Loss, perplexity and bits per byte; for expert choice by the causal rule of decoding, beside the oracle of training.
     """
-    config = _config_of(run, overrides or [])
+    overrides = overrides or []
+    for override in overrides:
+        if override.startswith("model."):
+            raise ConfigError(
+                f"--set {override}: the model of a run is trained as it is; set data, train or eval options"
+            )
+    config = _config_of(run, overrides)
     from morex.data.prepare import prepare
     from morex.eval.loss import evaluate as measure
-    from morex.train.checkpoint import load
+    from morex.train.checkpoint import load, trained_on
     from morex.train.precision import autocast_dtype
 
     model, tokenizer = load(run, device)
     seq_len = config.train.seq_len
     prepared = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
+    if not any(override.startswith("data.") for override in overrides) and trained_on(run)["text"] != prepared.content:
+        raise ConfigError(
+            f"data.corpus '{config.data.corpus}' has changed since '{run}' was trained, and its held-out set with it; "
+            f"put the old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
+        )
     result = measure(
         model,
         prepared.val,
@@ -144,6 +158,9 @@ def generate(
     from morex.train.checkpoint import load
 
     model, tokenizer = load(run, device)
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(f"prompt {text!r} is not text in the encoding of this terminal; use UTF-8")
     ids = [tokenizer.encode(text) for text in texts]
     for text, tokens in zip(texts, ids, strict=True):
         if not tokens:

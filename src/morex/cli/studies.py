@@ -1,5 +1,6 @@
 """`compare` and `bench`: several models side by side."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +101,8 @@ def bench_train(
     for name in precision or []:
         if name not in PRECISIONS:
             raise ConfigError(f"--precision '{name}' is unknown; use {', '.join(PRECISIONS)}")
+    if json_file is not None:
+        _check_target(json_file)
     from morex.study.bench import bench_train as measure
     from morex.study.bench import write_json
 
@@ -122,6 +125,16 @@ def bench_train(
     if json_file is not None:
         write_json(json_file, rows)
         console(stderr=True).print(f"wrote {json_file}", style="dim")
+
+
+def _check_target(path: Path) -> None:
+    """Whether the file can be written is better known before the measurement."""
+    if path.is_dir():
+        raise ConfigError(f"--json '{path}' is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json '{path}' cannot be written: there is no folder '{path.parent}'")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--json '{path}' cannot be written: folder '{path.parent}' is read-only")
 
 
 def _shares(text: str) -> list[float]:

@@ -56,6 +56,11 @@ class Corpus:
         return sum(path.stat().st_size for path in self.files)
 
 
+def lasting_name(name: str) -> str:
+    """The name of a corpus that means the same from every current directory: a path in full."""
+    return name if name in NAMED else str(Path(name).expanduser().absolute())
+
+
 def open_corpus(name: str, column: str = "text") -> Corpus:
     """Finds the files of a corpus; reads none of them, except that a named one may be downloaded and is checked.
 

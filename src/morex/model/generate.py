@@ -1,5 +1,6 @@
 """The plain decoding loop: prefill once, then token by token against the KV cache. The reference for any engine."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from morex.depth.policy import Depth
 
 if TYPE_CHECKING:
     from morex.model.lm import LanguageModel
+
+LARGEST_SEED = 2**40
+"""Seeds of all rows of a batch must fit into 63 bits."""
 
 
 @torch.no_grad()
@@ -45,8 +49,8 @@ def generate(
     Raises:
         ValueError: an empty prompt, options out of range, or a model without a causal rule.
     """
-    prompts = tokens.tolist() if isinstance(tokens, Tensor) else [list(prompt) for prompt in tokens]
-    _check(prompts, max_new_tokens, temperature, top_k, top_p, depth)
+    prompts = _prompts(tokens)
+    _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
     device = model.embedding.weight.device
     draws = [_generator(seed, row) for row in range(len(prompts))]
     was_training = model.training
@@ -85,7 +89,9 @@ def sample(
     """Token ids [B] on the CPU from logits [B, V], row b drawn by generator b; temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1).cpu()
-    scores = logits.double().cpu() / temperature
+    wide = logits.double().cpu()
+    # From the likeliest on, so that no temperature is too small to divide by.
+    scores = (wide - wide.max(-1, keepdim=True).values) / temperature
     if top_k is not None and top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
@@ -113,20 +119,30 @@ def _right_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor(lengths)
 
 
+def _prompts(tokens: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of ids. Raises ValueError where they are none."""
+    prompts = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    if any(isinstance(prompt, str) or not isinstance(prompt, Sequence) for prompt in prompts):
+        raise ValueError("generate needs a list of prompts, each a list of token ids, such as [[1, 2, 3]]")
+    if not prompts or any(not prompt for prompt in prompts):
+        raise ValueError("generate needs prompts of at least one token each")
+    return [list(prompt) for prompt in prompts]
+
+
 def _check(
-    prompts: list[list[int]],
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    seed: int | None,
     depth: Depth,
 ) -> None:
-    if not prompts or any(not prompt for prompt in prompts):
-        raise ValueError("generate needs prompts of at least one token each")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 0 or more")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} must be 0 (likeliest token) or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} must be 0 (likeliest token) or more, and finite")
+    if seed is not None and not 0 <= seed < LARGEST_SEED:
+        raise ValueError(f"seed {seed} must lie between 0 and {LARGEST_SEED - 1}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k {top_k} must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:

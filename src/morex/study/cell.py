@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from morex.study.plan import PlannedCell, plan
 from morex.study.records import Measures
 from morex.study.results import MEASURES, cell_folder, failure_path, is_finished, read_study
 from morex.study.spec import StudyConfig
-from morex.train.errors import Interrupted, TrainingError
+from morex.train.errors import DiskFullError, Interrupted, TrainingError
 from morex.train.runs import RunFolder
 from morex.train.trainer import train
 
@@ -42,6 +43,12 @@ def main(arguments: list[str]) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
+    except DiskFullError:
+        sentence = f"no space left on the disk of study folder '{folder}'; free some space and run the study again"
+        print(sentence)
+        with suppress(OSError):
+            write_json(failure_path(folder, name), {"cell": name, "error": sentence})
+        return 1
     except Exception as error:
         traceback.print_exc()
         known = isinstance(error, ConfigError | TrainingError)

@@ -6,6 +6,7 @@ study.yaml   runs/   results.json   table.csv   report.html   figures/*.png
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -22,6 +23,8 @@ from morex.study.results import collect, read_study
 from morex.study.runner import run_cells
 from morex.study.spec import StudyConfig, load_study, studies
 from morex.study.table import csv_text, terminal_tables
+from morex.train.checkpoint import differences
+from morex.train.errors import disk_full_explained
 from morex.train.runs import RunFolder
 
 PIPE_WIDTH = 140
@@ -56,9 +59,11 @@ def compare(
     command = command_of(study, folder, overrides, jobs)
     planned = plan(loaded)
     _require_drawing()
-    _claim(folder, loaded)
-    with RunFolder(folder).locked():
+    _refuse_other_use(folder, loaded)
+    space = disk_full_explained(f"study folder '{folder}'", lambda: f"go on with `{command}`")
+    with space, RunFolder(folder).locked():
         check_data(loaded, planned)
+        _claim(folder, loaded)
         run_cells(folder, planned, console, command, jobs)
         results = write_report(folder, command)
     print_results(results, folder, output or Console(width=None if Console().is_terminal else PIPE_WIDTH))
@@ -136,20 +141,25 @@ def _require_drawing() -> None:
             raise ConfigError(f"the report needs {package}, which is not installed; run pip install 'morex[viz]'")
 
 
-def _claim(folder: Path, study: StudyConfig) -> None:
-    """Makes the folder this study's. Raises ConfigError where it holds something else."""
+def _refuse_other_use(folder: Path, study: StudyConfig) -> None:
+    """Raises ConfigError where the folder holds something else; a study of which nothing has run is nothing."""
     if folder.is_file():
         raise ConfigError(f"study folder '{folder}' is a file; name a folder with --out")
     if (folder / "study.yaml").is_file():
-        before, now = read_study(folder).to_dict(), study.to_dict()
-        if before != now:
-            key = next(key for key in now if before.get(key) != now[key])
-            raise ConfigError(
-                f"study folder '{folder}' holds another study: its {key} differs; nothing was overwritten, name "
-                f"another folder with --out"
-            )
-        return
-    if folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        if (folder / "runs").is_dir():
+            _refuse_other_study(folder, read_study(folder).to_dict(), study.to_dict())
+    elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise ConfigError(f"folder '{folder}' is not empty and holds no study; name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_other_study(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, there, here in differences(before, now):
+        raise ConfigError(
+            f"study folder '{folder}' holds another study: its {key} is {there!r} there and {here!r} here; nothing was "
+            f"overwritten, name another folder with --out"
+        )
+
+
+def _claim(folder: Path, study: StudyConfig) -> None:
+    """Makes the folder this study's."""
     write_whole(folder / "study.yaml", yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True))

@@ -158,25 +158,36 @@ def load(path: str | Path, device: str = "cpu") -> tuple[LanguageModel, Tokenize
         RunFolderError: `path` is neither, or its tokenizer is missing.
         CheckpointError: the checkpoint is damaged, or the run has none yet.
     """
-    path = Path(path)
-    if (path / STATE).is_file() or (path / CHECKSUMS).is_file():
-        checkpoint, run = path, RunFolder(path.resolve().parent.parent)
-    else:
-        run = RunFolder(path)
-        if not run.is_run():
-            raise RunFolderError(f"'{path}' is neither a run folder nor a checkpoint folder of one")
-        newest = newest_checkpoint(run)
-        if newest is None:
-            raise CheckpointError(
-                f"run folder '{path}' has no checkpoint yet; train it with `morex train --resume {path}`"
-            )
-        checkpoint = newest
+    checkpoint, run = _checkpoint_of(Path(path))
     config = validate(Config, read_state(checkpoint)["config"])
     if not run.tokenizer_path.is_dir():
         raise RunFolderError(f"run folder '{run.path}' of checkpoint '{checkpoint}' has no tokenizer folder")
+    if run.is_run() and config.model != run.config().model:
+        raise CheckpointError(
+            f"checkpoint '{checkpoint}' is of another model than config.yaml of run folder '{run.path}'"
+        )
     model = build_model(config.model, device=str(resolve_device(device)), dtype=weight_dtype(config.train.precision))
     load_checkpoint(checkpoint, model)
     return model.eval(), load_tokenizer(run.tokenizer_path)
+
+
+def trained_on(path: str | Path) -> dict[str, str]:
+    """Digests of the text and the tokenizer that a run or checkpoint folder was trained with. Raises as `load`."""
+    checkpoint, _ = _checkpoint_of(Path(path))
+    return TrainState.of(read_state(checkpoint)).data
+
+
+def _checkpoint_of(path: Path) -> tuple[Path, RunFolder]:
+    """A checkpoint folder, or the newest checkpoint of a run folder, and the run."""
+    if (path / STATE).is_file() or (path / CHECKSUMS).is_file():
+        return path, RunFolder(path.resolve().parent.parent)
+    run = RunFolder(path)
+    if not run.is_run():
+        raise RunFolderError(f"'{path}' is neither a run folder nor a checkpoint folder of one")
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise CheckpointError(f"run folder '{path}' has no checkpoint yet; train it with `morex train --resume {path}`")
+    return newest, run
 
 
 def list_checkpoints(run: RunFolder) -> list[Path]:
@@ -212,7 +223,7 @@ def verify(path: Path) -> None:
 
 def refuse_other_config(what: str, theirs: Mapping[str, Any], config: Config) -> None:
     """Raises CheckpointError that names the first differing option and both values, those in RESUMABLE apart."""
-    for option, there, here in _differences(theirs, config.to_dict()):
+    for option, there, here in differences(theirs, config.to_dict()):
         if option not in RESUMABLE:
             raise CheckpointError(
                 f"{what} is of another config: {option} is {there!r} there and {here!r} here; only "
@@ -220,12 +231,12 @@ def refuse_other_config(what: str, theirs: Mapping[str, Any], config: Config) ->
             )
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted option, old value, new value) of each difference between two configs."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted option, old value, new value) of each difference between two configs or studies."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key, ABSENT), new.get(key, ABSENT)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _differences(before, after, f"{at}{key}.")
+            yield from differences(before, after, f"{at}{key}.")
         elif before != after:
             yield f"{at}{key}", before, after
 

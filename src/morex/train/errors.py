@@ -1,9 +1,8 @@
 """What ends a training early. Every message is one sentence; `exit_code` is what a command line returns."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from morex.loading import ConfigError
 
@@ -42,16 +41,14 @@ class Interrupted(TrainingError):
 
 
 @contextmanager
-def disk_full_explained(run_path: Path) -> Iterator[None]:
-    """Turns "no space left" from any write inside into one sentence that says how to go on."""
+def disk_full_explained(what: str, how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Turns "no space left" from any write inside into one sentence that names `what` and says how to go on."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        begun = (run_path / "config.yaml").is_file()
-        then = f"go on with `morex train --resume {run_path}`" if begun else "start again"
         raise DiskFullError(
-            f"no space left on the disk of run folder '{run_path}'; nothing saved before was touched: free "
-            f"some space and {then}"
+            f"no space left on the disk of {what}; nothing saved before was touched: free some space and "
+            f"{how_to_go_on()}"
         ) from error

@@ -69,6 +69,10 @@ class RunFolder:
         """Whether a training has begun here."""
         return self.config_path.is_file()
 
+    def how_to_go_on(self) -> str:
+        """What to do after a stop, for messages."""
+        return f"go on with `morex train --resume {self.path}`" if self.is_run() else "start again"
+
     def config(self) -> Config:
         """The resolved config. Raises RunFolderError where there is no run, ConfigError where the file is not valid."""
         if not self.is_run():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from morex.config import Config, TrainConfig
+from morex.data.corpus import lasting_name
 from morex.data.loader import Loader
 from morex.data.prepare import PreparedData, prepare
 from morex.data.tokenizer import load_tokenizer
@@ -161,13 +162,14 @@ def _stored_config(run: RunFolder, resume: bool) -> Config | None:
 
 
 def _resolved(config: Config, stored: Config | None) -> Config:
-    """The config with its precision settled: by the run that goes on, or by device and width."""
+    """The config with its precision settled, by the run that goes on or by device and width, and its corpus located."""
     train = config.train
     if train.precision == "auto":
         precision = stored.train.precision if stored is not None else train.precision
         train = train.model_copy(update={"precision": precision})
     name = resolve_precision(train.precision, resolve_device(train.device), config.model.d_model)
-    return config.model_copy(update={"train": train.model_copy(update={"precision": name})})
+    data = config.data.model_copy(update={"corpus": lasting_name(config.data.corpus)})
+    return config.model_copy(update={"train": train.model_copy(update={"precision": name}), "data": data})
 
 
 def _continued_budget(

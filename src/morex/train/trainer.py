@@ -58,7 +58,8 @@ def train(
     run = RunFolder(Path(run_dir))
     if resume:
         run.config()  # where there is no run, say so before a folder is made
-    with disk_full_explained(run.path), run.locked(), cpu_threads(cfg.train.threads):
+    space = disk_full_explained(f"run folder '{run.path}'", run.how_to_go_on)
+    with space, run.locked(), cpu_threads(cfg.train.threads):
         training = begin(run, cfg, resume, max_seconds)
         finished = run.summary()
         if finished is not None and is_done(training):
