@@ -31,7 +31,7 @@ check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py
 
-bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins; writes benchmarks/results
+bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, start-up and bf16 flips; writes benchmarks/results
 	@mkdir -p benchmarks/results
 	$(BIN)/morex bench train more more-tuned moe recursive mor-expert mor-token mor-threshold mor-random \
 	  --json benchmarks/results/train.json
@@ -40,6 +40,7 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins; wr
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
 	  --threads 2 --precision fp32 --precision bf16 --no-twins --no-memory --json benchmarks/results/train-bf16.json
 	$(BIN)/python benchmarks/startup.py benchmarks/results/startup.json
+	$(BIN)/python benchmarks/bf16_flips.py benchmarks/results/bf16-flips.json
 
 docs: $(VENV)/dev.stamp  ## regenerate docs/configuration.md and the figures
 	$(BIN)/python docs/generate_configuration.py
