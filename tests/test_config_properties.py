@@ -1,6 +1,7 @@
 """Properties of configs: what validates builds, runs and is causal; what does not is refused in one sentence."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -142,6 +143,22 @@ def move(model: Any, distance: float, generator: torch.Generator) -> None:
             parameter += distance * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
+def check_gradients(model: Any) -> None:
+    """Every parameter has a finite gradient, but for the weights that are stored and never used.
+
+    It may be zero here: with a handful of tokens an expert or a recursion may have no visitor.
+    """
+    mixer = model.config.mixer
+    keeps_unused = mixer.kind == "recursive" and mixer.attention_scope == "token" and mixer.keep_unused_qk
+    for name, parameter in model.named_parameters():
+        if keeps_unused and re.search(r"\.mixer\.[qk]$", name):
+            # A token that sees only itself needs no query and no key.
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None, f"{name} gets no gradient"
+            assert torch.isfinite(parameter.grad).all(), name
+
+
 def check_model(config: ModelConfig) -> None:
     """Builds, runs forward and backward, and is causal in eval mode."""
     model: Any = morex.build_model(config, dtype=torch.float64)
@@ -152,8 +169,7 @@ def check_model(config: ModelConfig) -> None:
     out = model.train()(tokens, labels=tokens, lengths=lengths)
     assert torch.isfinite(out.loss)
     out.loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-    assert any(p.grad is not None for p in model.parameters())
+    check_gradients(model)
     # As an optimizer step would; else a threshold may be the very logit of a token, and rounding decides.
     move(model, 0.01, generator)
     model.update_routers(out.stats, 1)
