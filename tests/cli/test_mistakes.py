@@ -169,12 +169,13 @@ def test_a_run_folder_in_use_is_refused(shell: Shell) -> None:
     assert list(contents(Path("run"))) == [".lock"]
 
 
-def test_a_run_is_evaluated_as_it_was_trained(trained: Path, shell: Shell) -> None:
-    assert "the model of a run is trained as it is" in shell.refuses("eval", trained, "--set", "model.d_model=64")
+def test_a_run_is_evaluated_as_it_was_trained(shell: Shell) -> None:
+    shell.succeeds("train", "vanilla", "--out", "run", *TINY)
+    assert "the model of a run is trained as it is" in shell.refuses("eval", "run", "--set", "model.d_model=64")
     text = Path(CORPUS).read_text(encoding="utf-8")
     Path(CORPUS).write_text(text + "And one more line.\n", encoding="utf-8")
-    assert re.search(f"{CORPUS}' has changed since .*--set data.corpus=", shell.refuses("eval", trained))
-    shell.succeeds("eval", trained, "--set", f"data.corpus={CORPUS}")
+    assert re.search(f"{CORPUS}' has changed since .*--set data.corpus=", shell.refuses("eval", "run"))
+    shell.succeeds("eval", "run", "--set", f"data.corpus={CORPUS}")
 
 
 def test_a_run_is_the_same_from_every_folder(

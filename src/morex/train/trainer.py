@@ -59,7 +59,7 @@ def train(
     if resume:
         run.config()  # where there is no run, say so before a folder is made
     space = disk_full_explained(f"run folder '{run.path}'", run.how_to_go_on)
-    with space, run.locked(), cpu_threads(cfg.train.threads):
+    with space, cpu_threads(cfg.train.threads), run.locked():
         training = begin(run, cfg, resume, max_seconds)
         finished = run.summary()
         if finished is not None and is_done(training):
