@@ -323,6 +323,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"keep_unused_qk.*'token'",
     ),
     "sequences that are too long": (["train.seq_len=5000"], r"train.seq_len 5000 .*max_seq_len 1024"),
+    "a width that heads do not divide": (["model.d_model=63"], r"d_model 63 .*heads 4; use 56 or 64"),
+    "keys that heads do not share": (["model.attention={heads: 4, kv_heads: 3}"], r"kv_heads 3 .*use 1, 2 or 4"),
+    "microbatches of unequal size": (
+        ["train.batch_size=6", "train.accumulation=4"],
+        r"accumulation 4 .*use 1, 2, 3 or 6",
+    ),
     "a key named like a kind": (["fixed=3"], r"unknown key 'fixed'; known: data, eval, model, train"),
     "a section named like a kind": (["model.moe.experts=4"], r"unknown key 'model.moe'"),
     "a variant as a key": (["model.mixer.recursive.steps=3"], r"unknown key 'model.mixer.recursive'"),

@@ -22,6 +22,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def divisors(number: int) -> str:
+    """All divisors of a number, for messages: `1, 2 or 4`."""
+    *others, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 class AttentionConfig(Section):
     """Causal attention of a block, with grouped key/value heads and rotary positions."""
 
@@ -43,7 +49,7 @@ class AttentionConfig(Section):
     @model_validator(mode="after")
     def _grouping(self) -> Self:
         if self.heads % self.num_kv_heads:
-            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}")
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}; use {divisors(self.heads)}")
         if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs of channels")
         return self
@@ -332,11 +338,15 @@ class ModelConfig(Section):
         attention, recursions = self.attention, self.schedule.recursions
         if attention.head_dim is None:
             if self.d_model % attention.heads:
-                raise ValueError(f"d_model {self.d_model} does not divide into attention.heads {attention.heads}")
+                raise ValueError(
+                    f"d_model {self.d_model} does not divide into attention.heads {attention.heads}; use "
+                    f"{self._nearest_widths(attention.heads)}"
+                )
             if (self.d_model // attention.heads) % 2:
                 raise ValueError(
                     f"d_model {self.d_model} over attention.heads {attention.heads} gives heads of odd width "
-                    f"{self.d_model // attention.heads}; rotary positions need an even width"
+                    f"{self.d_model // attention.heads}; rotary positions need an even width, use "
+                    f"{self._nearest_widths(attention.heads)}"
                 )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
@@ -346,6 +356,10 @@ class ModelConfig(Section):
                 f"schedule.sharing {self.schedule.sharing!r}"
             )
         return self
+
+    def _nearest_widths(self, heads: int) -> str:
+        below = self.d_model // (2 * heads) * 2 * heads
+        return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
 
     def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
         shares = depth.shares(recursions)
@@ -450,7 +464,8 @@ class TrainConfig(Section):
     def _divides(self) -> Self:
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}"
+                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; use "
+                f"{divisors(self.batch_size)}"
             )
         if self.betas[0] >= 1 or self.betas[1] >= 1:
             raise ValueError(f"train.betas {list(self.betas)} must be below 1")
