@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_sentence_with_the_way_on(
 def test_learning_rates_need_two_windows(source: Path, tmp_path: Path) -> None:
     config = plan(load_study(source)).cells[0].config
     held_out = prepare(config.data, config.model.vocab_size, 16).val.num_tokens
-    overrides = ["learning_rates=[0.1]", f"train.seq_len={held_out - 1}"]
+    overrides = ["learning_rates=[0.1]", f"train.seq_len={held_out - 1}", f"model.max_seq_len={held_out}"]
     with pytest.raises(ConfigError, match="there is one window only"):
         compare(source, tmp_path / "out", overrides, console=quiet(), output=quiet())
 
