@@ -34,11 +34,14 @@ check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
 bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, start-up and bf16 flips; writes benchmarks/results
 	@mkdir -p benchmarks/results
 	$(BIN)/morex bench train more more-tuned moe recursive mor-expert mor-token mor-threshold mor-random \
-	  --json benchmarks/results/train.json
+	  --rounds 5 --json benchmarks/results/train.json
 	$(BIN)/morex bench train more more-tuned moe --expert-loads 0.4,0.4,0.1,0.1 --no-memory \
 	  --json benchmarks/results/train-uneven.json
+	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
+	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
-	  --threads 2 --precision fp32 --precision bf16 --no-twins --no-memory --json benchmarks/results/train-bf16.json
+	  --threads 2 --precision fp32 --precision bf16 --rounds 3 --no-twins --no-memory \
+	  --json benchmarks/results/train-bf16.json
 	$(BIN)/python benchmarks/startup.py benchmarks/results/startup.json
 	$(BIN)/python benchmarks/bf16_flips.py benchmarks/results/bf16-flips.json
 
