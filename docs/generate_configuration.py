@@ -121,8 +121,12 @@ def _type(field: Schema, definitions: Schema) -> str:
 def _plain(field: Schema) -> str:
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     low = next((f"{sign} {field[key]:g}" for key, sign in _LOWER.items() if key in field), "")
-    high = next((f"{sign} {field[key]:g}" for key, sign in _UPPER.items() if key in field), "")
+    high = next((f"{sign} {_bound(field[key])}" for key, sign in _UPPER.items() if key in field), "")
     return " ".join(part for part in (names[field["type"]], low, "and" if low and high else "", high) if part)
+
+
+def _bound(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
 
 
 _LOWER = {"exclusiveMinimum": ">", "minimum": "≥"}

@@ -98,7 +98,7 @@ def _head(results: Results) -> str:
         (str(machine.get("device_name") or machine.get("cpu") or ""), _threads(machine.get("threads"))),
     ]
     items = "".join(f"<li><b>{escape(value)}</b> {escape(what)}</li>" for value, what in facts if value)
-    lead = f'<p class="lead">{escape(study.description.strip())}</p>' if study.description else ""
+    lead = f'<p class="lead">{_marked(study.description.strip())}</p>' if study.description else ""
     return f"""<header class="top">
 <p class="kicker">morex study · {escape(study.name)}</p>
 <h1>{escape(study.title or study.name)}</h1>
