@@ -143,7 +143,18 @@ def test_unknown_presets_are_refused() -> None:
 
 @pytest.mark.parametrize(("loads", "top_k"), [([0.25] * 4, 2), ([0.4, 0.4, 0.1, 0.1], 2), ([0.7, 0.1, 0.2], 1)])
 def test_experts_are_drawn_in_the_given_shares(loads: list[float], top_k: int) -> None:
-    chosen = drawn_experts(loads, top_k)(torch.zeros(20_000, len(loads)))
+    asked: list[torch.Tensor] = []
+
+    def own_choice(probabilities: torch.Tensor) -> torch.Tensor:
+        asked.append(probabilities)
+        return torch.zeros(len(probabilities), top_k, dtype=torch.long)
+
+    choose = drawn_experts(loads, top_k, own_choice)
+    probabilities = torch.zeros(20_000, len(loads))
+    chosen = choose(probabilities)
+    assert len(asked) == 1 and asked[0] is probabilities
+    others = [choose(probabilities) for _ in range(3)]
+    assert torch.equal(others[-1], chosen) and not torch.equal(others[0], chosen)  # those of three warm-up steps
     assert chosen.shape == (20_000, top_k)
     assert all(len(set(row)) == top_k for row in chosen[:500].tolist())
     shares = torch.bincount(chosen.flatten(), minlength=len(loads)) / chosen.numel()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Contender:
         for module in self.model.modules():
             if isinstance(module, ExpertRouter):
                 even = [1 / module.experts] * module.experts
-                module.choose = drawn_experts(loads or even, module.top_k)  # type: ignore[method-assign, assignment]
+                # The router's own choice is made too, so that it costs what it costs.
+                module.choose = drawn_experts(loads or even, module.top_k, module.choose)  # type: ignore[method-assign, assignment]
         self.optimizer = build_optimizer(self.model, config.train)
         self.autocast = autocast_dtype(shape.precision)
         self.steps = 0
@@ -244,17 +246,29 @@ def check_loads(name: str, model: ModelConfig, loads: Sequence[float] | None) ->
         )
 
 
-def drawn_experts(loads: Sequence[float], top_k: int) -> Callable[[Tensor], Tensor]:
+def drawn_experts(
+    loads: Sequence[float], top_k: int, own_choice: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
     """A choice of K different experts for each token at random, in which expert e has the share `loads[e]` of the work.
 
-    Systematic sampling: points u, u + 1, ... u + K - 1 with u in [0, 1) fall into intervals of lengths K * load.
+    Systematic sampling: points u, u + 1, ... u + K - 1 with u in [0, 1) fall into intervals of lengths K * load. The
+    draws of the warm-up come again and again, so that a measured step does not pay for them.
     """
     edges = (top_k * torch.tensor(loads, dtype=torch.double)).cumsum(0)[:-1]
     generator = torch.Generator().manual_seed(0)
+    draws: dict[tuple[int, int], Tensor] = {}
+    calls = count_from(0)
+
+    def draw(tokens: int) -> Tensor:
+        points = torch.rand(tokens, 1, dtype=torch.double, generator=generator) + torch.arange(top_k)
+        return torch.searchsorted(edges, points, right=True)
 
     def choose(probabilities: Tensor) -> Tensor:
-        points = torch.rand(probabilities.shape[0], 1, dtype=torch.double, generator=generator) + torch.arange(top_k)
-        return torch.searchsorted(edges, points, right=True).to(probabilities.device)
+        own_choice(probabilities)
+        key = (probabilities.shape[0], next(calls) % WARM_UP)
+        if key not in draws:
+            draws[key] = draw(key[0]).to(probabilities.device)
+        return draws[key]
 
     return choose
 
