@@ -403,7 +403,7 @@ for path in paths:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process without its parent's")
 @pytest.mark.parametrize(
     ("name", "kind", "megabytes"),
-    [("a.txt", "byte", 4), ("a.jsonl", "byte", 4), ("a.txt", "char", 4), ("a.txt", "bpe", 2)],
+    [("a.txt", "byte", 4), ("a.jsonl", "byte", 4), ("a.txt", "char", 4), ("a.txt", "bpe", 4)],
 )
 def test_memory_is_flat_in_the_size_of_the_corpus(tmp_path: Path, name: str, kind: str, megabytes: int) -> None:
     """Eight times the text needs no more of the resident set, in which numpy and the Rust of the tokenizers count too.
@@ -424,8 +424,8 @@ def test_memory_is_flat_in_the_size_of_the_corpus(tmp_path: Path, name: str, kin
     command = [sys.executable, "-c", MEASURE_PEAKS, kind, *map(str, paths)]
     measured = subprocess.run(command, env=os.environ | one_heap, check=True, capture_output=True, text=True)
     small, large = map(int, measured.stdout.split())
-    # Gaps in the heap grow a little; what keeps the text as a whole, anywhere, takes it once at least.
-    assert large - small < (paths[1].stat().st_size - paths[0].stat().st_size) / 3, (small, large)
+    # Gaps in the heap grow by some megabytes; what keeps the text as a whole, anywhere, takes it once at least.
+    assert large - small < (paths[1].stat().st_size - paths[0].stat().st_size) / 2, (small, large)
 
 
 def test_tiny_shakespeare_has_the_counts_of_the_classic_recipe() -> None:
