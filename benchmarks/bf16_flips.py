@@ -6,10 +6,8 @@ Tiny forms, every parameter moved at random, so that routers split the tokens: n
 another matter. Both ways read the tokens that decoding chose. In fp32 the same rows are the control.
 """
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 import morex
 from morex.config import ModelConfig
 from morex.model.lm import LanguageModel, Trace, build_model
-from morex.study.bench import machine
+from morex.study.bench import write_json
 
 SEEDS = 2
 ROWS, PROMPT, NEW = 32, 16, 24
@@ -134,10 +132,7 @@ def main() -> None:
             rows.append(row(preset, precision))
             print(sentence(rows[-1]), flush=True)
     if len(sys.argv) > 1:
-        command = f"python benchmarks/bf16_flips.py {sys.argv[1]}"
-        Path(sys.argv[1]).write_text(
-            json.dumps({"machine": {**machine(), "command": command}, "rows": rows}, indent=2) + "\n"
-        )
+        write_json(sys.argv[1], rows, ["python", *sys.argv])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from morex.study.bench import machine
+from morex.study.bench import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,8 +24,7 @@ def main() -> None:
     trained = sum(cell["summary"]["seconds"] for cell in results["cells"])
     row = {"command": "make demo", "seconds": seconds, "variants": len(results["rows"]), "training_seconds": trained}
     print(f"make demo: {seconds:.0f} s, {row['variants']} variants, {trained:.0f} s of them training")
-    content = {"machine": {**machine(), "command": f"python benchmarks/demo.py {target} NEW_FOLDER"}, "rows": [row]}
-    target.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(target, [row], ["python", "benchmarks/demo.py", str(target), "NEW_FOLDER"])
 
 
 if __name__ == "__main__":

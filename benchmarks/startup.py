@@ -3,14 +3,12 @@
 python benchmarks/startup.py [benchmarks/results/startup.json]
 """
 
-import json
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from morex.study.bench import machine
+from morex.study.bench import write_json
 
 RUNS = 7
 COMMANDS = {
@@ -36,10 +34,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['command']:22s} {row['seconds']:.2f} s")
     if len(sys.argv) > 1:
-        command = f"python benchmarks/startup.py {sys.argv[1]}"
-        Path(sys.argv[1]).write_text(
-            json.dumps({"machine": {**machine(), "command": command}, "rows": rows}, indent=2) + "\n"
-        )
+        write_json(sys.argv[1], rows, ["python", *sys.argv])
 
 
 if __name__ == "__main__":

@@ -93,6 +93,13 @@ def test_unusable_corpora_get_one_sentence(name: str, content: bytes, sentence: 
     assert not (Path("run") / "checkpoints").exists() and not (Path("run") / "metrics.jsonl").exists()
 
 
+def test_a_mistyped_corpus_is_told_as_it_was_typed(shell: Shell) -> None:
+    sentence = shell.refuses("train", "vanilla", "--out", "run", "--set", "data.corpus=tinyshakespear")
+    assert (
+        sentence.startswith("data.corpus 'tinyshakespear' is neither") and "did you mean 'tinyshakespeare'" in sentence
+    )
+
+
 def test_vocabulary_that_is_too_small_for_the_tokenizer(shell: Shell) -> None:
     words = ["train", "vanilla", "--out", "run", *TINY, "--set", "model.vocab_size=97"]
     assert re.search("97", shell.refuses(*words, "--set", "data.tokenizer.kind=byte"))

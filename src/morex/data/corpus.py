@@ -57,8 +57,9 @@ class Corpus:
 
 
 def lasting_name(name: str) -> str:
-    """The name of a corpus that means the same from every current directory: a path in full."""
-    return name if name in NAMED else str(Path(name).expanduser().absolute())
+    """The name of a corpus that means the same from every current directory: the path of one that is there in full."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in NAMED and path.exists() else name
 
 
 def open_corpus(name: str, column: str = "text") -> Corpus:

@@ -43,23 +43,20 @@ def main(arguments: list[str]) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
-    except DiskFullError:
-        sentence = f"no space left on the disk of study folder '{folder}'; free some space and run the study again"
-        print(sentence)
-        with suppress(OSError):
-            write_json(failure_path(folder, name), {"cell": name, "error": sentence})
-        return 1
     except Exception as error:
         traceback.print_exc()
-        known = isinstance(error, ConfigError | TrainingError)
-        sentence = (
-            str(error)
-            if known
-            else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        )
-        write_json(failure_path(folder, name), {"cell": name, "error": sentence})
+        with suppress(OSError):  # a full disk may not take this either; then the exit code tells
+            write_json(failure_path(folder, name), {"cell": name, "error": _sentence(error, folder)})
         return 1
     return 0
+
+
+def _sentence(error: Exception, folder: Path) -> str:
+    if isinstance(error, DiskFullError):
+        return f"no space left on the disk of study folder '{folder}'; free some space and run the study again"
+    if isinstance(error, ConfigError | TrainingError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 if __name__ == "__main__":
