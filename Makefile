@@ -37,6 +37,7 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --rounds 5 --json benchmarks/results/train.json
 	$(BIN)/morex bench train more more-tuned moe --expert-loads 0.4,0.4,0.1,0.1 --no-memory \
 	  --json benchmarks/results/train-uneven.json
+	$(BIN)/morex bench train moe --batch-size 32 --seq-len 128 --no-memory --json benchmarks/results/train-moe.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \

@@ -36,7 +36,7 @@ HEADINGS = {
     "kv_bytes_per_token": "KV per token",
 }
 SPEED_HEADINGS = (
-    "preset", "twin", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
+    "preset", "twin", "tokens of a step", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
     "time ratio to unrouted", "times as fast as fp32", "peak memory",
 )  # fmt: skip
 
@@ -137,7 +137,8 @@ def _speed_row(row: dict[str, Any]) -> list[str]:
     ratios = ("flop_ratio", "time_ratio", "explained", "unrouted_time_ratio", "fp32_speedup")
     numbers = ["–" if row.get(key) is None else f"{row[key]:.2f}" for key in ratios]
     memory = "–" if row["peak_bytes"] is None else human(row["peak_bytes"], "B")
-    names = [f"`{row['preset']}`", row["twin"] or "–", row["precision"], str(row["threads"])]
+    step = f"{row['batch_size']} x {row['seq_len']:,}"
+    names = [f"`{row['preset']}`", row["twin"] or "–", step, row["precision"], str(row["threads"])]
     return [*names, f"{row['tokens_per_s']:,.0f}", *numbers, memory]
 
 

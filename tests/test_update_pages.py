@@ -17,6 +17,7 @@ BENCH = {
     "machine": {"cpu": "A CPU", "versions": {"torch": "2.13.0"}, "command": "morex bench train more"},
     "rows": [
         {"preset": "more", "twin": "swiglu", "precision": "fp32", "threads": 1, "tokens_per_s": 12345.6}
+        | {"batch_size": 32, "seq_len": 128}
         | {"time_ratio": 3.5, "flop_ratio": 3.85, "explained": 1.1, "peak_bytes": 500_000_000},
         {"preset": "more", "mode": "lockstep", "tokens_per_s": 10.0},
     ],
@@ -96,7 +97,7 @@ def test_speed_page_gets_the_training_rows(project: Path) -> None:
     SCRIPT["main"]([], root=project)
     text = (project / "docs" / "speed.md").read_text()
     assert "`morex bench train more` on A CPU, torch 2.13.0 (`train.json`):" in text
-    assert "| `more` | swiglu | fp32 | 1 | 12,346 | 3.85 | 3.50 | 1.10 | – | – | 500 MB |" in text
+    assert "| `more` | swiglu | 32 x 128 | fp32 | 1 | 12,346 | 3.85 | 3.50 | 1.10 | – | – | 500 MB |" in text
     assert text.count("| `more` |") == 1
 
 

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,32 @@ def test_where_the_system_does_not_reset_the_peak_that_of_the_process_counts(mon
     block = torch.ones(int(before * 1.1) // 4)
     assert measured.bytes() >= before * 1.1 - measured.start > 0
     del block
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+IN_HUGE_PAGES = """
+import re, torch
+from pathlib import Path
+from morex.train.memory import PeakMemory, keep_freed_memory
+
+keep_freed_memory()
+memory = PeakMemory(torch.device("cpu"))
+for _ in range(2):
+    tensors = [torch.ones(2**20) for _ in range(64)]
+    print(re.search(r"AnonHugePages:\\s+(\\d+) kB", Path("/proc/self/smaps_rollup").read_text())[1])
+    del tensors
+    with memory.left_out():
+        pass
+"""
+
+
+def test_linux_gives_a_training_huge_pages() -> None:
+    """Also after an evaluation, before which the heap was trimmed."""
+    if not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(encoding="ascii"):
+        pytest.skip("this system has no transparent huge pages")
+    done = subprocess.run([sys.executable, "-c", IN_HUGE_PAGES], capture_output=True, text=True, check=True)
+    assert all(int(size) * 1024 > 100 * MEGABYTE for size in done.stdout.split())
+    assert len(done.stdout.split()) == 2
 
 
 def test_memory_grows_with_the_batch(corpus: Path, tmp_path: Path) -> None:

@@ -88,13 +88,12 @@ def _queries(x: Tensor, block: slice, width: int) -> Tensor:
 
 def _bmm_into(a: Tensor, b: Tensor, out: Tensor, block: slice, width: int) -> None:
     """Puts the product for a block of queries at its place in [G, S * M, dim]."""
-    if out.shape[1] == width:
-        torch.bmm(a, b, out=out[:, block])
-    elif block.stop - block.start == width:
+    if block.stop - block.start == width:
         torch.bmm(a, b, out=out)
-    else:
-        rows = out.view(out.shape[0], -1, width, out.shape[2])[:, :, block]
-        rows.copy_(torch.bmm(a, b).view(rows.shape))
+        return
+    # Into a view, torch multiplies matrix by matrix.
+    rows = out.view(out.shape[0], -1, width, out.shape[2])[:, :, block]
+    rows.copy_(torch.bmm(a, b).view(rows.shape))
 
 
 def joint_weight(q: Tensor, k: Tensor, v: Tensor, dim: int, scale: float) -> Tensor:
