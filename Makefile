@@ -33,11 +33,13 @@ check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
 
 bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, start-up and bf16 flips; writes benchmarks/results
 	@mkdir -p benchmarks/results
-	$(BIN)/morex bench train more more-tuned moe recursive mor-expert mor-token mor-threshold mor-random \
-	  --rounds 5 --json benchmarks/results/train.json
-	$(BIN)/morex bench train more more-tuned moe --expert-loads 0.4,0.4,0.1,0.1 --no-memory \
-	  --json benchmarks/results/train-uneven.json
-	$(BIN)/morex bench train moe --batch-size 32 --seq-len 128 --no-memory --json benchmarks/results/train-moe.json
+	$(BIN)/morex bench train recursive mor-expert mor-token mor-threshold mor-random --rounds 5 \
+	  --json benchmarks/results/train.json
+	$(BIN)/morex bench train more more-tuned moe --rounds 11 --json benchmarks/results/train-experts.json
+	$(BIN)/morex bench train more more-tuned moe --expert-loads 0.4,0.4,0.1,0.1 --rounds 11 --no-memory \
+	  --json benchmarks/results/train-experts-uneven.json
+	$(BIN)/morex bench train moe --batch-size 32 --seq-len 128 --rounds 11 --no-memory \
+	  --json benchmarks/results/train-experts-moe.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \

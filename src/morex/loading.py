@@ -21,6 +21,25 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message is one sentence that names the option, the value and what works."""
 
 
+class DuplicateKeyError(Exception):
+    """A YAML mapping has a key twice."""
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML readers silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise DuplicateKeyError(f"has the key '{key.value}' twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 @dataclass(frozen=True)
 class Shelf:
     """YAML files of one sort: those that come with the library, by name, and the user's own, by path."""
@@ -61,9 +80,11 @@ class Shelf:
         else:
             raise ConfigError(f"unknown {self.entry} '{name}'{closest(name, self.names())}")
         try:
-            tree = yaml.safe_load(content.decode("utf-8"))
+            tree = yaml.load(content.decode("utf-8"), UniqueKeyLoader)
         except UnicodeDecodeError:
             raise ConfigError(f"{self.sort} file '{name}' is not UTF-8 text") from None
+        except DuplicateKeyError as error:
+            raise ConfigError(f"{self.sort} '{name}' {error}") from None
         except (yaml.YAMLError, ValueError) as error:
             problem = " ".join(str(error).split())
             raise ConfigError(f"{self.sort} '{name}' is not valid YAML: {problem}") from None

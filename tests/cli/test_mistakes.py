@@ -152,6 +152,8 @@ def test_generate_refuses_a_model_without_a_causal_rule(shell: Shell) -> None:
         (["--top-k", "0"], "top_k 0"),
         (["--max-new-tokens", "-1"], "max_new_tokens -1"),
         (["--top-p", "1.5"], "top_p 1.5"),
+        (["--top-k", "5"], "top_k 5 has no effect at temperature 0"),
+        (["--top-p", "0.5", "--temperature", "0"], "top_p 0.5 has no effect at temperature 0"),
         (["--depth", "9"], "depth '?9'?"),
         (["--depth", "deep"], "depth 'deep'.*uniform:N"),
         (["--depth", "oracle"], "oracle"),
@@ -162,6 +164,11 @@ def test_generate_refuses_a_model_without_a_causal_rule(shell: Shell) -> None:
 )
 def test_generate_refuses_options_out_of_range(words: list[str], sentence: str, trained: Path, shell: Shell) -> None:
     assert re.search(sentence, shell.refuses("generate", trained, "--prompt", "the", *words))
+
+
+def test_a_key_that_stands_twice(shell: Shell) -> None:
+    Path("twice.yaml").write_text("preset: vanilla\ntrain:\n  lr: 1.0e-3\n  steps: 5\n  lr: 3.0e-4\n")
+    assert "config 'twice.yaml' has the key 'lr' twice, in lines 3 and 5" in shell.refuses("train", "twice.yaml")
 
 
 def test_prompt_file_that_is_not_text(trained: Path, shell: Shell) -> None:

@@ -15,13 +15,13 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"train.device '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"device '{name}' is unknown; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= present:
-            raise ConfigError(f"train.device '{name}' is not there: this machine has {present} CUDA devices; use auto")
+            raise ConfigError(f"device '{name}' is not there: this machine has {present} CUDA devices; use auto")
     elif device.type != "cpu":
-        raise ConfigError(f"train.device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     return device
 
 
