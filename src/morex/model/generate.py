@@ -149,6 +149,6 @@ def _check(
         raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
     for name, value in (("top_k", top_k), ("top_p", top_p)):
         if value is not None and temperature == 0:
-            raise ValueError(f"{name} {value} has no effect at temperature 0, which takes the likeliest token; set both")
+            raise ValueError(f"{name} {value} has no effect at temperature 0, the likeliest token; set both")
     if depth == "oracle":
         raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out")
