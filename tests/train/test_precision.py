@@ -45,7 +45,7 @@ def test_the_hardware_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == resolve_device("cpu") == CPU
-    with pytest.raises(ConfigError, match=r"train\.device 'cuda:1' is not there: this machine has 0 CUDA devices"):
+    with pytest.raises(ConfigError, match=r"device 'cuda:1' is not there: this machine has 0 CUDA devices"):
         resolve_device("cuda:1")
     for name in ("tpu", "mps"):
         with pytest.raises(ConfigError, match=rf"'{name}' is (unknown|not supported); use auto, cpu, cuda or cuda:N"):
