@@ -44,7 +44,25 @@ def mixers() -> Any:
             "keep_unused_qk": st.booleans(),
         },
     )
-    return st.one_of(feed_forwards(), moe, recursive)
+    steps, width = st.integers(1, 3), st.sampled_from([2, 5])
+    huginn = section(
+        {"kind": st.just("huginn"), "router": expert_routers()},
+        {"steps": steps, "d_ff": width, "attention_scope": st.sampled_from(["routed", "token"])},
+    )
+    shared = section(
+        {"kind": st.just("shared_recurrent"), "router": expert_routers()},
+        {"steps": steps, "d_ff": width, "expert": feed_forwards(), "state_std": st.sampled_from([0.0, 0.5])},
+    )
+    layer = section(
+        {"kind": st.just("layer_recurrent"), "router": expert_routers(), "expert": feed_forwards()},
+        {
+            "steps": steps,
+            "scale": st.sampled_from([0.5, 1.0]),
+            "ema": st.sampled_from([0.0, 0.9]),
+            "entropy_floor": st.sampled_from([0.0, 0.8, 9.0]),
+        },
+    )
+    return st.one_of(feed_forwards(), moe, recursive, huginn, shared, layer)
 
 
 def schedules() -> Any:

@@ -79,6 +79,11 @@ class FeedForwardConfig(Section):
             return self.d_ff
         return -(-8 * d_model // 3 // 32) * 32 if self.kind == "swiglu" else 4 * d_model
 
+    def twin_width(self, d_model: int) -> int:
+        """Hidden width of the swiglu with as many weights: 2/3 of that of a net of two matrices, a multiple of 8."""
+        width = self.hidden(d_model)
+        return width if self.kind == "swiglu" else max(1, round(width / 12)) * 8
+
 
 class ExpertRouterConfig(Section):
     """Chooses K of E experts for each token: linear, softmax, top-k; weights renormalised for K > 1."""
@@ -112,6 +117,10 @@ class MoEConfig(Section):
         """Constructor options of the layer, without its router."""
         return {"expert": self.expert.kind, "d_ff": self.expert.hidden(d_model)}
 
+    def twin_width(self, d_model: int) -> int:
+        """Hidden width of the dense twin's swiglu, which has the size of one expert."""
+        return self.expert.twin_width(d_model)
+
 
 class RecursiveExpertsConfig(Section):
     """Experts that are small recursive transformers: each loops `steps` times through attention and swiglu."""
@@ -141,8 +150,97 @@ class RecursiveExpertsConfig(Section):
         """Constructor options of the layer, without its router."""
         return self.model_dump(exclude={"kind", "router"})
 
+    def twin_width(self, d_model: int) -> int:
+        """Hidden width of the dense twin's swiglu, which has the size of one expert."""
+        return self.d_ff
 
-MixerConfig = Annotated[FeedForwardConfig | MoEConfig | RecursiveExpertsConfig, Field(discriminator="kind")]
+
+class HuginnExpertsConfig(Section):
+    """Experts that are recurrent blocks: a latent state meets the input again at each of `steps` steps."""
+
+    kind: Literal["huginn"]
+    router: ExpertRouterConfig = ExpertRouterConfig()
+    steps: PositiveInt = 2
+    """Times S that an expert recurs; its weights are shared over the steps."""
+    d_ff: PositiveInt | None = None
+    """Hidden width of an expert's swiglu; default: 2 d_model."""
+    attention_scope: Literal["routed", "token"] = "routed"
+    """`routed`: causal attention over the tokens of the sequence that visit the same expert; `token`: only itself."""
+    state_std: NonNegative = 0.02
+    """Standard deviation of the first state in training; in evaluation it is zero."""
+
+    def options(self, d_model: int) -> dict[str, Any]:
+        """Constructor options of the layer, without its router."""
+        return self.model_dump(exclude={"kind", "router"}) | {"d_ff": self.twin_width(d_model)}
+
+    def twin_width(self, d_model: int) -> int:
+        """Hidden width of the dense twin's swiglu."""
+        return self.d_ff or 2 * d_model
+
+
+class SharedRecurrentConfig(Section):
+    """Light experts, mixed first, then one recurrent block that every token passes `steps` times."""
+
+    kind: Literal["shared_recurrent"]
+    router: ExpertRouterConfig = ExpertRouterConfig()
+    expert: FeedForwardConfig = FeedForwardConfig(kind="gelu")
+    """The light experts; default: gelu of hidden width 2 d_model."""
+    steps: PositiveInt = 2
+    """Times S that the block recurs; its weights are shared over the steps."""
+    d_ff: PositiveInt | None = None
+    """Hidden width of the block's swiglu; default: 4 d_model."""
+    state_std: NonNegative = 0.02
+    """Standard deviation of the first state in training; in evaluation it is zero."""
+
+    def options(self, d_model: int) -> dict[str, Any]:
+        """Constructor options of the layer, without its router."""
+        return {
+            "expert": self.expert.kind,
+            "expert_d_ff": self.expert.d_ff or 2 * d_model,
+            "steps": self.steps,
+            "d_ff": self.twin_width(d_model),
+            "state_std": self.state_std,
+        }
+
+    def twin_width(self, d_model: int) -> int:
+        """Hidden width of the dense twin's swiglu."""
+        return self.d_ff or 4 * d_model
+
+
+class LayerRecurrentConfig(Section):
+    """Feed-forward experts whose layer recurs `steps` times on its own output, routed anew at each step."""
+
+    kind: Literal["layer_recurrent"]
+    router: ExpertRouterConfig = ExpertRouterConfig()
+    expert: FeedForwardConfig = FeedForwardConfig()
+    steps: PositiveInt = 2
+    """Times S that the layer recurs."""
+    scale: PositiveFloat = 1.0
+    """Factor on what each step adds."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the earlier steps' router logits that a step keeps; 0 routes on its own alone."""
+    entropy_floor: NonNegative = 0.8
+    """Least entropy of a token's router in nats, at most 0.9 ln E: its temperature rises until it is reached."""
+
+    def options(self, d_model: int) -> dict[str, Any]:
+        """Constructor options of the layer, without its router."""
+        own = self.model_dump(include={"steps", "scale", "ema", "entropy_floor"})
+        return {"expert": self.expert.kind, "d_ff": self.expert.hidden(d_model), **own}
+
+    def twin_width(self, d_model: int) -> int:
+        """Hidden width of the dense twin's swiglu."""
+        return self.expert.twin_width(d_model)
+
+
+MixerConfig = Annotated[
+    FeedForwardConfig
+    | MoEConfig
+    | RecursiveExpertsConfig
+    | HuginnExpertsConfig
+    | SharedRecurrentConfig
+    | LayerRecurrentConfig,
+    Field(discriminator="kind"),
+]
 
 
 class ScheduleConfig(Section):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from morex.config import Config, FeedForwardConfig, FixedConfig, ModelConfig, RecursiveExpertsConfig
+from morex.config import Config, FeedForwardConfig, FixedConfig, LayerRecurrentConfig, ModelConfig, MoEConfig
 
 TINY_WIDTH, TINY_VOCABULARY = 32, 97
 SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}
@@ -154,14 +154,16 @@ def tiny_model(model: ModelConfig) -> dict[str, Any]:
     def narrower(width: int) -> int:
         return max(4, round(width * TINY_WIDTH / model.d_model / 4) * 4)
 
+    def small(net: FeedForwardConfig) -> FeedForwardConfig:
+        return net.model_copy(update={"d_ff": narrower(net.hidden(model.d_model))})
+
     mixer = model.mixer
     if isinstance(mixer, FeedForwardConfig):
-        mixer = mixer.model_copy(update={"d_ff": narrower(mixer.hidden(model.d_model))})
-    elif isinstance(mixer, RecursiveExpertsConfig):
+        mixer = small(mixer)
+    elif isinstance(mixer, MoEConfig | LayerRecurrentConfig):
+        mixer = mixer.model_copy(update={"expert": small(mixer.expert)})
+    elif mixer.d_ff is not None:
         mixer = mixer.model_copy(update={"d_ff": narrower(mixer.d_ff)})
-    else:
-        expert = mixer.expert.model_copy(update={"d_ff": narrower(mixer.expert.hidden(model.d_model))})
-        mixer = mixer.model_copy(update={"expert": expert})
     small_schedule: dict[str, Any] = {"sharing": model.schedule.sharing, "recursions": schedule.recursions}
     if model.schedule.sharing == "none":
         small_schedule["layers"] = min(schedule.core, 3)
@@ -190,12 +192,8 @@ def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
     mixer = model.mixer
     if isinstance(mixer, FeedForwardConfig):
         return model
-    if isinstance(mixer, RecursiveExpertsConfig):
-        width = mixer.d_ff
-    else:
-        width = mixer.expert.hidden(model.d_model)
-        width = width if mixer.expert.kind == "swiglu" else max(1, round(width / 12)) * 8
-    return model.model_copy(update={"mixer": FeedForwardConfig(kind="swiglu", d_ff=width)})
+    twin = FeedForwardConfig(kind="swiglu", d_ff=mixer.twin_width(model.d_model))
+    return model.model_copy(update={"mixer": twin})
 
 
 def is_depth_routed(model: ModelConfig) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from parity.helpers import CASES, build, cases, config_of, fresh_model, random_tokens
+from parity.helpers import CASES, build, cases, config_of, fresh_model, has_experts, random_tokens
 
 # Parameters that the language-model loss cannot move, and why.
 EXCEPTIONS: dict[str, str] = {
@@ -50,7 +50,7 @@ def visits_everything(case: str, trace: Any) -> bool:
         for masks in groups:
             taken = torch.stack(list(masks)).sum(0).flatten().bincount(minlength=config.schedule.recursions + 1)
             visited &= bool((taken[1:] > 0).all())
-    if config.mixer.kind in ("moe", "recursive"):
+    if has_experts(config):
         for chosen in trace.experts.values():
             ids = torch.cat([part[part >= 0].flatten() for part in chosen])
             visited &= len(ids.unique()) == config.mixer.router.experts

@@ -45,7 +45,7 @@ def flops(model: Any, tokens: torch.Tensor, backward: bool, **options: Any) -> i
 def visits_everything(case: str) -> ModelConfig:
     """The case with every token at every expert, so that the lengths of packed rows are known beforehand."""
     config = config_of(case)
-    if config.mixer.kind != "recursive" or config.mixer.attention_scope == "token":
+    if getattr(config.mixer, "attention_scope", "token") == "token":
         return config
     router = config.mixer.router.model_copy(update={"top_k": config.mixer.router.experts})
     return config.model_copy(update={"mixer": config.mixer.model_copy(update={"router": router})})
@@ -70,8 +70,11 @@ def uneven_attention_flops(config: ModelConfig, groups: list[list[torch.Tensor]]
     """
     head_dim = config.attention.head_dim or config.d_model // config.attention.heads
     per_pair = 4 * config.attention.heads * head_dim
-    inner = config.mixer.kind == "recursive" and config.mixer.attention_scope == "routed"
-    visits = config.mixer.router.experts * config.mixer.steps if inner else 0
+    visits = 0
+    if getattr(config.mixer, "attention_scope", "token") == "routed":
+        visits = config.mixer.router.experts * config.mixer.steps
+    elif config.mixer.kind == "shared_recurrent":
+        visits = config.mixer.steps
     active = torch.stack([torch.stack(masks) for masks in groups]).sum(-1).double()  # [groups, R, B]
     batch = active.shape[-1]
     widest, mean = active.amax(-1), active.mean((0, 2)).expand(active.shape[:2])
@@ -106,6 +109,28 @@ def test_counts_equal_tensors(preset: str) -> None:
 def test_counts_equal_tensors_in_every_case(case: str) -> None:
     model = morex.build_model(config_of(case))
     assert morex.count(config_of(case)).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("preset", "squares"),
+    [
+        ("moe", 8 * 4),
+        ("more-a", 12 * 4),
+        ("more-b", 4 * 4 + 18),
+        ("more-c", 8 * 4),
+        ("moe-base", 8 * 8),
+        ("more-a-base", 12 * 8),
+        ("more-b-base", 4 * 8 + 18),
+        ("more-c-base", 8 * 8),
+    ],
+)
+def test_expert_layers_have_as_many_squares_of_the_width_as_documented(preset: str, squares: int) -> None:
+    """Their matrices in D^2 a layer, without the router."""
+    config = morex.load_config(preset).model
+    model = morex.build_model(config, device="meta")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if ".0.mixer." in name}
+    matrices = [size for name, size in sizes.items() if "norm" not in name and "router" not in name]
+    assert sum(matrices) == squares * config.d_model**2
 
 
 @pytest.mark.parametrize("preset", EXACT)

@@ -7,9 +7,21 @@ import pytest
 import torch
 
 import morex
-from parity.helpers import CASES, build, cases, config_of, fresh_model, labels_of, load, pad, ragged_rows, random_tokens
+from parity.helpers import (
+    CASES,
+    build,
+    cases,
+    config_of,
+    fresh_model,
+    has_experts,
+    labels_of,
+    load,
+    pad,
+    ragged_rows,
+    random_tokens,
+)
 
-EXPERT_CASES = [case for case in CASES if config_of(case).mixer.kind in ("moe", "recursive")]
+EXPERT_CASES = [case for case in CASES if has_experts(config_of(case))]
 LEARNED = cases("expert_choice", "token_choice", "threshold")
 
 
@@ -32,7 +44,7 @@ def assert_finite_step(model: Any, tokens: torch.Tensor, lengths: torch.Tensor |
     out.loss.backward()
     config: Any = model.config
     for name, parameter in model.named_parameters():
-        unused = name.endswith((".mixer.q", ".mixer.k")) and config.mixer.keep_unused_qk
+        unused = name.endswith((".mixer.q", ".mixer.k")) and getattr(config.mixer, "keep_unused_qk", False)
         assert parameter.grad is not None or unused, f"{name} has no gradient"
         assert unused or torch.isfinite(parameter.grad).all(), f"{name} has a gradient that is not finite"
     model.update_routers(out.stats, 1)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import morex
-from morex.config import FeedForwardConfig, ModelConfig, MoEConfig
+from morex.config import (
+    FeedForwardConfig,
+    HuginnExpertsConfig,
+    LayerRecurrentConfig,
+    ModelConfig,
+    MoEConfig,
+    SharedRecurrentConfig,
+)
 from morex.loading import validate
 from parity.helpers import CASES, build, cases, config_of, eval_model, largest_change, load, random_tokens
 from parity.reference import plain_names
@@ -60,8 +67,17 @@ def closed_form(config: ModelConfig) -> int:
 
     if isinstance(mixer, FeedForwardConfig):
         channel = feed_forward(mixer)
-    elif isinstance(mixer, MoEConfig):
+    elif isinstance(mixer, MoEConfig | LayerRecurrentConfig):
         channel = mixer.router.experts * (d + feed_forward(mixer.expert))
+    elif isinstance(mixer, HuginnExpertsConfig):
+        qk = q + kv if mixer.attention_scope == "routed" else 0
+        one = 2 * d * d + qk + q + kv + 3 * d * (mixer.d_ff or 2 * d) + 4 * d
+        channel = mixer.router.experts * (d + one)
+    elif isinstance(mixer, SharedRecurrentConfig):
+        light = 2 * d * (mixer.expert.d_ff or 2 * d)
+        channel = (
+            mixer.router.experts * (d + light) + 2 * d * d + 2 * q + 2 * kv + 3 * d * (mixer.d_ff or 4 * d) + 4 * d
+        )
     else:
         attention = 2 * kv + 2 * q
         if mixer.attention_scope == "token" and not mixer.keep_unused_qk:

@@ -32,18 +32,20 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(router.experts, d_model, d_ff))
 
-    def forward(
-        self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
-    ) -> tuple[Tensor, Signals]:
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
+        return self.mix(x, chosen, weights), signals
+
+    def mix(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Sum of what the chosen experts [N, K] make of x [N, D], with these weights [N, K]."""
         sent = dispatch(chosen, self.router.experts)
         rows, gate = sent.gather(x), self.gate if self.kind == "swiglu" else None
         if fast.usable(rows, *self.parameters(recurse=False)):
             y = fast.feed_forward_experts(rows, sent.counts, self.kind, self.up, self.down, gate)
         else:
             y = self._each(rows, sent.counts)
-        return sent.combine(y, weights), signals
+        return sent.combine(y, weights)
 
     def _each(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Every expert on its own rows [N * K, D] -> [N * K, D]; loops over the few experts, never over tokens."""

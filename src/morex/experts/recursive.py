@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from morex.experts.dispatch import Dispatch, dispatch
+from morex.experts.attention import attend_alone, attend_routed, for_query_heads
+from morex.experts.dispatch import Dispatch, dispatch, unstacked
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows
+from morex.nn.attention import AttentionShape, has_fast_rows
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews, swiglu
 from morex.nn.norm import rms_norm
 from morex.nn.packing import Packing
-from morex.nn.rope import rotate
 from morex.nn.signals import Signals
 
 
@@ -73,11 +73,9 @@ class RecursiveExperts(nn.Module):
         if views is None and self._has_fast_path(x, packing):
             return self._fast(x, weights, packing, sent), signals
         rows, tokens = sent.gather(x).split(sent.counts), sent.token.split(sent.counts)
-        own = {name: stack.unbind(0) for name, stack in self.named_parameters(recurse=False)}
         outputs = []
-        for e, (z, token) in enumerate(zip(rows, tokens, strict=True)):
-            parts = {name: stack[e] for name, stack in own.items()}
-            outputs.append(self._expert(e, z, parts, packing.select(token), views) if z.shape[0] else z)
+        for e, (z, token, own) in enumerate(zip(rows, tokens, unstacked(self), strict=True)):
+            outputs.append(self._expert(e, z, own, packing.select(token), views) if z.shape[0] else z)
         return sent.combine(torch.cat(outputs), weights), signals
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
@@ -111,34 +109,15 @@ class RecursiveExperts(nn.Module):
             if folded is not None:
                 z = z + F.linear(inner, folded)
             elif token_only:
-                z = z + F.linear(self._values(F.linear(inner, w["v"]), 1), w["o"])
+                z = z + attend_alone(inner, w, self.shape)
             else:
-                z = z + self._attention(inner, w, packing, None if views is None else views.expert(e, s))
+                z = z + attend_routed(inner, w, self.shape, packing, None if views is None else views.expert(e, s))
             z = z + swiglu(rms_norm(z, w["norm_mixer"], eps), w["gate"], w["up"], w["down"])
         return rms_norm(z, w["norm_out"], eps) if self.branch == "output" else z - x
 
     def _folded(self, w: dict[str, Tensor]) -> Tensor:
         """W_o W_v [D, D]: query heads of one group read the same value head."""
-        return w["o"] @ self._values(w["v"], 0)
-
-    def _values(self, values: Tensor, dim: int) -> Tensor:
-        """Repeats each value head for its group of query heads; `dim` holds KV * head_dim and becomes H * head_dim."""
-        shape = self.shape
-        heads = values.unflatten(dim, (shape.kv_heads, shape.head_dim))
-        return heads.repeat_interleave(shape.heads // shape.kv_heads, dim=dim).flatten(dim, dim + 1)
-
-    def _attention(self, x: Tensor, w: dict[str, Tensor], packing: Packing, view: KeyView | None) -> Tensor:
-        """Causal attention over the tokens that visit this expert, x [M, D] -> [M, D]."""
-        n, shape = x.shape[0], self.shape
-        table = packing.rotary(shape.head_dim, shape.rope_base, torch.promote_types(x.dtype, torch.float32))
-        q = rotate(F.linear(x, w["q"]).view(n, -1, shape.head_dim), table)
-        k = rotate(F.linear(x, w["k"]).view(n, -1, shape.head_dim), table)
-        v = F.linear(x, w["v"]).view(n, -1, shape.head_dim)
-        if view is None or view.append(k, v, packing):
-            y = attend(q, k, v, packing, shape.scale)
-        else:
-            y = attend_to(q, packing, view.read(), shape.scale)
-        return F.linear(y.reshape(n, -1), w["o"])
+        return w["o"] @ for_query_heads(w["v"], 0, self.shape)
 
     @staticmethod
     def costs(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.nn.costs import Costs, linear_costs
-from morex.nn.signals import Signals
+from morex.nn.signals import Choice, Signals
 
 
 class ExpertRouter(nn.Module):
@@ -28,8 +28,15 @@ class ExpertRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Signals]:
         """x [N, D] -> chosen experts [N, K], their weights [N, K], and the report."""
+        return self.route(self.logits(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, E], never in half precision."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.weight.dtype), self.weight)
+            return F.linear(x.to(self.weight.dtype), self.weight)
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Signals]:
+        """Logits [N, E] -> chosen experts [N, K], their weights [N, K], and the report."""
         # torch's softmax is slow over a few columns on a CPU; the z-loss and the entropy need the logarithms anyway.
         log_total = logits.logsumexp(-1)
         log_probabilities = logits - log_total.unsqueeze(-1)
@@ -38,7 +45,9 @@ class ExpertRouter(nn.Module):
         weights = probabilities.gather(1, chosen)
         if self.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights, self._report(log_total, log_probabilities, probabilities, chosen)
+        signals = self._report(log_total, log_probabilities, probabilities, chosen)
+        signals.choices.append(Choice(chosen, logits.detach()))
+        return chosen, weights, signals
 
     def choose(self, probabilities: Tensor) -> Tensor:
         """Experts [N, K] of tokens with these probabilities [N, E]."""
@@ -55,7 +64,6 @@ class ExpertRouter(nn.Module):
                 "entropy": -(probabilities.detach() * log_probabilities.detach()).sum(),
                 "tokens": torch.tensor(chosen.shape[0], device=chosen.device),
             },
-            chosen=chosen,
         )
         if self.training:
             share = load.to(probabilities.dtype) / max(1, chosen.numel())

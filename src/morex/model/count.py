@@ -78,6 +78,7 @@ def count(
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
     alone = visits * block.per_token_alone
+    stopped = visits * block.per_token_stopped + groups * router.per_token_stopped
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
@@ -86,7 +87,7 @@ def count(
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
-        train_flops_per_token=3 * forward(seq_len) - groups * router.per_token_stopped,
+        train_flops_per_token=3 * forward(seq_len) - stopped,
         decode_flops_per_token=forward(seq_len if context is None else context) + alone,
         kv_bytes_per_token=values * bytes_per_value,
     )

@@ -25,7 +25,7 @@ from morex.nn.block import Block
 from morex.nn.mixers import FeedForward, SwiGLU
 from morex.nn.norm import RMSNorm
 from morex.nn.packing import Packing, pack_batch
-from morex.nn.signals import RouterStats
+from morex.nn.signals import Choice, RouterStats
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Trace:
     """Recursions that each token took, summed over routed groups [B, T]; 0 for padding."""
     groups: dict[str, GroupTrace]
     """Active tokens, scores and states of each routed group, by module path."""
-    experts: dict[str, list[Tensor]]
-    """Experts chosen in each call of an expert layer [B, T, K], by module path; -1 where a token did not come by."""
+    choices: dict[str, list[Choice]]
+    """Choices of experts in the order in which a layer made them, by module path of its router."""
     num_experts: int = 0
     """Experts E of a layer; 0 without expert layers."""
 
@@ -57,8 +57,26 @@ class Trace:
         return {name: group.states for name, group in self.groups.items()}
 
     @property
+    def experts(self) -> dict[str, list[Tensor]]:
+        """Experts chosen in each choice of an expert layer [B, T, K]; -1 where a token did not come by."""
+        return {name: [choice.experts for choice in choices] for name, choices in self.choices.items()}
+
+    @property
+    def expert_logits(self) -> dict[str, list[Tensor]]:
+        """Logits of each choice of an expert layer [B, T, E]; NaN where a token did not come by."""
+        return {name: [choice.logits for choice in choices] for name, choices in self.choices.items()}
+
+    @property
+    def expert_states(self) -> dict[str, list[Tensor]]:
+        """States after each step of the layers that choose again at every step [B, T, D]; NaN likewise."""
+        return {
+            name: [choice.state for choice in choices if choice.state is not None]
+            for name, choices in self.choices.items()
+        }
+
+    @property
     def loads(self) -> dict[str, list[Tensor]]:
-        """Tokens that came to each expert in each call [E], by expert layer."""
+        """Tokens that came to each expert in each choice [E], by expert layer."""
         return {
             name: [torch.bincount(chosen[chosen >= 0], minlength=self.num_experts) for chosen in calls]
             for name, calls in self.experts.items()
@@ -352,7 +370,17 @@ def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: i
         )
         for name, group in record.groups.items()
     }
-    experts = {name: [widen(chosen, -1) for chosen in calls] for name, calls in record.experts.items()}
+    choices = {
+        name: [
+            Choice(
+                widen(choice.experts, -1),
+                widen(choice.logits, torch.nan),
+                None if choice.state is None else widen(choice.state, torch.nan),
+            )
+            for choice in found
+        ]
+        for name, found in record.choices.items()
+    }
     active = [mask for group in groups.values() for mask in group.active]
     depth = torch.stack(active).sum(0) if active else torch.zeros_like(tokens)
-    return Trace(depth, groups, experts, num_experts)
+    return Trace(depth, groups, choices, num_experts)

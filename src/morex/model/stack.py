@@ -14,7 +14,7 @@ from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step
 from morex.nn.block import Block
 from morex.nn.packing import Packing
-from morex.nn.signals import RouterStats, Signals
+from morex.nn.signals import Choice, RouterStats, Signals
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Record:
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     stats: RouterStats = field(default_factory=RouterStats)
     groups: dict[str, GroupTrace] = field(default_factory=dict)
-    experts: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Chosen experts of each call [B, T, K], -1 where a token did not come by."""
+    choices: dict[str, list[Choice]] = field(default_factory=dict)
+    """Choices of experts in the frame of the batch [B, T, ...]; -1 and NaN where a token did not come by."""
     traces: bool = False
 
     def add(self, name: str, signals: Signals) -> None:
@@ -64,9 +64,18 @@ class Pass:
         if signals is not None and counts:
             path = f"{name}.mixer.router"
             self.record.add(path, signals)
-            if self.record.traces and signals.chosen is not None:
-                self.record.experts.setdefault(path, []).append(self.spread(signals.chosen, packing, -1))
+            if self.record.traces:
+                spread = [self._spread_choice(choice, packing) for choice in signals.choices]
+                self.record.choices.setdefault(path, []).extend(spread)
         return x
+
+    def _spread_choice(self, choice: Choice, packing: Packing) -> Choice:
+        """A choice of packed tokens in the frame of the batch."""
+        return Choice(
+            self.spread(choice.experts, packing, -1),
+            self.spread(choice.logits, packing, torch.nan),
+            None if choice.state is None else self.spread(choice.state, packing, torch.nan),
+        )
 
     def spread(self, values: Tensor, packing: Packing, missing: float) -> Tensor:
         """Values of packed tokens [M, ...] -> the frame of the batch [B, T, ...]."""

@@ -1,9 +1,22 @@
 """What routers report beside their output. Nothing here is written to a module during a forward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of experts for N tokens, for the trace."""
+
+    experts: Tensor
+    """[N, K]."""
+    logits: Tensor
+    """[N, E], as the router computed them."""
+    state: Tensor | None = None
+    """What the experts made of the tokens [N, D], where the layer chooses again on it."""
 
 
 @dataclass
@@ -14,8 +27,17 @@ class Signals:
     """Scalars by name; the weights stand in the router's `loss_weights`."""
     stats: dict[str, Tensor] = field(default_factory=dict)
     """Statistics; fields that begin with `samples` are lists of values, all others are sums."""
-    chosen: Tensor | None = None
-    """Experts chosen [N, K]."""
+    choices: list[Choice] = field(default_factory=list)
+    """Choices of experts, in their order."""
+
+    @staticmethod
+    def join(reports: "Sequence[Signals]") -> "Signals":
+        """The reports of a router that was asked several times in one call: means of losses, sums of statistics."""
+        stats = RouterStats()
+        for report in reports:
+            stats.include("", report.stats)
+        losses = {name: torch.stack([one.losses[name] for one in reports]).mean() for name in reports[0].losses}
+        return Signals(losses, stats[""], [choice for one in reports for choice in one.choices])
 
 
 class RouterStats(dict[str, dict[str, Tensor]]):

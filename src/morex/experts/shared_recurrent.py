@@ -1,0 +1,74 @@
+"""`shared_recurrent`: light experts first, then one recurrent block for all (Mixture of Recurrent Experts, option B).
+
+The input of the block is the weighted sum of what the token's experts return; the branch is its last state. Its
+attention is causal over all tokens.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from morex.experts.moe import MoE
+from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
+from morex.experts.router import ExpertRouter
+from morex.nn.attention import AttentionShape
+from morex.nn.costs import Costs
+from morex.nn.mixers import ExpertViews
+from morex.nn.packing import Packing
+from morex.nn.signals import Signals
+
+SHARED = 0
+"""The block's place among the experts of a cache."""
+
+
+class SharedRecurrentExperts(MoE):
+    """E two-matrix gelu nets, K of them for each token, before one recurrent block that every token passes."""
+
+    def __init__(
+        self,
+        d_model: int,
+        router: ExpertRouter,
+        shape: AttentionShape,
+        eps: float,
+        expert: str,
+        expert_d_ff: int,
+        steps: int,
+        d_ff: int,
+        state_std: float,
+    ) -> None:
+        """Args:
+        shape: of the shared block's attention, over all tokens.
+        eps: of its norms.
+        expert: kind of the light nets.
+        expert_d_ff: their hidden width.
+        steps: times S that the block recurs.
+        d_ff: hidden width of the block's swiglu.
+        state_std: standard deviation of the first state in training.
+        """
+        super().__init__(d_model, router, shape, eps, expert, expert_d_ff)
+        self.shape, self.eps, self.steps, self.state_std = shape, eps, steps, state_std
+        self.shared = nn.ParameterDict(recurrent_parameters(d_model, shape, d_ff, "routed"))
+
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
+        """x [N, D] -> [N, D] and the router's report."""
+        mixed, signals = super().forward(x, packing)
+        state = initial_state(mixed, self.state_std, self.training)
+        view = None if views is None else partial(views.expert, SHARED)
+        shared = dict(self.shared.items())
+        return recur(state, mixed, shared, self.steps, self.shape, self.eps, packing, view), signals
+
+    @staticmethod
+    def costs(  # type: ignore[override]
+        d_model: int,
+        experts: int,
+        top_k: int,
+        shape: AttentionShape,
+        expert: str,
+        expert_d_ff: int,
+        steps: int,
+        d_ff: int,
+        state_std: float,
+    ) -> Costs:
+        """Closed-form costs."""
+        light = MoE.costs(d_model, experts, top_k, shape, expert, expert_d_ff)
+        return light + recurrent_costs(d_model, shape, d_ff, "routed", steps)
