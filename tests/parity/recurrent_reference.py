@@ -17,7 +17,7 @@ class RecurrentReference(Reference):
             case "huginn":
                 return self.mixture(index, name, inputs, recurrent=True)
             case "shared_recurrent":
-                return self.recur(name + "shared.", None, self.mixture(index, name, inputs, recurrent=False))
+                return self.recur(name + "shared.", 0, self.mixture(index, name, inputs, recurrent=False))
             case "layer_recurrent":
                 return self.recur_layer(index, name, inputs)
         return super().mixer(index, inputs)
@@ -33,12 +33,11 @@ class RecurrentReference(Reference):
                 outputs[t] = outputs[t] + chosen[t][expert] * y
         return outputs
 
-    def recur(self, name: str, expert: int | None, inputs: States) -> States:
+    def recur(self, name: str, expert: int, inputs: States) -> States:
         """Huginn's block from a state of zeros."""
 
         def own(part: str) -> Tensor:
-            weight = self.weights[name + part]
-            return weight if expert is None else weight[expert]
+            return self.weights[name + part][expert]
 
         states = {t: torch.zeros_like(x) for t, x in inputs.items()}
         for _ in range(self.config["mixer"]["steps"]):

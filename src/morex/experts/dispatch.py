@@ -62,17 +62,26 @@ def unstacked(layer: nn.Module) -> list[dict[str, Tensor]]:
     return [dict(zip(stacks, parts, strict=True)) for parts in zip(*stacks.values(), strict=True)]
 
 
-def expert_linear(x: Tensor, weights: tuple[Tensor, ...], counts: list[int]) -> Tensor:
+def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """Each expert's linear map on its own rows.
 
     Args:
         x: rows [N, in], expert by expert.
-        weights: one [out, in] matrix an expert.
+        weights: [E, out, in].
         counts: rows of each expert.
 
     Returns:
         [N, out].
     """
-    if len(weights) == 1:
+    if len(counts) == 1:
         return F.linear(x, weights[0])
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weights, strict=True)])
+    if fast.usable(x, weights):
+        return fast.expert_linear(x, weights, counts)
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weights.unbind(0), strict=True)])
+
+
+def expert_rows(vectors: Tensor, counts: list[int]) -> Tensor:
+    """Each expert's vector of [E, D] for each of its rows [N, D]; for one expert the vector itself."""
+    if len(counts) == 1:
+        return vectors[0]
+    return torch.cat([vector.expand(n, -1) for vector, n in zip(vectors.unbind(0), counts, strict=True)])

@@ -6,11 +6,10 @@ An expert's attention runs causally over the tokens of a sequence that visit it 
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from morex.experts.dispatch import dispatch, unstacked
-from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
+from morex.experts.dispatch import dispatch
+from morex.experts.recurrent import Visitors, initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
@@ -44,23 +43,22 @@ class HuginnExperts(nn.Module):
         super().__init__()
         self.router, self.shape, self.eps = router, shape, eps
         self.steps, self.state_std = steps, state_std
-        for name, weight in recurrent_parameters(d_model, shape, d_ff, attention_scope, (router.experts,)).items():
+        for name, weight in recurrent_parameters(router.experts, d_model, shape, d_ff, attention_scope).items():
             self.register_parameter(name, weight)
 
     def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
-        """x [N, D] -> [N, D] and the router's report. Loops over the few experts, never over tokens or the batch."""
+        """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
-        states = initial_state(x, self.state_std, self.training)[sent.token].split(sent.counts)
-        inputs, tokens = sent.gather(x).split(sent.counts), sent.token.split(sent.counts)
-        outputs = []
-        for e, w in enumerate(unstacked(self)):
-            if not tokens[e].shape[0]:
-                continue
-            visitors = packing.select(tokens[e])
-            view = None if views is None else partial(views.expert, e)
-            outputs.append(recur(states[e], inputs[e], w, self.steps, self.shape, self.eps, visitors, view))
-        return sent.combine(torch.cat(outputs), weights), signals
+        cached = None
+        if views is not None:
+            tokens = sent.token.split(sent.counts)
+            cached = [(packing.select(token), partial(views.expert, e)) for e, token in enumerate(tokens)]
+        visitors = Visitors(sent.counts, packing.group(sent.token, sent.counts), cached)
+        states = initial_state(x, self.state_std, self.training)[sent.token]
+        own = dict(self.named_parameters(recurse=False))
+        y = recur(states, sent.gather(x), own, self.steps, self.shape, self.eps, visitors)
+        return sent.combine(y, weights), signals
 
     @staticmethod
     def costs(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from morex.experts.dispatch import dispatch
+from morex.experts.dispatch import dispatch, expert_linear
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape
@@ -12,6 +12,16 @@ from morex.nn.costs import Costs
 from morex.nn.mixers import ACTIVATIONS, ExpertViews, feed_forward_costs, swiglu
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
+
+
+def expert_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """Each expert's swiglu on its own rows x [N, D], expert by expert; weights stacked by expert [E, out, in]."""
+    if len(counts) == 1:
+        return swiglu(x, gate[0], up[0], down[0])
+    if fast.usable(x, gate, up, down):
+        return fast.feed_forward_experts(x, counts, "swiglu", up, down, gate)
+    hidden = F.silu(expert_linear(x, gate, counts)) * expert_linear(x, up, counts)
+    return expert_linear(hidden, down, counts)
 
 
 class MoE(nn.Module):
@@ -40,23 +50,14 @@ class MoE(nn.Module):
     def mix(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum of what the chosen experts [N, K] make of x [N, D], with these weights [N, K]."""
         sent = dispatch(chosen, self.router.experts)
-        rows, gate = sent.gather(x), self.gate if self.kind == "swiglu" else None
-        if fast.usable(rows, *self.parameters(recurse=False)):
-            y = fast.feed_forward_experts(rows, sent.counts, self.kind, self.up, self.down, gate)
+        rows, counts = sent.gather(x), sent.counts
+        if self.kind == "swiglu":
+            return sent.combine(expert_swiglu(rows, self.gate, self.up, self.down, counts), weights)
+        if fast.usable(rows, self.up, self.down):
+            y = fast.feed_forward_experts(rows, counts, self.kind, self.up, self.down, None)
         else:
-            y = self._each(rows, sent.counts)
+            y = expert_linear(ACTIVATIONS[self.kind](expert_linear(rows, self.up, counts)), self.down, counts)
         return sent.combine(y, weights)
-
-    def _each(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Every expert on its own rows [N * K, D] -> [N * K, D]; loops over the few experts, never over tokens."""
-        gate = self.gate.unbind(0) if self.kind == "swiglu" else self.up.unbind(0)
-        outputs = []
-        for z, g, u, d in zip(rows.split(counts), gate, self.up.unbind(0), self.down.unbind(0), strict=True):
-            if self.kind == "swiglu":
-                outputs.append(swiglu(z, g, u, d))
-            else:
-                outputs.append(F.linear(ACTIVATIONS[self.kind](F.linear(z, u)), d))
-        return torch.cat(outputs)
 
     @staticmethod
     def costs(d_model: int, experts: int, top_k: int, shape: AttentionShape, expert: str, d_ff: int) -> Costs:

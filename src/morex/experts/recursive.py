@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.experts.attention import attend_alone, attend_routed, for_query_heads
-from morex.experts.dispatch import Dispatch, dispatch, unstacked
+from morex.experts.dispatch import Dispatch, dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape, has_fast_rows
@@ -73,9 +73,11 @@ class RecursiveExperts(nn.Module):
         if views is None and self._has_fast_path(x, packing):
             return self._fast(x, weights, packing, sent), signals
         rows, tokens = sent.gather(x).split(sent.counts), sent.token.split(sent.counts)
+        own = {name: stack.unbind(0) for name, stack in self.named_parameters(recurse=False)}
         outputs = []
-        for e, (z, token, own) in enumerate(zip(rows, tokens, unstacked(self), strict=True)):
-            outputs.append(self._expert(e, z, own, packing.select(token), views) if z.shape[0] else z)
+        for e, (z, token) in enumerate(zip(rows, tokens, strict=True)):
+            parts = {name: stack[e] for name, stack in own.items()}
+            outputs.append(self._expert(e, z, parts, packing.select(token), views) if z.shape[0] else z)
         return sent.combine(torch.cat(outputs), weights), signals
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:

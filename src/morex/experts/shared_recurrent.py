@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from morex.experts.moe import MoE
-from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
+from morex.experts.recurrent import Visitors, initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
@@ -47,15 +47,16 @@ class SharedRecurrentExperts(MoE):
         """
         super().__init__(d_model, router, shape, eps, expert, expert_d_ff)
         self.shape, self.eps, self.steps, self.state_std = shape, eps, steps, state_std
-        self.shared = nn.ParameterDict(recurrent_parameters(d_model, shape, d_ff, "routed"))
+        self.shared = nn.ParameterDict(recurrent_parameters(1, d_model, shape, d_ff, "routed"))
 
     def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
         """x [N, D] -> [N, D] and the router's report."""
         mixed, signals = super().forward(x, packing)
         state = initial_state(mixed, self.state_std, self.training)
-        view = None if views is None else partial(views.expert, SHARED)
+        cached = None if views is None else [(packing, partial(views.expert, SHARED))]
+        visitors = Visitors([mixed.shape[0]], packing, cached)
         shared = dict(self.shared.items())
-        return recur(state, mixed, shared, self.steps, self.shape, self.eps, packing, view), signals
+        return recur(state, mixed, shared, self.steps, self.shape, self.eps, visitors), signals
 
     @staticmethod
     def costs(  # type: ignore[override]

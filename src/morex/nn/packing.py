@@ -57,11 +57,25 @@ class Packing:
         """The tokens at `index` [N'], ascending; an index into this packing's own list of tokens."""
         if index.shape[0] == self.num_tokens:
             return self
-        row = self.row[index]
-        rank, width = _ranks(row, self.rows)
-        full = width * self.rows == index.shape[0]
+        return self._of_rows(index, self.row[index], self.rows)
+
+    def group(self, index: Tensor, counts: list[int]) -> "Packing":
+        """The tokens of G groups, one group after another; each group has rows of its own, G * B in all.
+
+        Args:
+            index: into this packing's list of tokens [N'], ascending within each group; groups may share tokens.
+            counts: tokens of each group.
+        """
+        group = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(index.device)
+        return self._of_rows(index, group * self.rows + self.row[index], len(counts) * self.rows)
+
+    def _of_rows(self, index: Tensor, row: Tensor, rows: int) -> "Packing":
+        """The tokens at `index`, each in this one of so many rows."""
+        rank, width = _ranks(row, rows)
+        full = width * rows == index.shape[0]
         return replace(
             self,
+            rows=rows,
             width=width,
             row=row,
             time=self.time[index],

@@ -10,6 +10,7 @@ from morex.nn.fast.causal import attend, fits, joint_weight
 from morex.nn.fast.experts import Plan, recursive_experts
 from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
+from morex.nn.fast.grouped import expert_linear
 from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.rows import combine_rows, gather_rows
 from morex.nn.fast.switch import available, enabled, usable
@@ -21,6 +22,7 @@ __all__ = [
     "available",
     "combine_rows",
     "enabled",
+    "expert_linear",
     "feed_forward_experts",
     "fits",
     "gather_rows",

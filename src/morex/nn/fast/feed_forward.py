@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from morex.nn.fast.grouped import multiply, multiply_transposed
 from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
@@ -73,45 +74,29 @@ class _FeedForwardExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, counts: list[int], kind: str, up: Tensor, down: Tensor, gate: Tensor | None
     ) -> Tensor:
-        u = _by_expert(x, up, counts)
-        g = None if gate is None else _by_expert(x, gate, counts)
+        u = multiply(x, up.mT, counts)
+        g = None if gate is None else multiply(x, gate.mT, counts)
         hidden = F.silu(g).mul_(u) if g is not None else F.gelu(u) if kind == "gelu" else u.relu_()
         ctx.counts, ctx.kind = counts, kind
         ctx.save_for_backward(x, up, down, gate, u, g)
-        return _by_expert(hidden, down, counts)
+        return multiply(hidden, down.mT, counts)
 
     @staticmethod
     @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, gate, u, g = ctx.saved_tensors
         counts, d_gate = ctx.counts, None
-        d_hidden = _by_expert(grad, down.transpose(1, 2), counts)
+        d_hidden = multiply(grad, down, counts)
         if g is not None:
             hidden, d_u = torch.empty_like(g), torch.empty_like(g)
             d_g = hidden_backward(d_hidden, g, u, hidden, d_u)
-            d_gate = _products(d_g, x, counts)
-            d_x = _by_expert(d_g, gate.transpose(1, 2), counts).add_(_by_expert(d_u, up.transpose(1, 2), counts))
+            d_gate = multiply_transposed(d_g, x, counts)
+            d_x = multiply(d_u, up, counts, out=multiply(d_g, gate, counts), add=True)
         else:
             hidden = F.gelu(u) if ctx.kind == "gelu" else u
             if ctx.kind == "gelu":
                 d_u = torch.ops.aten.gelu_backward(d_hidden, u)
             else:
                 d_u = torch.ops.aten.threshold_backward.grad_input(d_hidden, u, 0, grad_input=d_hidden)
-            d_x = _by_expert(d_u, up.transpose(1, 2), counts)
-        return d_x, None, None, _products(d_u, x, counts), _products(grad, hidden, counts), d_gate
-
-
-def _by_expert(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """x [N, in] times each expert's weight, stacked [E, out, in] -> [N, out]."""
-    y = x.new_empty(x.shape[0], weights.shape[1])
-    for rows, weight, out in zip(x.split(counts), weights.transpose(1, 2), y.split(counts), strict=True):
-        torch.mm(rows, weight, out=out)
-    return y
-
-
-def _products(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
-    """left^T right of each expert's rows [N, ...] -> [E, out, in]."""
-    total = left.new_empty(len(counts), left.shape[1], right.shape[1])
-    for a, b, out in zip(left.split(counts), right.split(counts), total, strict=True):
-        torch.mm(a.t(), b, out=out)
-    return total
+            d_x = multiply(d_u, up, counts)
+        return d_x, None, None, multiply_transposed(d_u, x, counts), multiply_transposed(grad, hidden, counts), d_gate

@@ -37,6 +37,7 @@ class _RMSNorm(torch.autograd.Function):
         # With n = x * inverse: d x = inverse * (grad * weight - n * mean(grad * weight * n)).
         scaled = grad * inverse
         product = scaled * x
-        d_weight = product.flatten(0, -2).sum(0)
-        inner = product.mul_(weight).mean(-1, keepdim=True).mul_(inverse.square()).neg_()
+        d_weight = product.sum_to_size(weight.shape)
+        weighted = product.mul_(weight) if weight.dim() == 1 else product * weight  # d_weight may be `product` itself
+        inner = weighted.mean(-1, keepdim=True).mul_(inverse.square()).neg_()
         return scaled.mul_(weight).addcmul_(x, inner), d_weight, None
