@@ -10,7 +10,7 @@ import morex
 from parity.helpers import CASES, build, cases, config_of, fresh_model, labels_of, load, pad, ragged_rows, random_tokens
 
 EXPERT_CASES = [case for case in CASES if config_of(case).mixer.kind in ("moe", "recursive")]
-LEARNED = cases("expert_choice", "token_choice", "threshold")
+LEARNED = cases("expert_choice", "token_choice", "threshold", "halting")
 
 
 def router_weights(model: Any) -> list[torch.nn.Parameter]:
