@@ -69,7 +69,7 @@ class HaltingRouter(DepthRouter):
         assert isinstance(routing, Halting) and routing.spent is not None
         index, spent = visit.packing.index, visit.packing.gather(routing.spent)
         left = (1 - spent).clamp(min=0)
-        weight, halted = left, left
+        weight, halted = left, left  # as it is at the last recursion, where all stop
         if visit.recursion < routing.policy.recursions:
             p = torch.sigmoid(self.score(y).squeeze(1).to(spent.dtype) + self.bias)
             going = self._goes_on(spent + p, routing, visit)
