@@ -109,6 +109,14 @@ def depths() -> Any:
         section({"kind": st.just("expert_choice")}, expert_choice),
         section({"kind": st.just("token_choice")}, token_choice),
         section({"kind": st.just("threshold")}, learned | {"momentum": st.sampled_from([0.0, 0.99])}),
+        section(
+            {"kind": st.just("halting")},
+            {
+                "epsilon": st.sampled_from([0.0, 0.01, 0.5]),
+                "ponder_weight": st.sampled_from([0.0, 0.01]),
+                "initial_bias": st.sampled_from([-2.0, 1.0]),
+            },
+        ),
         section({"kind": st.just("random")}, gated | {"seed": st.integers(0, 5)}),
     )
 
@@ -135,9 +143,9 @@ def models() -> Any:
             "mixer": mixers(),
             "schedule": schedules(),
             "depth": depths(),
+            "kv": st.sampled_from(["per_recursion", "shared_first"]),
         },
         {
-            "kv": st.sampled_from(["per_recursion", "shared_first"]),
             "tie_embeddings": st.booleans(),
             "step_embedding": st.booleans(),
             "init": st.sampled_from(["scaled", "plain"]),
@@ -225,7 +233,7 @@ def test_the_strategy_finds_both_kinds() -> None:
     """The property above would be empty if nearly everything were refused, or nothing."""
     outcomes: list[tuple[bool, str]] = []
 
-    @settings(max_examples=300)
+    @settings(max_examples=1000)
     @given(models())
     def collect(tree: Tree) -> None:
         try:
@@ -236,7 +244,7 @@ def test_the_strategy_finds_both_kinds() -> None:
     collect()
     accepted = [kind for valid, kind in outcomes if valid]
     assert 0.15 < len(accepted) / len(outcomes) < 0.95
-    assert set(accepted) == {"fixed", "expert_choice", "token_choice", "threshold", "random"}
+    assert set(accepted) == {"fixed", "expert_choice", "token_choice", "threshold", "halting", "random"}
 
 
 def paths_of(tree: Tree, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -327,6 +335,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["model.schedule={sharing: cycle, layers: 2, recursions: 1}", "model.depth.kind=token_choice"],
         r"token_choice.*recursions is 1",
     ),
+    "nothing to halt before": (
+        ["model.schedule={sharing: cycle, layers: 2, recursions: 1}", "model.depth.kind=halting"],
+        r"halting.*recursions is 1",
+    ),
+    "no keys of halted tokens": (["model.depth.kind=halting"], r"halting.*per_recursion.*use kv 'shared_first'"),
     "no capacities": (["model.depth={kind: expert_choice, capacities: []}"], r"capacities .*0 entries .*3 recursions"),
     "a threshold router without a gradient": (
         ["model.depth={kind: threshold, score: unweighted}"],

@@ -4,6 +4,7 @@ A run is described by one `Config`: model, data, train, eval. `morex.loading` re
 dotted overrides. Cross-field checks live here, so that a config that validates builds. No torch import.
 """
 
+import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -387,6 +388,24 @@ class ThresholdConfig(LearnedGateConfig):
     """Share of the old threshold that is kept at each update."""
 
 
+class HaltingConfig(RouterConfig):
+    """Adaptive computation time: a token recurs until its halting probabilities sum to 1 - epsilon."""
+
+    kind: Literal["halting"]
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """A token stops where its halting probabilities sum to 1 - epsilon or more."""
+    ponder_weight: NonNegative = 0.01
+    """Weight of the ponder cost, the mean of recursions taken plus remainder."""
+    initial_bias: float | None = None
+    """Bias of the halting unit before training; default -ln(R - 1): p = 1/R, so all states weigh alike and nobody stops
+    early."""
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        # One recursion is refused by the model, after it has asked for nothing here.
+        bias = -math.log(max(1, recursions - 1)) if self.initial_bias is None else self.initial_bias
+        return super().options(recursions) | {"initial_bias": bias}
+
+
 class RandomConfig(GatedConfig):
     """Control: active by a hash of (seed, position, recursion); the gate is the constant alpha / 2."""
 
@@ -396,7 +415,8 @@ class RandomConfig(GatedConfig):
 
 
 DepthConfig = Annotated[
-    FixedConfig | ExpertChoiceConfig | TokenChoiceConfig | ThresholdConfig | RandomConfig, Field(discriminator="kind")
+    FixedConfig | ExpertChoiceConfig | TokenChoiceConfig | ThresholdConfig | HaltingConfig | RandomConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -448,10 +468,15 @@ class ModelConfig(Section):
                 )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
-        if isinstance(self.depth, TokenChoiceConfig) and recursions == 1:
+        if isinstance(self.depth, TokenChoiceConfig | HaltingConfig) and recursions == 1:
             raise ValueError(
-                f"depth.kind 'token_choice' needs recursions to choose from; schedule.recursions is 1 with "
+                f"depth.kind {self.depth.kind!r} needs recursions to choose from; schedule.recursions is 1 with "
                 f"schedule.sharing {self.schedule.sharing!r}"
+            )
+        if isinstance(self.depth, HaltingConfig) and self.kv == "per_recursion":
+            raise ValueError(
+                "depth.kind 'halting' stops tokens that later tokens still have to see, and with kv 'per_recursion' "
+                "these have no keys beyond the recursion where they stopped; use kv 'shared_first'"
             )
         return self
 

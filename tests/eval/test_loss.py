@@ -49,7 +49,9 @@ def by_hand(model: LanguageModel, stream: TokenStream, depth: int | str | None =
     return float(total) / (len(tokens) - 1)
 
 
-@pytest.mark.parametrize("preset", ["vanilla", "recursive", "mor-expert", "mor-token", "mor-threshold", "more-tuned"])
+@pytest.mark.parametrize(
+    "preset", ["vanilla", "recursive", "mor-expert", "mor-token", "mor-threshold", "mor-act", "more-tuned"]
+)
 @pytest.mark.parametrize("length", [4 * SEQ_LEN + 1, 4 * SEQ_LEN + 6])
 def test_the_loss_is_that_of_the_hand(preset: str, length: int) -> None:
     model, stream = model_of(preset), stream_of(length)
@@ -82,7 +84,7 @@ def test_expert_choice_is_measured_by_both_rules() -> None:
     assert result.oracle_loss == pytest.approx(by_hand(model, stream, "oracle"), abs=1e-9)
     assert result.loss == pytest.approx(by_hand(model, stream), abs=1e-9)
     assert result.loss != pytest.approx(result.oracle_loss, abs=1e-6)
-    for preset in ("mor-token", "mor-threshold", "recursive"):
+    for preset in ("mor-token", "mor-threshold", "mor-act", "recursive"):
         assert evaluate(model_of(preset), stream, SEQ_LEN, 4).oracle_loss is None
 
 
@@ -93,7 +95,7 @@ def test_without_a_causal_rule_the_loss_says_that_it_is_the_oracles() -> None:
     assert result.loss == pytest.approx(by_hand(model, stream, "oracle"), abs=1e-9)
 
 
-@pytest.mark.parametrize("preset", ["recursive", "mor-expert", "mor-token"])
+@pytest.mark.parametrize("preset", ["recursive", "mor-expert", "mor-token", "mor-act"])
 def test_loss_at_each_depth(preset: str) -> None:
     model, stream = model_of(preset), stream_of(70)
     result = evaluate(model, stream, SEQ_LEN, 4, by_depth=True)

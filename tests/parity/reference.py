@@ -24,6 +24,8 @@ class Record:
     """(group, recursion) -> (logit, active) of each candidate."""
     depths: dict[int, list[tuple[int, list[float], list[float]]]] = field(default_factory=dict)
     """group -> (recursions taken, activated scores, logits) of each token."""
+    halted: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """group -> (recursions taken, remainder) of each token."""
     experts: dict[int, list[tuple[list[int], list[float], list[float]]]] = field(default_factory=dict)
     """block -> (chosen experts, probabilities, logits) of each visit."""
 
@@ -100,6 +102,8 @@ class Reference:
         names = plain_names(weights)
         self.weights = {names[name]: weight.detach().double() for name, weight in weights.items()}
         self.record = Record()
+        self.forced: Sequence[int] | None = None
+        """Recursions of the token at each position, where the caller fixes them; known to `halting` alone."""
         schedule, attention = config["schedule"], config["attention"]
         layers = schedule["core"] or schedule["layers"]
         self.prelude = schedule["prelude"] or 0
@@ -237,6 +241,8 @@ class Reference:
             return states
         if kind == "token_choice":
             return self.token_choice(index, blocks, states)
+        if kind == "halting":
+            return self.halting(index, blocks, states)
         return self.gated(index, blocks, states, kept)
 
     def pass_core(
@@ -331,7 +337,42 @@ class Reference:
                     result[t] = states[t] + (x if depth["gate"] == "each" else alpha * scores[t][recursion - 1] * x)
         return result
 
+    def halting(self, index: int, blocks: list[int], states: States) -> States:
+        """Each token collects (weight, state) of its recursions; its output is their sum."""
+        epsilon = self.config["depth"]["epsilon"]
+        probabilities: dict[int, list[float]] = {t: [] for t in states}
+        visited: dict[int, list[Tensor]] = {t: [] for t in states}
+        running, result = dict(states), {}
+        kept: dict[int, States] = {}
+        for recursion in range(1, self.recursions + 1):
+            running = self.pass_core(index, blocks, recursion, running, kept) if running else {}
+            for t in list(running):
+                visited[t].append(running[t])
+                p = sigmoid(self.halting_logit(index, running[t]))
+                goes_on = recursion < self.recursions and sum(probabilities[t]) + p < 1 - epsilon
+                if self.forced is not None:
+                    goes_on = recursion < self.forced[t]
+                    p = min(p, 1 - sum(probabilities[t]))
+                if goes_on:
+                    probabilities[t].append(p)
+                    continue
+                remainder = 1 - sum(probabilities[t])
+                weights = [*probabilities[t], remainder]
+                self.record.halted.setdefault(index, []).append((recursion, remainder))
+                result[t] = sum((w * h for w, h in zip(weights, visited[t], strict=True)), torch.zeros_like(states[t]))
+                del running[t]
+        return result
+
+    def halting_logit(self, index: int, x: Tensor) -> float:
+        name = f"stack.groups.{index}.router."
+        return float(self.weights[name + "score.weight"][0] @ x) + self.weights[name + "bias"].item()
+
     # Auxiliary losses of everything that this reference has seen
+
+    def ponder(self, group: int) -> float:
+        """Mean of recursions taken plus remainder."""
+        seen = self.record.halted[group]
+        return sum(taken + remainder for taken, remainder in seen) / len(seen)
 
     def binary_cross_entropy(self) -> dict[tuple[int, int], float]:
         """(group, recursion) -> mean cross-entropy of the candidates' logits against being active."""

@@ -25,7 +25,7 @@ from parity.helpers import (
 
 DEPTHS: list[int | str] = ["uniform:2", "adaptive:8", "progressive:12", 1]
 RECURRENT = [case for case in CASES if config_of(case).schedule.recursions > 1]
-DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "random")
+DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "halting", "random")
 ROUTED = sorted({*DEPTH_ROUTED, *cases(mixer="moe"), *cases(mixer="recursive")})
 CHUNKS: dict[str, list[list[int]]] = {
     "ones": [[1] * 14] * 3,
@@ -268,7 +268,9 @@ def test_impossible_depths_are_refused(depth: int | str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("case", ["recursive+step_embedding", "mor-expert", "mor-token", "mor-threshold", "mor-random"])
+@pytest.mark.parametrize(
+    "case", ["recursive+step_embedding", "mor-expert", "mor-token", "mor-threshold", "mor-act", "mor-random"]
+)
 def test_recursions_with_weights_of_their_own_end_where_these_end(case: str) -> None:
     for depth in (4, "uniform:4"):
         with pytest.raises(ValueError, match=r"depth .*4.* 1 to 3"):

@@ -1,5 +1,7 @@
 """The model agrees with the plain reference, formula by formula, in float64."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,9 +9,10 @@ import pytest
 import torch
 
 from morex.config import ModelConfig
+from morex.depth.policy import parse_depth
 from morex.loading import validate
 from parity.helpers import build, labels_of, largest_change, pad
-from parity.reference import Reference, rms_norm, rotate
+from parity.reference import Reference, rms_norm, rotate, softmax
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11,
@@ -74,6 +77,11 @@ CASES: dict[str, dict[str, Any]] = {
     "threshold, delta": routed("threshold", gate="delta", score="tanh"),
     "threshold, shared first": {**routed("threshold"), **SHARED_FIRST},
     "threshold, once": {**routed("threshold", capacities=[0.6]), **ONCE},
+    "halting": {**routed("halting"), **SHARED_FIRST},
+    "halting, epsilon": {**routed("halting", epsilon=0.3, initial_bias=-1.5), **SHARED_FIRST},
+    "halting, sequence": {**routed("halting"), **IN_SEQUENCE, **SHARED_FIRST},
+    "halting, step embedding": {**routed("halting"), **SHARED_FIRST, "step_embedding": True},
+    "halting of recursive experts": {**routed("halting"), **SHARED_FIRST, **experts("recursive")},
     "moe, one": experts("moe", 1, expert={"kind": "relu", "d_ff": 10}),
     "moe, two": experts("moe", 2, expert={"kind": "swiglu", "d_ff": 10}),
     "moe, gelu": experts("moe", 2, expert={"kind": "gelu", "d_ff": 10}),
@@ -136,7 +144,7 @@ def test_model_agrees_with_the_reference(name: str, mode: str) -> None:
     agree(model, reference_of(model, mode == "train"), sequences())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "choice" in name or "threshold" in name])
+@pytest.mark.parametrize("name", [name for name in CASES if re.search("choice|threshold|halting", name)])
 def test_reference_routing_is_not_trivial(name: str) -> None:
     """The agreement above says little where all tokens go one way; here they do not."""
     model = model_of(config_of(CASES[name]))
@@ -145,6 +153,7 @@ def test_reference_routing_is_not_trivial(name: str) -> None:
         reference.logits(row.tolist())
     decisions = [active for seen in reference.record.candidates.values() for _, active in seen]
     depths = [taken for seen in reference.record.depths.values() for taken, _, _ in seen]
+    depths += [taken for seen in reference.record.halted.values() for taken, _ in seen]
     if name != "expert choice, once":
         assert len(set(decisions)) == 2 or len(set(depths)) >= 2
 
@@ -263,6 +272,70 @@ def test_token_choice_losses(score: str) -> None:
     assert out.losses["router_z"].item() == pytest.approx(reference.depth_z(0), abs=1e-9)
     total = out.losses["lm"] + 0.3 * out.losses["depth_balance"] + 0.2 * out.losses["router_z"]
     assert out.loss.item() == pytest.approx(total.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["halting", "halting, epsilon", "halting, sequence"])
+def test_halting_stops_and_ponders_as_the_reference(name: str) -> None:
+    """N of every token, the sum of the remainders, and the ponder cost, in a ragged batch."""
+    model = model_of(config_of(CASES[name], {"depth": CASES[name]["depth"] | {"ponder_weight": 0.3}})).train()
+    reference, rows = reference_of(model, True), sequences()
+    for row in rows:
+        reference.logits(row.tolist())
+    tokens, lengths = pad(rows)
+    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths, return_trace=True)
+    groups = reference.record.halted
+    for index, seen in groups.items():
+        masks = torch.stack(out.trace.active[f"stack.core.groups.{index}"])
+        taken = masks.sum(0)[torch.arange(tokens.shape[1]) < lengths[:, None]]
+        assert sorted(taken.tolist()) == sorted(count for count, _ in seen)
+        remainder = out.stats[f"stack.core.groups.{index}.router"]["remainder"].item()
+        assert remainder == pytest.approx(sum(left for _, left in seen), abs=1e-9)
+    expected = sum(reference.ponder(index) for index in groups) / len(groups)
+    assert out.losses["ponder"].item() == pytest.approx(expected, abs=1e-9)
+    assert out.loss.item() == pytest.approx((out.losses["lm"] + 0.3 * out.losses["ponder"]).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("depth", ["uniform:2", "uniform:3", "adaptive:6", "progressive:8"])
+@pytest.mark.parametrize("bias", [-1.0, 1.0])
+def test_halting_at_depths_that_the_caller_fixes(bias: float, depth: str) -> None:
+    """Units that would stop later, and earlier: the weights are theirs, the number of recursions is not."""
+    model = model_of(config_of(CASES["halting"])).eval()
+    with torch.no_grad():
+        model.stack.core.groups[0].router.bias.fill_(bias)
+    policy = parse_depth(depth, 3, 6, any_depth=False)
+    reference = reference_of(model, False)
+    reference.forced = policy.depths(torch.arange(max(LENGTHS))).tolist()
+    for row in sequences():
+        assert largest_change(model(row[None], depth=depth).logits[0], reference.logits(row.tolist())) <= 1e-9
+
+
+def reference_loss(model: Any, weight: float) -> float:
+    """Language-model loss plus weighted ponder cost by the plain reference; all N of the model must stand."""
+    reference, rows = reference_of(model, True), sequences()
+    losses = []
+    for row in rows:
+        logits = reference.logits(row.tolist())
+        losses += [-math.log(softmax(logits[t].tolist())[row[t + 1]]) for t in range(len(row) - 1)]
+    return sum(losses) / len(losses) + weight * reference.ponder(0)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_gradients_of_the_halting_unit_are_the_slopes_of_the_reference(weight: float) -> None:
+    """Every weight and the bias, by central differences through the reference; no token is near to halting or not."""
+    model = model_of(config_of(CASES["halting"], routed("halting", ponder_weight=weight))).train()
+    tokens, lengths = pad(sequences())
+    model(tokens, labels=labels_of(tokens, lengths), lengths=lengths).loss.backward()
+    unit = [(name, p) for name, p in model.named_parameters() if ".groups.0.router." in name]
+    assert {name.rpartition("router.")[2] for name, _ in unit} == {"score.weight", "bias"}
+    for name, parameter in unit:
+        for place, gradient in enumerate(parameter.grad.flatten().tolist()):
+            slopes = []
+            for step in (1e-6, -1e-6):
+                with torch.no_grad():
+                    parameter.view(-1)[place] += step
+                    slopes.append(reference_loss(model, weight))
+                    parameter.view(-1)[place] -= step
+            assert gradient == pytest.approx((slopes[0] - slopes[1]) / 2e-6, rel=1e-5, abs=1e-8), (name, place)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

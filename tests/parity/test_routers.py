@@ -152,7 +152,7 @@ def test_expert_choice_takes_its_share_of_each_sequence(case: str) -> None:
             assert not mask[torch.arange(24) >= lengths[:, None]].any()
 
 
-@pytest.mark.parametrize("case", cases("expert_choice", "threshold", "token_choice", "random"))
+@pytest.mark.parametrize("case", cases("expert_choice", "threshold", "token_choice", "halting", "random"))
 def test_active_tokens_were_active_before(case: str) -> None:
     model = eval_model(case)
     config: Any = model.config
@@ -212,7 +212,7 @@ def test_random_gate_is_half_alpha(gate: str) -> None:
         torch.testing.assert_close(last_state(alpha), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", cases("threshold", "token_choice", "random", "fixed"))
+@pytest.mark.parametrize("case", cases("threshold", "token_choice", "halting", "random", "fixed"))
 def test_routing_in_training_is_that_of_inference(case: str) -> None:
     """No oracle gap: the same logits with and without training mode."""
     tokens = random_tokens(case)

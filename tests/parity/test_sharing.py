@@ -94,6 +94,8 @@ def closed_form(config: ModelConfig) -> int:
         if depth.score == "unweighted":  # scores only serve to leave tokens out
             scored = sum(share < 1 for share in depth.shares(schedule.recursions))
         scorer = scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
+    if depth.kind == "halting":  # one unit with a bias, for all recursions
+        scorer = d + 1
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
     return embeddings + blocks + d + groups * per_group
 

@@ -44,6 +44,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "token_choice loss-free": ("mor-token", ("model.depth.balance=loss_free", "train.accumulation=4")),
     "threshold": ("mor-threshold", ()),
     "threshold accumulated": ("mor-threshold", ("train.accumulation=2",)),
+    "halting": ("mor-act", ()),
+    "halting accumulated": ("mor-act", ("train.accumulation=2",)),
     "random": ("mor-random", ()),
     "moe loss-free": ("moe", ("model.mixer.router.bias_rate=0.01",)),
     "experts": ("more", ()),

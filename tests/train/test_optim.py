@@ -15,7 +15,7 @@ from morex.train.optim import build_optimizer, decay_groups, learning_rate, same
 from train.helpers import configure
 
 # Presets whose tiny forms differ in kinds of parameters; the others repeat them.
-PRESETS = ["vanilla", "recursive", "mor-expert", "mor-token", "mor-threshold", "moe", "more", "more-tuned"]
+PRESETS = ["vanilla", "recursive", "mor-expert", "mor-token", "mor-threshold", "mor-act", "moe", "more", "more-tuned"]
 
 
 def tiny(preset: str, *overrides: str) -> LanguageModel:
@@ -42,7 +42,7 @@ def test_decay_shrinks_matrices_and_nothing_else(preset: str) -> None:
             parameter.grad = torch.zeros_like(parameter)
     build_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.5)).step()
     spared = ("embedding.weight", "step_embedding", "norm.weight", "norm1.weight", "norm2.weight")
-    spared += ("norm_attention", "norm_mixer", "norm_out")  # stacked over experts to [E, D]
+    spared += ("norm_attention", "norm_mixer", "norm_out", "router.bias")  # norms of experts are stacked to [E, D]
     shrunk = 0
     for name, parameter in model.named_parameters():
         is_spared = name.endswith(spared)

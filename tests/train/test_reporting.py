@@ -146,6 +146,21 @@ def test_every_expert_router_is_logged_by_itself(corpus: Path, tmp_path: Path) -
                 torch.testing.assert_close(bias, expected)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_how_long_tokens_ponder_is_logged(parts: int, corpus: Path, tmp_path: Path) -> None:
+    overrides = ("model.depth.initial_bias=0.0", f"train.accumulation={parts}")
+    train(configure("mor-act", corpus, *overrides), tmp_path / "run", console=QUIET)
+    for line in training_lines(tmp_path / "run"):
+        ((name, shares),) = line["active_share"].items()
+        updates, remainder, ponder = (line[key][name] for key in ("mean_updates", "remainder", "ponder"))
+        assert updates == pytest.approx(sum(shares))
+        assert 1 < updates <= 3
+        assert 0 < remainder <= 1
+        assert ponder == pytest.approx(updates + remainder)
+        assert line["losses"]["ponder"] == pytest.approx(ponder, rel=1e-5)
+        assert line["loss_ponder"] == line["losses"]["ponder"]
+
+
 def test_what_depth_routers_have_moved_to_is_logged(corpus: Path, tmp_path: Path) -> None:
     train(configure("mor-threshold", corpus), tmp_path / "threshold", console=QUIET)
     *_, last = training_lines(tmp_path / "threshold")

@@ -24,7 +24,8 @@ from train.helpers import KINDS, QUIET, checkpoint_bytes, configure, run, state_
 
 TRAINING_KEYS = {
     "kind", "step", "tokens", "loss", "lr", "tokens_per_s", "flops_per_s", "grad_norm", "seconds", "memory_bytes",
-    "losses", "active_share", "expert_load", "expert_balance", "expert_z", "router_entropy", "router_state",
+    "losses", "active_share", "expert_load", "expert_balance", "expert_z", "router_entropy", "mean_updates",
+    "remainder", "ponder", "router_state",
 }  # fmt: skip
 SUMMARY_KEYS = {
     "steps", "tokens", "seconds", "train_flops", "final_train_loss", "val_loss", "perplexity", "bits_per_byte",
@@ -34,7 +35,8 @@ SUMMARY_KEYS = {
 
 
 @pytest.mark.parametrize(
-    "preset", ["vanilla", "recursive", "mor-expert", "mor-token", "mor-threshold", "moe", "more", "more-tuned"]
+    "preset",
+    ["vanilla", "recursive", "mor-expert", "mor-token", "mor-threshold", "mor-act", "moe", "more", "more-tuned"],
 )
 def test_the_held_out_loss_goes_down(preset: str, corpus: Path, tmp_path: Path) -> None:
     config = configure(

@@ -126,15 +126,22 @@ class DepthRouter(nn.Module):
 
     @staticmethod
     def shares(recursions: int, **options: Any) -> tuple[float, ...]:
-        """Expected share of the tokens that takes recursion r = 1..R, from the constructor's options."""
+        """Expected share of the tokens that takes recursion r = 1..R, from the constructor's options.
+
+        A router whose shares only its input decides takes all recursions here: an upper bound, which training and
+        `bench` replace by the shares that they measure.
+        """
         return (1.0,) * recursions
 
     @staticmethod
-    def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
+    def costs(
+        d_model: int, recursions: int, taken: int | None = None, *, shares: tuple[float, ...] = (), **options: Any
+    ) -> Costs:
         """Closed-form costs of the router itself, for all recursions together.
 
         Args:
             taken: recursions that are run where the caller fixes the depth.
+            shares: share of the tokens active at each recursion that is run.
             options: of the constructor.
         """
         return Costs()

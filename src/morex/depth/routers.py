@@ -2,6 +2,7 @@
 
 from morex.depth.expert_choice import ExpertChoiceRouter
 from morex.depth.fixed import FixedRouter
+from morex.depth.halting import HaltingRouter
 from morex.depth.random_choice import RandomRouter
 from morex.depth.router import DepthRouter
 from morex.depth.threshold import ThresholdRouter
@@ -12,5 +13,6 @@ ROUTERS: dict[str, type[DepthRouter]] = {
     "expert_choice": ExpertChoiceRouter,
     "token_choice": TokenChoiceRouter,
     "threshold": ThresholdRouter,
+    "halting": HaltingRouter,
     "random": RandomRouter,
 }

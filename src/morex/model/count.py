@@ -1,8 +1,9 @@
 """Parameters, FLOPs and KV bytes in closed form, from a config alone.
 
 Every cost is a part's cost times the share of tokens that visit it: c_r for routers with capacities, balance for
-token choice, or shares that were measured. FLOPs leave padding out; a multiply-add is two; training is three forward
-passes (Kaplan et al. 2020, section 2.1). Attention is counted over the full square, causal half included.
+token choice, all recursions for halting (an upper bound), or shares that were measured. FLOPs leave padding out; a
+multiply-add is two; training is three forward passes (Kaplan et al. 2020, section 2.1). Attention is counted over the
+full square, causal half included.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def count(
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
-    block, router = block_costs(config), router_costs(config, depth)
+    block, router = block_costs(config), router_costs(config, active, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
     steps = config.d_model * schedule.recursions * config.step_embedding
@@ -104,12 +105,13 @@ def block_costs(config: ModelConfig) -> Costs:
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **mixer.options(d_model))
 
 
-def router_costs(config: ModelConfig, depth: Depth = None) -> Costs:
-    """Costs of one group's depth router."""
+def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = None) -> Costs:
+    """Costs of one group's depth router, where `active` are the shares of the tokens at each recursion."""
     recursions = config.schedule.recursions
     policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
     taken = policy.recursions if policy.is_forced else None
-    return ROUTERS[config.depth.kind].costs(config.d_model, recursions, taken, **config.depth.options(recursions))
+    options = config.depth.options(recursions)
+    return ROUTERS[config.depth.kind].costs(config.d_model, recursions, taken, shares=active, **options)
 
 
 def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> tuple[float, ...]:

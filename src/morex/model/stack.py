@@ -158,11 +158,13 @@ class Stack(nn.Module):
         """x [N, D], the batch's real tokens -> [N, D] and what the routers report."""
         schedule, batch = self.core.schedule, packing.root()
         run = Pass(self.rule, cache, CallStore(), Record(traces=traces), batch)
+        # Prelude and coda run once: no later recursion reads their keys.
+        once = replace(run, rule="per_recursion")
         for i, step in enumerate(schedule.prelude_steps):
-            x = run.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
+            x = once.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
         x = self.core(x, batch, policy, run)
         for i, step in enumerate(schedule.coda_steps):
-            x = run.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
+            x = once.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
         return x, run.record
 
 
