@@ -22,7 +22,7 @@ def section(required: dict[str, st.SearchStrategy[Any]], optional: dict[str, st.
 
 
 def feed_forwards() -> Any:
-    kinds = st.sampled_from(["swiglu", "gelu", "relu"])
+    kinds = st.sampled_from(["swiglu", "geglu", "gelu", "relu"])
     return section({"kind": kinds, "d_ff": st.sampled_from([1, 4, 9])}, {})
 
 
@@ -103,6 +103,9 @@ def attentions() -> Any:
             "head_dim": st.sampled_from([2, 3, 6]),
             "scale": st.sampled_from([0.1, 1.0]),
             "rope_base": st.sampled_from([10.0, 1e6]),
+            "bias": st.booleans(),
+            "output_bias": st.booleans(),
+            "qk_norm": st.booleans(),
         },
     )
 
@@ -317,6 +320,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an expert-choice router without a gradient": (
         ["model.depth={kind: expert_choice, score: unweighted, causal: aux_router}"],
         r"unweighted.*gradient.*aux_loss",
+    ),
+    "biases in recursive experts": (
+        ["model.mixer={kind: recursive}", "model.attention.bias=true"],
+        r"attention.bias .*recursive.*another mixer",
     ),
     "unused weights that are used": (
         ["model.mixer={kind: recursive, attention_scope: routed, keep_unused_qk: true}"],

@@ -41,6 +41,12 @@ class AttentionConfig(Section):
     """Factor on the scores; default: 1 / sqrt(head_dim)."""
     rope_base: PositiveFloat = 10_000.0
     """Base of the rotary position embedding (rotate-half convention)."""
+    bias: bool = False
+    """Biases on queries, keys and values."""
+    output_bias: bool = False
+    """A bias on the output projection."""
+    qk_norm: bool = False
+    """A norm on each head of queries and keys, before rotation; its weight is shared by the heads."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -63,21 +69,28 @@ class AttentionConfig(Section):
             "head_dim": dim,
             "scale": self.scale or dim**-0.5,
             "rope_base": self.rope_base,
+            "bias": self.bias,
+            "output_bias": self.output_bias,
         }
 
 
 class FeedForwardConfig(Section):
-    """A feed-forward mixer: `swiglu` has three matrices, `gelu` and `relu` have two. No biases."""
+    """A feed-forward mixer: `swiglu` and `geglu` have three matrices, `gelu` and `relu` have two. No biases."""
 
-    kind: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    kind: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
     d_ff: PositiveInt | None = None
-    """Hidden width; default: 8/3 d_model rounded up to a multiple of 32 for swiglu, 4 d_model otherwise."""
+    """Hidden width; default: 8/3 d_model rounded up to a multiple of 32 for three matrices, 4 d_model for two."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there are three matrices, one of them a gate."""
+        return self.kind in ("swiglu", "geglu")
 
     def hidden(self, d_model: int) -> int:
         """Hidden width in a model of width `d_model`."""
         if self.d_ff:
             return self.d_ff
-        return -(-8 * d_model // 3 // 32) * 32 if self.kind == "swiglu" else 4 * d_model
+        return -(-8 * d_model // 3 // 32) * 32 if self.is_gated else 4 * d_model
 
 
 class ExpertRouterConfig(Section):
@@ -348,6 +361,8 @@ class ModelConfig(Section):
                     f"{self.d_model // attention.heads}; rotary positions need an even width, use "
                     f"{self._nearest_widths(attention.heads)}"
                 )
+        if isinstance(self.mixer, RecursiveExpertsConfig):
+            self._check_recursive_experts()
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
         if isinstance(self.depth, TokenChoiceConfig) and recursions == 1:
@@ -360,6 +375,14 @@ class ModelConfig(Section):
     def _nearest_widths(self, heads: int) -> str:
         below = self.d_model // (2 * heads) * 2 * heads
         return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
+
+    def _check_recursive_experts(self) -> None:
+        for option in ("bias", "output_bias", "qk_norm"):
+            if getattr(self.attention, option):
+                raise ValueError(
+                    f"attention.{option} is for blocks alone, and mixer.kind 'recursive' has experts with an attention "
+                    f"like the blocks'; leave attention.{option} out or use another mixer"
+                )
 
     def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
         shares = depth.shares(recursions)

@@ -194,7 +194,7 @@ def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
         width = mixer.d_ff
     else:
         width = mixer.expert.hidden(model.d_model)
-        width = width if mixer.expert.kind == "swiglu" else max(1, round(width / 12)) * 8
+        width = width if mixer.expert.is_gated else max(1, round(width / 12)) * 8
     return model.model_copy(update={"mixer": FeedForwardConfig(kind="swiglu", d_ff=width)})
 
 

@@ -70,6 +70,10 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
@@ -86,9 +90,9 @@ def best(scores: Sequence[float], count: int) -> list[int]:
 
 
 def feed_forward(kind: str, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None) -> Tensor:
-    if kind == "swiglu":
+    if kind in ("swiglu", "geglu"):
         assert gate is not None
-        return down @ (silu(gate @ x) * (up @ x))
+        return down @ ((silu if kind == "swiglu" else gelu_tanh)(gate @ x) * (up @ x))
     return down @ (gelu(up @ x) if kind == "gelu" else torch.clamp(up @ x, min=0))
 
 
@@ -137,30 +141,43 @@ class Reference:
         """
         name = f"stack.blocks.{index}."
         normed = {t: rms_norm(x, self.weights[name + "norm1.weight"], self.eps) for t, x in states.items()}
-        matrices = {part: self.weights[f"{name}attention.{part}.weight"] for part in "qkvo"}
-        attended = self.attention(normed, normed if sources is None else sources, matrices)
+        own = {
+            rest: weight
+            for full, weight in self.weights.items()
+            if (rest := full.removeprefix(name + "attention.")) != full
+        }
+        attended = self.attention(normed, normed if sources is None else sources, own)
         states = {t: x + attended[t] for t, x in states.items()}
         mixed = self.mixer(
             index, {t: rms_norm(x, self.weights[name + "norm2.weight"], self.eps) for t, x in states.items()}
         )
         return {t: x + mixed[t] for t, x in states.items()}, normed
 
-    def attention(self, queries: States, sources: States, matrices: Mapping[str, Tensor]) -> States:
-        def heads(x: Tensor, count: int, position: int | None) -> list[Tensor]:
-            parts = [x[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
-            return parts if position is None else [rotate(part, position, self.base) for part in parts]
+    def attention(self, queries: States, sources: States, own: Mapping[str, Tensor]) -> States:
+        """Attention with the weights `own`, by their names below the attention."""
 
-        keys = {s: heads(matrices["k"] @ x, self.kv_heads, s) for s, x in sources.items()}
-        values = {s: heads(matrices["v"] @ x, self.kv_heads, None) for s, x in sources.items()}
+        def linear(part: str, x: Tensor) -> Tensor:
+            y = own[part + ".weight"] @ x
+            return y + own[part + ".bias"] if part + ".bias" in own else y
+
+        def heads(part: str, x: Tensor, count: int, position: int) -> list[Tensor]:
+            y = linear(part, x)
+            parts = [y[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
+            if f"norm_{part}.weight" in own:
+                parts = [rms_norm(head, own[f"norm_{part}.weight"], self.eps) for head in parts]
+            return parts if part == "v" else [rotate(head, position, self.base) for head in parts]
+
+        keys = {s: heads("k", x, self.kv_heads, s) for s, x in sources.items()}
+        values = {s: heads("v", x, self.kv_heads, s) for s, x in sources.items()}
         result = {}
         for t, x in queries.items():
             seen = [s for s in sorted(sources) if s <= t]
             outputs = []
-            for h, query in enumerate(heads(matrices["q"] @ x, self.heads, t)):
+            for h, query in enumerate(heads("q", x, self.heads, t)):
                 shared = h // (self.heads // self.kv_heads)
                 weights = softmax([self.scale * float(query @ keys[s][shared]) for s in seen])
                 outputs.append(sum((w * values[s][shared] for w, s in zip(weights, seen, strict=True))))
-            result[t] = matrices["o"] @ torch.cat([torch.as_tensor(output) for output in outputs])
+            result[t] = linear("o", torch.cat([torch.as_tensor(output) for output in outputs]))
         return result
 
     # Mixers
@@ -168,7 +185,7 @@ class Reference:
     def mixer(self, index: int, inputs: States) -> States:
         mixer, name = self.config["mixer"], f"stack.blocks.{index}.mixer."
         kind = mixer["kind"]
-        if kind in ("swiglu", "gelu", "relu"):
+        if kind in ("swiglu", "geglu", "gelu", "relu"):
             up, down = self.weights[name + "up.weight"], self.weights[name + "down.weight"]
             gate = self.weights.get(name + "gate.weight")
             return {t: feed_forward(kind, x, up, down, gate) for t, x in inputs.items()}
@@ -209,7 +226,7 @@ class Reference:
             states = {t: z + own("step_embedding")[step] for t, z in states.items()}
             normed = {t: rms_norm(z, own("norm_attention"), self.eps) for t, z in states.items()}
             if mixer["attention_scope"] == "routed":
-                attended = self.attention(normed, normed, {part: own(part) for part in "qkvo"})
+                attended = self.attention(normed, normed, {f"{part}.weight": own(part) for part in "qkvo"})
             else:
                 attended = {t: self.look_at_oneself(z, own("v"), own("o")) for t, z in normed.items()}
             states = {t: z + attended[t] for t, z in states.items()}

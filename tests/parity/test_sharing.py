@@ -56,7 +56,7 @@ def closed_form(config: ModelConfig) -> int:
     mixer = config.mixer
 
     def feed_forward(section: FeedForwardConfig) -> int:
-        return (3 if section.kind == "swiglu" else 2) * d * section.hidden(d)
+        return (3 if section.kind in ("swiglu", "geglu") else 2) * d * section.hidden(d)
 
     if isinstance(mixer, FeedForwardConfig):
         channel = feed_forward(mixer)
@@ -68,7 +68,9 @@ def closed_form(config: ModelConfig) -> int:
             attention -= q + kv
         norms = 3 if mixer.branch == "output" else 2
         channel = mixer.router.experts * (d + attention + 3 * d * mixer.d_ff + norms * d + mixer.steps * d)
-    blocks = schedule.num_blocks * (2 * q + 2 * kv + channel + 2 * d)
+    heads = (config.attention.heads + 2 * kv_heads) * head_dim * config.attention.bias
+    heads += d * config.attention.output_bias + 2 * head_dim * config.attention.qk_norm
+    blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + 2 * d)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     groups = 1 if schedule.order == "cycle" else schedule.core
     depth: Any = config.depth

@@ -9,7 +9,7 @@ from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
-from morex.nn.mixers import ACTIVATIONS, ExpertViews, feed_forward_costs, swiglu
+from morex.nn.mixers import ACTIVATIONS, GATED, ExpertViews, feed_forward_costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
@@ -21,13 +21,13 @@ class MoE(nn.Module):
         self, d_model: int, router: ExpertRouter, shape: AttentionShape, eps: float, expert: str, d_ff: int
     ) -> None:
         """Args:
-        expert: `swiglu`, `gelu` or `relu`, kind of the feed-forward nets.
+        expert: `swiglu`, `geglu`, `gelu` or `relu`, kind of the feed-forward nets.
         d_ff: their hidden width.
         """
         super().__init__()
         kind = expert
         self.router, self.kind = router, kind
-        if kind == "swiglu":
+        if kind in GATED:
             self.gate = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.up = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(router.experts, d_model, d_ff))
@@ -38,8 +38,8 @@ class MoE(nn.Module):
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
-        rows, gate = sent.gather(x), self.gate if self.kind == "swiglu" else None
-        if fast.usable(rows, *self.parameters(recurse=False)):
+        rows, gate = sent.gather(x), self.gate if self.kind in GATED else None
+        if self.kind != "geglu" and fast.usable(rows, *self.parameters(recurse=False)):
             y = fast.feed_forward_experts(rows, sent.counts, self.kind, self.up, self.down, gate)
         else:
             y = self._each(rows, sent.counts)
@@ -47,11 +47,11 @@ class MoE(nn.Module):
 
     def _each(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Every expert on its own rows [N * K, D] -> [N * K, D]; loops over the few experts, never over tokens."""
-        gate = self.gate.unbind(0) if self.kind == "swiglu" else self.up.unbind(0)
+        gate = self.gate.unbind(0) if self.kind in GATED else self.up.unbind(0)
         outputs = []
         for z, g, u, d in zip(rows.split(counts), gate, self.up.unbind(0), self.down.unbind(0), strict=True):
-            if self.kind == "swiglu":
-                outputs.append(swiglu(z, g, u, d))
+            if self.kind in GATED:
+                outputs.append(GATED[self.kind](z, g, u, d))
             else:
                 outputs.append(F.linear(ACTIVATIONS[self.kind](F.linear(z, u)), d))
         return torch.cat(outputs)

@@ -93,10 +93,11 @@ def count(
 
 
 def block_costs(config: ModelConfig) -> Costs:
-    """Costs of one block: attention, mixer and two norms."""
+    """Costs of one block: attention, mixer and their norms."""
     mixer, d_model = config.mixer, config.d_model
     shape = AttentionShape(**config.attention.options(d_model))
-    own = attention_costs(d_model, shape) + Costs(2 * d_model)
+    heads = 2 * shape.head_dim * config.attention.qk_norm
+    own = attention_costs(d_model, shape) + Costs(2 * d_model + heads)
     if isinstance(mixer, FeedForwardConfig):
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k

@@ -3,6 +3,7 @@
 | parameter | `scaled` | `plain` |
 |---|---|---|
 | norm weights | 1 | 1 |
+| biases | 0 | 0 |
 | residual projections (`o`, `down`) | N(0, std / sqrt(2 L)) | N(0, std) |
 | every other matrix, embeddings, routers | N(0, std) | N(0, std) |
 
@@ -26,6 +27,9 @@ def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, see
         role = owner if role == "weight" and owner != "router" and not owner.isdigit() else role
         if role.startswith("norm"):
             parameter.fill_(1.0)
+            continue
+        if role == "bias":
+            parameter.zero_()
             continue
         scale = std / math.sqrt(2 * unrolled_depth) if kind == "scaled" and role in RESIDUAL else std
         drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)

@@ -22,7 +22,7 @@ from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack
 from morex.nn.attention import Attention, AttentionShape
 from morex.nn.block import Block
-from morex.nn.mixers import FeedForward, SwiGLU
+from morex.nn.mixers import FeedForward, GatedFeedForward
 from morex.nn.norm import RMSNorm
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.signals import RouterStats
@@ -311,11 +311,12 @@ def _block(config: ModelConfig) -> Block:
     built: nn.Module
     if isinstance(mixer, FeedForwardConfig):
         hidden = mixer.hidden(d_model)
-        built = SwiGLU(d_model, hidden) if mixer.kind == "swiglu" else FeedForward(d_model, hidden, mixer.kind)
+        built = (GatedFeedForward if mixer.is_gated else FeedForward)(d_model, hidden, mixer.kind)
     else:
         router = ExpertRouter(d_model, **mixer.router.model_dump())
         built = EXPERTS[mixer.kind](d_model, router, shape, eps, **mixer.options(d_model))
-    return Block(RMSNorm(d_model, eps), Attention(d_model, shape), RMSNorm(d_model, eps), built)
+    norms = [RMSNorm(shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
+    return Block(RMSNorm(d_model, eps), Attention(d_model, shape, *norms), RMSNorm(d_model, eps), built)
 
 
 def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:

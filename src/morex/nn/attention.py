@@ -92,6 +92,9 @@ class AttentionShape:
     head_dim: int
     scale: float
     rope_base: float
+    bias: bool = False
+    """Whether queries, keys and values have biases."""
+    output_bias: bool = False
 
     def frames(self, packing: Packing, dtype: torch.dtype) -> fast.Frames:
         """Where the fast path puts heads of this shape."""
@@ -101,13 +104,19 @@ class AttentionShape:
 class Attention(nn.Module):
     """Grouped-query causal attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
 
-    def __init__(self, d_model: int, shape: AttentionShape) -> None:
+    def __init__(
+        self, d_model: int, shape: AttentionShape, norm_q: nn.Module | None = None, norm_k: nn.Module | None = None
+    ) -> None:
+        """Args:
+        norm_q, norm_k: norms of each head of queries and keys, over head_dim channels (Henry et al. 2020).
+        """
         super().__init__()
         heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.q = nn.Linear(d_model, heads * head_dim, bias=False)
-        self.k = nn.Linear(d_model, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(d_model, kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(heads * head_dim, d_model, bias=False)
+        self.q = nn.Linear(d_model, heads * head_dim, bias=shape.bias)
+        self.k = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
+        self.v = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
+        self.o = nn.Linear(heads * head_dim, d_model, bias=shape.output_bias)
+        self.norm_q, self.norm_k = norm_q, norm_k
         self.shape = shape
 
     def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None) -> Tensor:
@@ -116,10 +125,10 @@ class Attention(nn.Module):
             return self._fast(x, packing)
         n, dim = x.shape[0], self.shape.head_dim
         table = packing.rotary(dim, self.shape.rope_base, torch.promote_types(x.dtype, torch.float32))
-        q = rotate(self.q(x).view(n, -1, dim), table)
+        q = rotate(_normed(self.q(x).view(n, -1, dim), self.norm_q), table)
         fresh = view is None
         if view is None or view.writes:
-            k = rotate(self.k(x).view(n, -1, dim), table)
+            k = rotate(_normed(self.k(x).view(n, -1, dim), self.norm_k), table)
             v = self.v(x).view(n, -1, dim)
             if view is not None:
                 fresh = view.append(k, v, packing)
@@ -132,7 +141,8 @@ class Attention(nn.Module):
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
-        return has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
+        plain_heads = not self.shape.bias and self.norm_q is None
+        return plain_heads and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
 
     def _fast(self, x: Tensor, packing: Packing) -> Tensor:
         shape = self.shape
@@ -142,15 +152,24 @@ class Attention(nn.Module):
         return self.o(fast.attend(projected, shape.frames(packing, wide)))
 
 
+def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
+    """Heads [N, H, dim], each through the norm where there is one."""
+    if norm is None:
+        return heads
+    normed: Tensor = norm(heads)
+    return normed.to(heads.dtype)
+
+
 def has_fast_rows(packing: Packing) -> bool:
     """Whether `morex.nn.fast` knows rows like these: some tokens, none of them hidden by documents, not too wide."""
     return packing.documents is None and packing.num_tokens > 0 and fast.fits(packing.width)
 
 
 def attention_costs(d_model: int, shape: AttentionShape) -> Costs:
-    """Closed-form costs of `Attention`."""
+    """Closed-form costs of `Attention`, its norms left out."""
     heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
     queries, keys = linear_costs(d_model, heads * head_dim), linear_costs(d_model, 2 * kv_heads * head_dim)
     output = linear_costs(heads * head_dim, d_model)
     pairs = AttentionCosts(4.0 * heads * head_dim, key_values=2 * kv_heads * head_dim)
-    return queries + keys + output + Costs(0, 0.0, (pairs,), keys.per_token)
+    biases = shape.bias * (heads + 2 * kv_heads) * head_dim + shape.output_bias * d_model
+    return queries + keys + output + Costs(biases, 0.0, (pairs,), keys.per_token)
