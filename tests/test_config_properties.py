@@ -103,6 +103,8 @@ def attentions() -> Any:
             "head_dim": st.sampled_from([2, 3, 6]),
             "scale": st.sampled_from([0.1, 1.0]),
             "rope_base": st.sampled_from([10.0, 1e6]),
+            "positions": st.sampled_from(["rope", "learned", "none"]),
+            "rope_scaling": st.sampled_from([None, {"factor": 4.0, "original_max_seq_len": 16}]),
             "bias": st.booleans(),
             "output_bias": st.booleans(),
             "qk_norm": st.booleans(),
@@ -321,6 +323,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["model.depth={kind: expert_choice, score: unweighted, causal: aux_router}"],
         r"unweighted.*gradient.*aux_loss",
     ),
+    "scaling of what does not turn": (
+        ["model.attention={heads: 4, positions: learned, rope_scaling: {factor: 2}}"],
+        r"rope_scaling .*'learned'.*'rope'",
+    ),
+    "scaling out of order": (
+        ["model.attention.rope_scaling={low_freq_factor: 4, high_freq_factor: 2}"],
+        r"low_freq_factor 4.0 .*high_freq_factor 2.0",
+    ),
+    "scaling of an unknown kind": (["model.attention.rope_scaling.kind=yarn"], r"rope_scaling.kind 'yarn'.*llama3"),
     "biases in recursive experts": (
         ["model.mixer={kind: recursive}", "model.attention.bias=true"],
         r"attention.bias .*recursive.*another mixer",

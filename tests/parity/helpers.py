@@ -31,6 +31,13 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         ["model.attention={heads: 4, kv_heads: 2, bias: true, output_bias: true}", "model.mixer.kind=geglu"],
     ),
     "recursive+qk_norm": ("recursive", ["model.attention.qk_norm=true"]),
+    "recursive+learned": ("recursive", ["model.attention={heads: 4, kv_heads: 2, positions: learned, bias: true}"]),
+    "recursive+llama3": (
+        "recursive",
+        ["model.attention.rope_scaling={factor: 4, original_max_seq_len: 32, low_freq_factor: 0.5}"],
+    ),
+    "expert+no_positions": ("mor-expert", ["model.attention.positions=none", "model.kv=shared_first"]),
+    "tuned+no_positions": ("more-tuned", ["model.attention={heads: 4, head_dim: 7, positions: none}"]),
     "expert+shared_first": ("mor-expert", ["model.kv=shared_first"]),
     "expert+aux_router": ("mor-expert", ["model.depth.causal=aux_router", "model.depth.router=mlp"]),
     "expert+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.depth.score=tanh"]),

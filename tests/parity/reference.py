@@ -50,12 +50,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / math.sqrt(mean_square + eps) * weight
 
 
-def rotate(x: Tensor, position: int, base: float) -> Tensor:
+def stretched(frequency: float, scaling: Mapping[str, Any]) -> float:
+    """A rotary frequency under Llama 3's scaling, by the cases of its published program."""
+    length, factor = scaling["original_max_seq_len"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / frequency
+    if wavelength < length / high:
+        return frequency
+    if wavelength > length / low:
+        return frequency / factor
+    smooth = (length / wavelength - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rotate(x: Tensor, position: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
     """Turns channel i together with channel i + d/2 by the angle position * base^(-2i/d)."""
     half = len(x) // 2
     turned = x.clone()
     for i in range(half):
-        angle = position * base ** (-2 * i / len(x))
+        frequency = base ** (-2 * i / len(x))
+        angle = position * (frequency if scaling is None else stretched(frequency, scaling))
         cos, sin = math.cos(angle), math.sin(angle)
         turned[i] = x[i] * cos - x[i + half] * sin
         turned[i + half] = x[i + half] * cos + x[i] * sin
@@ -117,11 +131,14 @@ class Reference:
         self.head_dim = attention["head_dim"] or config["d_model"] // self.heads
         self.scale = attention["scale"] or 1 / math.sqrt(self.head_dim)
         self.base, self.eps = attention["rope_base"], config["norm_eps"]
+        self.scaling = attention["rope_scaling"]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits [T, V] of one sequence."""
         embedding = self.weights["embedding.weight"]
         states = {t: embedding[token].clone() for t, token in enumerate(tokens)}
+        if "position_embedding.weight" in self.weights:
+            states = {t: x + self.weights["position_embedding.weight"][t] for t, x in states.items()}
         for block in range(self.prelude):
             states, _ = self.block(block, states)
         for index, group in enumerate(self.groups):
@@ -165,7 +182,8 @@ class Reference:
             parts = [y[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
             if f"norm_{part}.weight" in own:
                 parts = [rms_norm(head, own[f"norm_{part}.weight"], self.eps) for head in parts]
-            return parts if part == "v" else [rotate(head, position, self.base) for head in parts]
+            turns = part != "v" and self.config["attention"]["positions"] == "rope"
+            return [rotate(head, position, self.base, self.scaling) for head in parts] if turns else parts
 
         keys = {s: heads("k", x, self.kv_heads, s) for s, x in sources.items()}
         values = {s: heads("v", x, self.kv_heads, s) for s, x in sources.items()}

@@ -45,6 +45,14 @@ CASES: dict[str, dict[str, Any]] = {
     "query and key norms": {"attention": {"heads": 2, "kv_heads": 1, "qk_norm": True}},
     "own head": {"tie_embeddings": False, "norm_eps": 1e-2},
     "attention options": {"attention": {"heads": 3, "head_dim": 6, "scale": 0.3, "rope_base": 100.0}},
+    "learned positions": {"attention": {"heads": 2, "positions": "learned"}, "max_seq_len": 9},
+    "no positions": {"attention": {"heads": 2, "head_dim": 5, "positions": "none"}},
+    "rope scaling": {
+        "attention": {
+            "heads": 1,
+            "rope_scaling": {"factor": 4.0, "original_max_seq_len": 64, "low_freq_factor": 0.5, "high_freq_factor": 5},
+        }
+    },
     "cycle": RECURRING,
     "sequence": IN_SEQUENCE,
     "step embedding": {**RECURRING, "step_embedding": True},
@@ -88,6 +96,7 @@ CASES: dict[str, dict[str, Any]] = {
     "recursive, one": experts("recursive", 1),
     "recursive, all": experts("recursive", 3),
     "recursive, more heads": {**experts("recursive"), "attention": {"heads": 4, "kv_heads": 2, "head_dim": 4}},
+    "recursive, no positions": {**experts("recursive"), "attention": {"heads": 2, "positions": "none"}},
     "expert choice of recursive experts": {**routed("expert_choice"), **experts("recursive")},
     "token choice of moe": {**routed("token_choice"), **experts("moe", expert={"kind": "swiglu", "d_ff": 10})},
     "threshold of recursive experts": {**routed("threshold"), **experts("recursive")},

@@ -81,6 +81,8 @@ def closed_form(config: ModelConfig) -> int:
             scored = sum(share < 1 for share in depth.shares(schedule.recursions))
         scorer = scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
+    if config.attention.positions == "learned":
+        embeddings += config.max_seq_len * d
     return embeddings + blocks + d + groups * per_group
 
 

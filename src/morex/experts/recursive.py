@@ -20,7 +20,6 @@ from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews, swiglu
 from morex.nn.norm import rms_norm
 from morex.nn.packing import Packing
-from morex.nn.rope import rotate
 from morex.nn.signals import Signals
 
 
@@ -81,7 +80,7 @@ class RecursiveExperts(nn.Module):
         return sent.combine(torch.cat(outputs), weights), signals
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
-        rows = self.scope == "token" or has_fast_rows(packing)
+        rows = self.scope == "token" or (self.shape.rope is not None and has_fast_rows(packing))
         return rows and x.shape[0] > 0 and fast.usable(x, *self.parameters(recurse=False))
 
     def _fast(self, x: Tensor, weights: Tensor, packing: Packing, sent: Dispatch) -> Tensor:
@@ -130,9 +129,8 @@ class RecursiveExperts(nn.Module):
     def _attention(self, x: Tensor, w: dict[str, Tensor], packing: Packing, view: KeyView | None) -> Tensor:
         """Causal attention over the tokens that visit this expert, x [M, D] -> [M, D]."""
         n, shape = x.shape[0], self.shape
-        table = packing.rotary(shape.head_dim, shape.rope_base, torch.promote_types(x.dtype, torch.float32))
-        q = rotate(F.linear(x, w["q"]).view(n, -1, shape.head_dim), table)
-        k = rotate(F.linear(x, w["k"]).view(n, -1, shape.head_dim), table)
+        q = shape.turn(F.linear(x, w["q"]).view(n, -1, shape.head_dim), packing)
+        k = shape.turn(F.linear(x, w["k"]).view(n, -1, shape.head_dim), packing)
         v = F.linear(x, w["v"]).view(n, -1, shape.head_dim)
         if view is None or view.append(k, v, packing):
             y = attend(q, k, v, packing, shape.scale)

@@ -11,8 +11,8 @@ from morex.config import FeedForwardConfig, ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
-from morex.model.lm import takes_any_depth
-from morex.nn.attention import AttentionShape, attention_costs
+from morex.model.lm import attention_shape, takes_any_depth
+from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
 
@@ -24,7 +24,7 @@ class Count:
     parameters: int
     """All parameters, each shared one once."""
     unique_non_embedding: int
-    """Parameters without the embedding and an untied head."""
+    """Parameters without the embeddings of tokens and positions and an untied head."""
     unrolled_depth: int
     """Blocks that a token passes when it takes every recursion."""
     forward_flops_per_token: float
@@ -65,6 +65,7 @@ def count(
     block, router = block_costs(config), router_costs(config, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
+    positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
     unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + config.d_model
 
@@ -82,7 +83,7 @@ def count(
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
     return Count(
-        parameters=unique + embedding * (1 if config.tie_embeddings else 2),
+        parameters=unique + embedding * (1 if config.tie_embeddings else 2) + positions,
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
@@ -95,7 +96,7 @@ def count(
 def block_costs(config: ModelConfig) -> Costs:
     """Costs of one block: attention, mixer and their norms."""
     mixer, d_model = config.mixer, config.d_model
-    shape = AttentionShape(**config.attention.options(d_model))
+    shape = attention_shape(config)
     heads = 2 * shape.head_dim * config.attention.qk_norm
     own = attention_costs(d_model, shape) + Costs(2 * d_model + heads)
     if isinstance(mixer, FeedForwardConfig):

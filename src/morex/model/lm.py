@@ -25,6 +25,7 @@ from morex.nn.block import Block
 from morex.nn.mixers import FeedForward, GatedFeedForward
 from morex.nn.norm import RMSNorm
 from morex.nn.packing import Packing, pack_batch
+from morex.nn.rope import Rope, RopeScaling
 from morex.nn.signals import RouterStats
 
 
@@ -89,6 +90,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.attention.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
         self.stack = _stack(config)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -136,7 +139,7 @@ class LanguageModel(nn.Module):
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
-        x = self.embedding(packing.gather(tokens.flatten()))
+        x = self._embed(tokens, packing)
         x, record = self.stack(x, packing, policy, cache, return_trace)
         x = self.norm(x)
         if cache is not None:
@@ -175,6 +178,14 @@ class LanguageModel(nn.Module):
         from morex.model.generate import generate
 
         return generate(self, tokens, **options)
+
+    def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Tokens [B, T] -> the residual stream of the real ones [N, D]."""
+        x: Tensor = self.embedding(packing.gather(tokens.flatten()))
+        if self.position_embedding is not None:
+            self._check_positions(packing.positions)
+            x = x + self.position_embedding(packing.positions)
+        return x
 
     def _head(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -221,6 +232,17 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"{what} {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} "
                 "(model.vocab_size)"
+            )
+
+    def _check_positions(self, positions: Tensor) -> None:
+        """Refuses positions that no vector was learned for; on a GPU the look would cost a wait."""
+        if positions.device.type != "cpu" or not positions.numel():
+            return
+        low, high = (int(value) for value in positions.aminmax())
+        if low < 0 or high >= self.config.max_seq_len:
+            raise ValueError(
+                f"position {low if low < 0 else high} is outside the {self.config.max_seq_len} learned positions "
+                "(model.max_seq_len)"
             )
 
     def _check(
@@ -305,9 +327,18 @@ def _group(config: ModelConfig) -> RoutedGroup:
     return RoutedGroup(router, embedding)
 
 
+def attention_shape(config: ModelConfig) -> AttentionShape:
+    """Sizes and rotation of the attention in every block, and in experts."""
+    attention = config.attention
+    scaling = attention.rope_scaling
+    stretch = None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"kind"}))
+    rope = Rope(attention.rope_base, stretch) if attention.positions == "rope" else None
+    return AttentionShape(rope=rope, **attention.options(config.d_model))
+
+
 def _block(config: ModelConfig) -> Block:
     d_model, eps, mixer = config.d_model, config.norm_eps, config.mixer
-    shape = AttentionShape(**config.attention.options(d_model))
+    shape = attention_shape(config)
     built: nn.Module
     if isinstance(mixer, FeedForwardConfig):
         hidden = mixer.hidden(d_model)

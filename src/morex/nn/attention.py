@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from morex.nn import fast
 from morex.nn.costs import AttentionCosts, Costs, linear_costs
 from morex.nn.packing import Packing
-from morex.nn.rope import rotate
+from morex.nn.rope import Rope, rotate
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -91,18 +91,27 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     scale: float
-    rope_base: float
+    rope: Rope | None
+    """How queries and keys turn; None: not at all."""
     bias: bool = False
     """Whether queries, keys and values have biases."""
     output_bias: bool = False
 
     def frames(self, packing: Packing, dtype: torch.dtype) -> fast.Frames:
         """Where the fast path puts heads of this shape."""
-        return packing.frames(self.heads, self.kv_heads, self.head_dim, self.rope_base, dtype)
+        assert self.rope is not None, "heads that do not turn have no frames"
+        return packing.frames(self.heads, self.kv_heads, self.head_dim, self.rope, dtype)
+
+    def turn(self, heads: Tensor, packing: Packing) -> Tensor:
+        """Queries or keys [N, H, dim] of the packing's tokens, turned by their positions."""
+        if self.rope is None:
+            return heads
+        wide = torch.promote_types(heads.dtype, torch.float32)
+        return rotate(heads, packing.rotary(self.head_dim, self.rope, wide))
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
+    """Grouped-query causal attention, with rotary positions or without (Ainslie et al. 2023; Su et al. 2021)."""
 
     def __init__(
         self, d_model: int, shape: AttentionShape, norm_q: nn.Module | None = None, norm_k: nn.Module | None = None
@@ -124,11 +133,10 @@ class Attention(nn.Module):
         if view is None and self._has_fast_path(x, packing):
             return self._fast(x, packing)
         n, dim = x.shape[0], self.shape.head_dim
-        table = packing.rotary(dim, self.shape.rope_base, torch.promote_types(x.dtype, torch.float32))
-        q = rotate(_normed(self.q(x).view(n, -1, dim), self.norm_q), table)
+        q = self.shape.turn(_normed(self.q(x).view(n, -1, dim), self.norm_q), packing)
         fresh = view is None
         if view is None or view.writes:
-            k = rotate(_normed(self.k(x).view(n, -1, dim), self.norm_k), table)
+            k = self.shape.turn(_normed(self.k(x).view(n, -1, dim), self.norm_k), packing)
             v = self.v(x).view(n, -1, dim)
             if view is not None:
                 fresh = view.append(k, v, packing)
@@ -141,8 +149,8 @@ class Attention(nn.Module):
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
-        plain_heads = not self.shape.bias and self.norm_q is None
-        return plain_heads and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
+        is_known = self.shape.rope is not None and not self.shape.bias and self.norm_q is None
+        return is_known and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
 
     def _fast(self, x: Tensor, packing: Packing) -> Tensor:
         shape = self.shape
