@@ -128,6 +128,10 @@ def models() -> Any:
             "tie_embeddings": st.booleans(),
             "step_embedding": st.booleans(),
             "init": st.sampled_from(["scaled", "plain"]),
+            "norm": st.sampled_from(["rms", "rms_plus_one", "layer"]),
+            "norm_placement": st.sampled_from(["pre", "sandwich", "pre_post"]),
+            "embedding_scale": st.booleans(),
+            "logit_cap": st.sampled_from([None, 3.0]),
             "norm_eps": st.sampled_from([1e-6, 1e-2]),
         },
     )
@@ -332,6 +336,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"low_freq_factor 4.0 .*high_freq_factor 2.0",
     ),
     "scaling of an unknown kind": (["model.attention.rope_scaling.kind=yarn"], r"rope_scaling.kind 'yarn'.*llama3"),
+    "other norms around recursive experts": (
+        ["model.mixer={kind: recursive}", "model.norm=layer"],
+        r"norm 'layer' .*recursive.*'rms'",
+    ),
     "biases in recursive experts": (
         ["model.mixer={kind: recursive}", "model.attention.bias=true"],
         r"attention.bias .*recursive.*another mixer",

@@ -361,6 +361,15 @@ class ModelConfig(Section):
     """Longest sequence that the model is meant for; the span of position-based depth policies."""
     tie_embeddings: bool = True
     """The head is the embedding matrix."""
+    embedding_scale: bool = False
+    """Multiply token embeddings by sqrt(d_model)."""
+    logit_cap: PositiveFloat | None = None
+    """Keeps logits within this bound, cap * tanh(logits / cap); default: no bound."""
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    """`rms` RMSNorm, `rms_plus_one` RMSNorm that multiplies by 1 + weight, `layer` LayerNorm with weight and bias."""
+    norm_placement: Literal["pre", "sandwich", "pre_post"] = "pre"
+    """`pre` x + f(norm(x)), `sandwich` norm(x + f(norm(x))), `pre_post` x + norm(f(norm(x))); f is attention, then the
+    mixer."""
     norm_eps: PositiveFloat = 1e-6
     """Term under the root of the norms."""
     init: Literal["scaled", "plain"] = "scaled"
@@ -418,6 +427,12 @@ class ModelConfig(Section):
                     f"attention.{option} is for blocks alone, and mixer.kind 'recursive' has experts with an attention "
                     f"like the blocks'; leave attention.{option} out or use another mixer"
                 )
+
+        if self.norm != "rms":
+            raise ValueError(
+                f"norm {self.norm!r} is for blocks alone, and mixer.kind 'recursive' has experts with norms of kind "
+                "'rms'; use norm 'rms' or another mixer"
+            )
 
     def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
         shares = depth.shares(recursions)

@@ -38,6 +38,16 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "expert+no_positions": ("mor-expert", ["model.attention.positions=none", "model.kv=shared_first"]),
     "tuned+no_positions": ("more-tuned", ["model.attention={heads: 4, head_dim: 7, positions: none}"]),
+    "recursive+sandwich": (
+        "recursive",
+        ["model.norm_placement=sandwich", "model.embedding_scale=true", "model.logit_cap=5.0"],
+    ),
+    "expert+pre_post": (
+        "mor-expert",
+        ["model.norm_placement=pre_post", "model.norm=rms_plus_one", "model.attention.qk_norm=true"],
+    ),
+    "token+layer_norm": ("mor-token", ["model.norm=layer", "model.attention.qk_norm=true"]),
+    "tuned+sandwich": ("more-tuned", ["model.norm_placement=sandwich"]),
     "expert+shared_first": ("mor-expert", ["model.kv=shared_first"]),
     "expert+aux_router": ("mor-expert", ["model.depth.causal=aux_router", "model.depth.router=mlp"]),
     "expert+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.depth.score=tanh"]),

@@ -136,7 +136,8 @@ class Reference:
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits [T, V] of one sequence."""
         embedding = self.weights["embedding.weight"]
-        states = {t: embedding[token].clone() for t, token in enumerate(tokens)}
+        factor = math.sqrt(self.config["d_model"]) if self.config["embedding_scale"] else 1.0
+        states = {t: factor * embedding[token] for t, token in enumerate(tokens)}
         if "position_embedding.weight" in self.weights:
             states = {t: x + self.weights["position_embedding.weight"][t] for t, x in states.items()}
         for block in range(self.prelude):
@@ -146,8 +147,9 @@ class Reference:
         for block in range(self.prelude + self.core, self.prelude + self.core + self.coda):
             states, _ = self.block(block, states)
         head = self.weights.get("head.weight", embedding)
-        rows = [head @ rms_norm(states[t], self.weights["norm.weight"], self.eps) for t in range(len(tokens))]
-        return torch.stack(rows)
+        logits = torch.stack([head @ self.norm("norm", states[t]) for t in range(len(tokens))])
+        cap = self.config["logit_cap"]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     # Blocks
 
@@ -157,18 +159,35 @@ class Reference:
         Returns the new states and the normed states from which this block's own keys and values are made.
         """
         name = f"stack.blocks.{index}."
-        normed = {t: rms_norm(x, self.weights[name + "norm1.weight"], self.eps) for t, x in states.items()}
+        normed = {t: self.norm(name + "norm1", x) for t, x in states.items()}
         own = {
             rest: weight
             for full, weight in self.weights.items()
             if (rest := full.removeprefix(name + "attention.")) != full
         }
         attended = self.attention(normed, normed if sources is None else sources, own)
-        states = {t: x + attended[t] for t, x in states.items()}
-        mixed = self.mixer(
-            index, {t: rms_norm(x, self.weights[name + "norm2.weight"], self.eps) for t, x in states.items()}
-        )
-        return {t: x + mixed[t] for t, x in states.items()}, normed
+        states = {t: self.join(name + "norm1_after", x, attended[t]) for t, x in states.items()}
+        mixed = self.mixer(index, {t: self.norm(name + "norm2", x) for t, x in states.items()})
+        return {t: self.join(name + "norm2_after", x, mixed[t]) for t, x in states.items()}, normed
+
+    def norm(self, name: str, x: Tensor, own: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The norm of this name, of the config's kind, out of all weights or the ones given."""
+        weights = self.weights if own is None else own
+        weight = weights[name + ".weight"]
+        if self.config["norm"] == "layer":
+            centred = x - sum(x.tolist()) / len(x)
+            return rms_norm(centred, weight, self.eps) + weights[name + ".bias"]
+        return rms_norm(x, 1 + weight if self.config["norm"] == "rms_plus_one" else weight, self.eps)
+
+    def join(self, name: str, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual stream with a branch, and the norm of this name where the config puts it."""
+        match self.config["norm_placement"]:
+            case "pre":
+                return x + branch
+            case "sandwich":
+                return self.norm(name, x + branch)
+            case _:
+                return x + self.norm(name, branch)
 
     def attention(self, queries: States, sources: States, own: Mapping[str, Tensor]) -> States:
         """Attention with the weights `own`, by their names below the attention."""
@@ -181,7 +200,7 @@ class Reference:
             y = linear(part, x)
             parts = [y[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
             if f"norm_{part}.weight" in own:
-                parts = [rms_norm(head, own[f"norm_{part}.weight"], self.eps) for head in parts]
+                parts = [self.norm(f"norm_{part}", head, own) for head in parts]
             turns = part != "v" and self.config["attention"]["positions"] == "rope"
             return [rotate(head, position, self.base, self.scaling) for head in parts] if turns else parts
 

@@ -69,8 +69,10 @@ def closed_form(config: ModelConfig) -> int:
         norms = 3 if mixer.branch == "output" else 2
         channel = mixer.router.experts * (d + attention + 3 * d * mixer.d_ff + norms * d + mixer.steps * d)
     heads = (config.attention.heads + 2 * kv_heads) * head_dim * config.attention.bias
-    heads += d * config.attention.output_bias + 2 * head_dim * config.attention.qk_norm
-    blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + 2 * d)
+    of_norm = 2 if config.norm == "layer" else 1
+    heads += d * config.attention.output_bias + 2 * of_norm * head_dim * config.attention.qk_norm
+    norms = (2 if config.norm_placement == "pre" else 4) * of_norm * d
+    blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + norms)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     groups = 1 if schedule.order == "cycle" else schedule.core
     depth: Any = config.depth
@@ -83,7 +85,7 @@ def closed_form(config: ModelConfig) -> int:
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
     if config.attention.positions == "learned":
         embeddings += config.max_seq_len * d
-    return embeddings + blocks + d + groups * per_group
+    return embeddings + blocks + of_norm * d + groups * per_group
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,6 +15,7 @@ from morex.model.lm import attention_shape, takes_any_depth
 from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
+from morex.nn.norm import norm_costs
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def count(
     embedding = config.vocab_size * config.d_model
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
-    unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + config.d_model
+    last = norm_costs(config.norm, config.d_model).parameters
+    unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + last
 
     def forward(tokens: int) -> float:
         """Forward FLOPs of a token among `tokens`."""
@@ -97,8 +99,11 @@ def block_costs(config: ModelConfig) -> Costs:
     """Costs of one block: attention, mixer and their norms."""
     mixer, d_model = config.mixer, config.d_model
     shape = attention_shape(config)
-    heads = 2 * shape.head_dim * config.attention.qk_norm
-    own = attention_costs(d_model, shape) + Costs(2 * d_model + heads)
+    own = attention_costs(d_model, shape)
+    norms = [d_model] * (2 if config.norm_placement == "pre" else 4)
+    norms += [shape.head_dim] * (2 if config.attention.qk_norm else 0)
+    for channels in norms:
+        own += norm_costs(config.norm, channels)
     if isinstance(mixer, FeedForwardConfig):
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k

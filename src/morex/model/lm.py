@@ -23,7 +23,7 @@ from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack
 from morex.nn.attention import Attention, AttentionShape
 from morex.nn.block import Block
 from morex.nn.mixers import FeedForward, GatedFeedForward
-from morex.nn.norm import RMSNorm
+from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
 from morex.nn.signals import RouterStats
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
         learned = config.attention.positions == "learned"
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
         self.stack = _stack(config)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         mixer = config.mixer
         self._num_experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
@@ -182,6 +182,8 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Tokens [B, T] -> the residual stream of the real ones [N, D]."""
         x: Tensor = self.embedding(packing.gather(tokens.flatten()))
+        if self.config.embedding_scale:
+            x = x * self.config.d_model**0.5
         if self.position_embedding is not None:
             self._check_positions(packing.positions)
             x = x + self.position_embedding(packing.positions)
@@ -189,7 +191,12 @@ class LanguageModel(nn.Module):
 
     def _head(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x, weight)
+        logits, cap = F.linear(x, weight), self.config.logit_cap
+        if cap is None:
+            return logits
+        # Near the cap a slope of tanh that was rounded to bf16 is mostly error.
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (cap * torch.tanh(wide / cap)).to(logits.dtype)
 
     def _add_loss(self, out: Output, logits: Tensor, labels: Tensor, packing: Packing, time: int) -> None:
         targets = labels[:, 1:]
@@ -346,8 +353,11 @@ def _block(config: ModelConfig) -> Block:
     else:
         router = ExpertRouter(d_model, **mixer.router.model_dump())
         built = EXPERTS[mixer.kind](d_model, router, shape, eps, **mixer.options(d_model))
-    norms = [RMSNorm(shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
-    return Block(RMSNorm(d_model, eps), Attention(d_model, shape, *norms), RMSNorm(d_model, eps), built)
+    norm, placement = NORMS[config.norm], config.norm_placement
+    of_heads = [norm(shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
+    after = [norm(d_model, eps) for _ in range(2)] if placement != "pre" else []
+    attention = Attention(d_model, shape, *of_heads)
+    return Block(norm(d_model, eps), attention, norm(d_model, eps), built, placement, *after)
 
 
 def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:
