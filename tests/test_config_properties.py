@@ -105,6 +105,9 @@ def attentions() -> Any:
             "rope_base": st.sampled_from([10.0, 1e6]),
             "positions": st.sampled_from(["rope", "learned", "none"]),
             "rope_scaling": st.sampled_from([None, {"factor": 4.0, "original_max_seq_len": 16}]),
+            "window": st.integers(1, 4),
+            "global_every": st.integers(2, 3),
+            "local_rope_base": st.sampled_from([None, 5.0]),
             "bias": st.booleans(),
             "output_bias": st.booleans(),
             "qk_norm": st.booleans(),
@@ -339,6 +342,17 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "other norms around recursive experts": (
         ["model.mixer={kind: recursive}", "model.norm=layer"],
         r"norm 'layer' .*recursive.*'rms'",
+    ),
+    "local steps without a window": (["model.attention.global_every=3"], r"global_every .*give window"),
+    "a local base without a window": (["model.attention.local_rope_base=3"], r"local_rope_base .*give window"),
+    "a local base of what does not turn": (
+        ["model.attention={heads: 4, window: 3, local_rope_base: 3, positions: none}"],
+        r"local_rope_base .*'none'.*'rope'",
+    ),
+    "global steps alone": (["model.attention={heads: 4, window: 3, global_every: 1}"], r"global_every 1 .*2"),
+    "keys that are turned in two ways": (
+        ["model.attention={heads: 4, window: 3, global_every: 3, local_rope_base: 9}", "model.kv=shared_first"],
+        r"shared_first.*local_rope_base.*per_recursion",
     ),
     "biases in recursive experts": (
         ["model.mixer={kind: recursive}", "model.attention.bias=true"],

@@ -72,6 +72,12 @@ class AttentionConfig(Section):
     """Base of the rotary position embedding (rotate-half convention)."""
     rope_scaling: RopeScalingConfig | None = None
     """Stretches the rotary periods for longer sequences; default: not at all."""
+    window: PositiveInt | None = None
+    """Keys that a query of a local step sees, its own included; default: no step is local."""
+    global_every: Annotated[int, Field(ge=2)] | None = None
+    """With n, steps n, 2n, 3n ... of the unrolled depth see all keys; default: with a window, every step is local."""
+    local_rope_base: PositiveFloat | None = None
+    """Base of the rotary position embedding in local steps, without rope_scaling; default: they turn as all others."""
     bias: bool = False
     """Biases on queries, keys and values."""
     output_bias: bool = False
@@ -93,6 +99,18 @@ class AttentionConfig(Section):
             raise ValueError(
                 f"rope_scaling stretches rotary positions, and positions is {self.positions!r}; use positions "
                 "'rope' or leave rope_scaling out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _local_steps(self) -> Self:
+        for option in ("global_every", "local_rope_base"):
+            if self.window is None and getattr(self, option) is not None:
+                raise ValueError(f"{option} goes with local steps, and there are none; give window, or leave it out")
+        if self.positions != "rope" and self.local_rope_base is not None:
+            raise ValueError(
+                f"local_rope_base is for rotary positions, and positions is {self.positions!r}; use positions "
+                "'rope' or leave local_rope_base out"
             )
         return self
 
@@ -407,6 +425,12 @@ class ModelConfig(Section):
                 )
         if isinstance(self.mixer, RecursiveExpertsConfig):
             self._check_recursive_experts()
+        if self.kv == "shared_first" and recursions > 1 and attention.global_every and attention.local_rope_base:
+            raise ValueError(
+                "kv 'shared_first' reads keys as recursion 1 has turned them, and with attention.local_rope_base a "
+                "block may turn otherwise where it recurs; leave attention.local_rope_base or attention.global_every "
+                "out, or use kv 'per_recursion'"
+            )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
         if isinstance(self.depth, TokenChoiceConfig) and recursions == 1:
@@ -421,7 +445,7 @@ class ModelConfig(Section):
         return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
 
     def _check_recursive_experts(self) -> None:
-        for option in ("bias", "output_bias", "qk_norm"):
+        for option in ("bias", "output_bias", "qk_norm", "window"):
             if getattr(self.attention, option):
                 raise ValueError(
                     f"attention.{option} is for blocks alone, and mixer.kind 'recursive' has experts with an attention "

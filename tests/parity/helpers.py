@@ -48,6 +48,20 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "token+layer_norm": ("mor-token", ["model.norm=layer", "model.attention.qk_norm=true"]),
     "tuned+sandwich": ("more-tuned", ["model.norm_placement=sandwich"]),
+    "vanilla+window": ("vanilla", ["model.attention={heads: 4, window: 4, positions: learned}"]),
+    "recursive+window": ("recursive", ["model.attention={heads: 4, kv_heads: 2, window: 5, global_every: 3}"]),
+    "sequence+window": (
+        "mor-token",
+        [
+            "model.schedule.sharing=sequence",
+            "model.attention={heads: 4, window: 3, global_every: 2, local_rope_base: 50, qk_norm: true}",
+        ],
+    ),
+    "expert+window": (
+        "mor-expert",
+        ["model.attention={heads: 4, window: 4, global_every: 4, local_rope_base: 100, rope_base: 1000}"],
+    ),
+    "threshold+window": ("mor-threshold", ["model.attention={heads: 4, window: 5}", "model.kv=shared_first"]),
     "expert+shared_first": ("mor-expert", ["model.kv=shared_first"]),
     "expert+aux_router": ("mor-expert", ["model.depth.causal=aux_router", "model.depth.router=mlp"]),
     "expert+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.depth.score=tanh"]),

@@ -141,11 +141,12 @@ class Reference:
         if "position_embedding.weight" in self.weights:
             states = {t: x + self.weights["position_embedding.weight"][t] for t, x in states.items()}
         for block in range(self.prelude):
-            states, _ = self.block(block, states)
+            states, _ = self.block(block, block, states)
         for index, group in enumerate(self.groups):
             states = self.group(index, group, states)
-        for block in range(self.prelude + self.core, self.prelude + self.core + self.coda):
-            states, _ = self.block(block, states)
+        first = self.prelude + self.core
+        for block in range(first, first + self.coda):
+            states, _ = self.block(block, block + (self.recursions - 1) * self.core, states)
         head = self.weights.get("head.weight", embedding)
         logits = torch.stack([head @ self.norm("norm", states[t]) for t in range(len(tokens))])
         cap = self.config["logit_cap"]
@@ -153,10 +154,11 @@ class Reference:
 
     # Blocks
 
-    def block(self, index: int, states: States, sources: States | None = None) -> tuple[States, States]:
-        """One block over the states given; keys and values come from `sources` (normed states) where given.
+    def block(self, index: int, place: int, states: States, sources: States | None = None) -> tuple[States, States]:
+        """One block over the states given, as the step at this place, from 0.
 
-        Returns the new states and the normed states from which this block's own keys and values are made.
+        Keys and values come from `sources` (normed states) where given. Returns the new states and the normed states
+        from which this block's own keys and values are made.
         """
         name = f"stack.blocks.{index}."
         normed = {t: self.norm(name + "norm1", x) for t, x in states.items()}
@@ -165,7 +167,7 @@ class Reference:
             for full, weight in self.weights.items()
             if (rest := full.removeprefix(name + "attention.")) != full
         }
-        attended = self.attention(normed, normed if sources is None else sources, own)
+        attended = self.attention(normed, normed if sources is None else sources, own, place)
         states = {t: self.join(name + "norm1_after", x, attended[t]) for t, x in states.items()}
         mixed = self.mixer(index, {t: self.norm(name + "norm2", x) for t, x in states.items()})
         return {t: self.join(name + "norm2_after", x, mixed[t]) for t, x in states.items()}, normed
@@ -189,8 +191,16 @@ class Reference:
             case _:
                 return x + self.norm(name, branch)
 
-    def attention(self, queries: States, sources: States, own: Mapping[str, Tensor]) -> States:
-        """Attention with the weights `own`, by their names below the attention."""
+    def attention(
+        self, queries: States, sources: States, own: Mapping[str, Tensor], place: int | None = None
+    ) -> States:
+        """Attention with the weights `own`, by their names below the attention, of a step or of an expert."""
+        options, scaling, base, window = self.config["attention"], self.scaling, self.base, None
+        every = options["global_every"]
+        if options["window"] and place is not None and not (every and (place + 1) % every == 0):
+            window = options["window"]
+            if options["local_rope_base"]:
+                base, scaling = options["local_rope_base"], None
 
         def linear(part: str, x: Tensor) -> Tensor:
             y = own[part + ".weight"] @ x
@@ -201,14 +211,14 @@ class Reference:
             parts = [y[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
             if f"norm_{part}.weight" in own:
                 parts = [self.norm(f"norm_{part}", head, own) for head in parts]
-            turns = part != "v" and self.config["attention"]["positions"] == "rope"
-            return [rotate(head, position, self.base, self.scaling) for head in parts] if turns else parts
+            turns = part != "v" and options["positions"] == "rope"
+            return [rotate(head, position, base, scaling) for head in parts] if turns else parts
 
         keys = {s: heads("k", x, self.kv_heads, s) for s, x in sources.items()}
         values = {s: heads("v", x, self.kv_heads, s) for s, x in sources.items()}
         result = {}
         for t, x in queries.items():
-            seen = [s for s in sorted(sources) if s <= t]
+            seen = [s for s in sorted(sources) if s <= t and (window is None or t - s < window)]
             outputs = []
             for h, query in enumerate(heads("q", x, self.heads, t)):
                 shared = h // (self.heads // self.kv_heads)
@@ -302,7 +312,10 @@ class Reference:
             states = {t: x + self.weights[name][recursion - 1] for t, x in states.items()}
         for block in blocks:
             first = kept.get(block) if self.config["kv"] == "shared_first" else None
-            states, sources = self.block(block, states, first)
+            core = self.recursions * (block - self.prelude) + recursion - 1
+            if self.config["schedule"]["sharing"] != "sequence":
+                core = self.core * (recursion - 1) + block - self.prelude
+            states, sources = self.block(block, self.prelude + core, states, first)
             kept.setdefault(block, sources)
         return states
 

@@ -23,6 +23,7 @@ IN_SEQUENCE = {"schedule": {"sharing": "sequence", "prelude": 1, "core": 2, "cod
 ONCE = {"schedule": {"sharing": "cycle", "core": 2, "recursions": 1}}
 ONE_LAYER = {"schedule": {"sharing": "none", "layers": 1}}
 SHARED_FIRST = {"kv": "shared_first"}
+WINDOW: dict[str, Any] = {"attention": {"heads": 2, "window": 3, "global_every": 3, "local_rope_base": 20.0}}
 
 
 def routed(kind: str, **options: Any) -> dict[str, Any]:
@@ -58,6 +59,21 @@ CASES: dict[str, dict[str, Any]] = {
     "norms of 1 + w": {"norm": "rms_plus_one", "attention": {"heads": 2, "qk_norm": True}},
     "sandwich": {**RECURRING, "norm_placement": "sandwich"},
     "pre and post": {**RECURRING, "norm_placement": "pre_post", "norm": "rms_plus_one"},
+    "window": {"attention": {"heads": 2, "window": 3}},
+    "window of one": {"attention": {"heads": 2, "window": 1, "global_every": 2}},
+    "cycle, window": {**RECURRING, **WINDOW},
+    "sequence, window": {**IN_SEQUENCE, **WINDOW},
+    "window, scaling": {
+        **RECURRING,
+        "attention": WINDOW["attention"] | {"rope_scaling": {"factor": 4.0, "original_max_seq_len": 16}},
+    },
+    "expert choice, window": {**routed("expert_choice"), **WINDOW},
+    "token choice, sequence, window": {**routed("token_choice"), **IN_SEQUENCE, **WINDOW},
+    "threshold, shared first, window": {
+        **routed("threshold"),
+        **SHARED_FIRST,
+        "attention": {"heads": 2, "window": 2, "global_every": 3},
+    },
     "cycle": RECURRING,
     "sequence": IN_SEQUENCE,
     "step embedding": {**RECURRING, "step_embedding": True},

@@ -7,6 +7,7 @@ import torch
 
 import morex
 from morex.config import FeedForwardConfig, ModelConfig, MoEConfig
+from morex.depth.schedule import Schedule
 from morex.loading import validate
 from parity.helpers import CASES, build, cases, config_of, eval_model, largest_change, load, random_tokens
 from parity.reference import plain_names
@@ -225,3 +226,9 @@ def test_orders_of_sharing(sharing: str, order: list[int]) -> None:
     copy_weights(shared, plain, order)
     tokens = torch.arange(20).reshape(2, 10)
     assert torch.equal(shared(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("order", ["cycle", "sequence"])
+def test_places_number_the_steps(order: Any) -> None:
+    schedule = Schedule(prelude=2, core=3, coda=1, recursions=4, order=order)
+    assert [schedule.place(step) for step in schedule.steps] == list(range(15))

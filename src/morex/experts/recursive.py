@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from morex.experts.dispatch import Dispatch, dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows
+from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows, turn
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews, swiglu
 from morex.nn.norm import rms_norm
@@ -88,7 +88,10 @@ class RecursiveExperts(nn.Module):
         stacks: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
         if self.scope == "routed":
             tokens = sent.token.split(sent.counts)
-            frames = [self.shape.frames(packing.select(own), x.dtype) if own.numel() else None for own in tokens]
+            frames = [
+                self.shape.frames(packing.select(own), self.shape.rope, x.dtype) if own.numel() else None
+                for own in tokens
+            ]
         else:
             stacks.pop("q", None), stacks.pop("k", None)
         keeps = torch.is_grad_enabled()
@@ -129,8 +132,8 @@ class RecursiveExperts(nn.Module):
     def _attention(self, x: Tensor, w: dict[str, Tensor], packing: Packing, view: KeyView | None) -> Tensor:
         """Causal attention over the tokens that visit this expert, x [M, D] -> [M, D]."""
         n, shape = x.shape[0], self.shape
-        q = shape.turn(F.linear(x, w["q"]).view(n, -1, shape.head_dim), packing)
-        k = shape.turn(F.linear(x, w["k"]).view(n, -1, shape.head_dim), packing)
+        q = turn(F.linear(x, w["q"]).view(n, -1, shape.head_dim), packing, shape.rope)
+        k = turn(F.linear(x, w["k"]).view(n, -1, shape.head_dim), packing, shape.rope)
         v = F.linear(x, w["v"]).view(n, -1, shape.head_dim)
         if view is None or view.append(k, v, packing):
             y = attend(q, k, v, packing, shape.scale)

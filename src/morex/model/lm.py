@@ -19,8 +19,8 @@ from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
 from morex.model.init import initialise
-from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack
-from morex.nn.attention import Attention, AttentionShape
+from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
+from morex.nn.attention import Attention, AttentionShape, Local
 from morex.nn.block import Block
 from morex.nn.mixers import FeedForward, GatedFeedForward
 from morex.nn.norm import NORMS
@@ -324,7 +324,16 @@ def _stack(config: ModelConfig) -> Stack:
     core_blocks = [_block(config) for _ in range(schedule.core)]
     core = Core(core_blocks, [_group(config) for _ in schedule.groups], schedule)
     prelude, coda = ([_block(config) for _ in range(count)] for count in (schedule.prelude, schedule.coda))
-    return Stack(prelude, core, coda, config.kv)
+    return Stack(prelude, core, coda, config.kv, _windows(config))
+
+
+def _windows(config: ModelConfig) -> Windows | None:
+    attention, rope = config.attention, attention_shape(config).rope
+    if attention.window is None:
+        return None
+    if attention.local_rope_base is not None:
+        rope = Rope(attention.local_rope_base)
+    return Windows(Local(attention.window, rope), attention.global_every)
 
 
 def _group(config: ModelConfig) -> RoutedGroup:

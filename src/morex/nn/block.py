@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from morex.nn.attention import Attention, KeyView
+from morex.nn.attention import Attention, KeyView, Local
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
@@ -45,9 +45,11 @@ class Block(nn.Module):
         self.norm1_after, self.norm2_after = norm1_after, norm2_after
         self.placement = placement
 
-    def forward(self, x: Tensor, packing: Packing, views: StepViews | None = None) -> tuple[Tensor, Signals | None]:
-        """x [N, D] -> [N, D], and what the mixer's router reports."""
-        branch = self.attention(self.norm1(x), packing, None if views is None else views.attention)
+    def forward(
+        self, x: Tensor, packing: Packing, views: StepViews | None = None, local: Local | None = None
+    ) -> tuple[Tensor, Signals | None]:
+        """x [N, D] -> [N, D], and what the mixer's router reports. `local`: of a step with a sliding window."""
+        branch = self.attention(self.norm1(x), packing, None if views is None else views.attention, local)
         x = self._join(x, branch, self.norm1_after)
         branch, signals = self.mixer(self.norm2(x), packing, views)
         return self._join(x, branch, self.norm2_after), signals

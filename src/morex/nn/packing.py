@@ -23,6 +23,8 @@ class Packing:
     """Rows of the frame: sequences B."""
     width: int
     """Width of the frame: the longest row, M."""
+    span: int
+    """Width of the batch that these tokens are from: two of one row are less than this apart in time."""
     row: Tensor
     """Row of each token [N], ascending."""
     time: Tensor
@@ -139,6 +141,7 @@ def pack_batch(
     packing = Packing(
         rows=batch,
         width=time,
+        span=time,
         row=row,
         time=now,
         positions=now if positions is None else positions.expand(batch, time).reshape(-1),
