@@ -22,6 +22,8 @@ EXACT = {
     "more-baseline": 336_640,
     "mor-llm-small": 68_244_992 + 4 * 512,
     "mor-llm-medium": 1_015_420_928 + 6 * 2048,
+    "smollm2-135m": 134_515_008,
+    "gemma3-270m": 268_098_176,
     "mor-llm-large": 6_887_976_960 + 8 * 4096,
 }
 EXACT_NON_EMBEDDING = {

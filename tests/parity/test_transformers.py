@@ -6,14 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 import morex
 from morex.config import ModelConfig
@@ -30,7 +22,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# The least of the model that this name has in common with ours; what differs stands in the cases.
+# What all cases have in common; what differs stands in each.
 OURS: dict[str, Any] = {
     "vocab_size": 97,
     "d_model": 32,
@@ -56,38 +48,45 @@ PRE_POST = {
 }
 
 
+def hf() -> Any:
+    """The package, imported when a test runs: it takes seconds, which other tests need not wait for."""
+    import transformers
+
+    return transformers
+
+
 def llama() -> tuple[Any, dict[str, Any]]:
-    theirs = LlamaConfig(
+    theirs = hf().LlamaConfig(
         **SIZES,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
     attention = {"heads": 4, "kv_heads": 2, "rope_base": 5e5}
-    return LlamaForCausalLM(theirs), {"attention": attention, "norm_eps": 1e-5, "tie_embeddings": False}
+    return hf().LlamaForCausalLM(theirs), {"attention": attention, "norm_eps": 1e-5, "tie_embeddings": False}
 
 
 def scaled_llama() -> tuple[Any, dict[str, Any]]:
     """Llama 3.1: rope scaling; and with biases on all four projections."""
     rope = {"rope_type": "llama3", "rope_theta": 100.0, "original_max_position_embeddings": 64, **LLAMA3}
-    theirs = LlamaConfig(
+    theirs = hf().LlamaConfig(
         **SIZES, head_dim=16, rms_norm_eps=1e-5, attention_bias=True, tie_word_embeddings=True, rope_parameters=rope
     )
     attention = {"heads": 4, "kv_heads": 2, "head_dim": 16, "rope_base": 100.0, "bias": True, "output_bias": True}
     attention |= {"rope_scaling": {"original_max_seq_len": 64, **LLAMA3}}
-    return LlamaForCausalLM(theirs), {"attention": attention, "norm_eps": 1e-5}
+    return hf().LlamaForCausalLM(theirs), {"attention": attention, "norm_eps": 1e-5}
 
 
 def qwen3() -> tuple[Any, dict[str, Any]]:
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    theirs = Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True, rope_parameters=rope)
+    theirs = hf().Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True, rope_parameters=rope)
     attention = {"heads": 4, "kv_heads": 2, "head_dim": 12, "rope_base": 1e6, "qk_norm": True}
-    return Qwen3ForCausalLM(theirs), {"attention": attention}
+    return hf().Qwen3ForCausalLM(theirs), {"attention": attention}
 
 
 def gemma3() -> tuple[Any, dict[str, Any]]:
     """Text layers, one in three global, and a cap on the logits."""
-    theirs = Gemma3TextConfig(
+    theirs = hf().Gemma3TextConfig(
         **SIZES,
         head_dim=12,
         query_pre_attn_scalar=20,
@@ -101,7 +100,7 @@ def gemma3() -> tuple[Any, dict[str, Any]]:
     )
     attention: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 12, "scale": 20**-0.5, "qk_norm": True}
     attention |= {"window": 5, "global_every": 3, "rope_base": 1e6, "local_rope_base": 50.0}
-    return Gemma3ForCausalLM(theirs), {
+    return hf().Gemma3ForCausalLM(theirs), {
         "attention": attention,
         "mixer": {"kind": "geglu", "d_ff": 48},
         "norm": "rms_plus_one",
@@ -125,23 +124,22 @@ def both(family: str) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     ours: Any = morex.build_model(validate(ModelConfig, OURS | options))
-    names = NAMES | (PRE_POST if family == "gemma3" else PRE)
+    ours.load_state_dict(renamed(theirs), strict=True)
+    return theirs.eval(), ours.eval()
+
+
+def renamed(theirs: Any) -> dict[str, torch.Tensor]:
+    """Their weights under our names."""
+    names = NAMES | (PRE_POST if theirs.config.model_type == "gemma3_text" else PRE)
     weights = {}
     for name, weight in theirs.state_dict().items():
         for pattern, plain in names.items():
             name = re.sub(pattern, plain, name)
-        if name != "head.weight" or ours.head is not None:
+        if name != "head.weight" or not theirs.config.tie_word_embeddings:
             weights[name] = weight
-    ours.load_state_dict({**routers(ours), **weights}, strict=True)
-    return theirs.eval(), ours.eval()
-
-
-def routers(model: Any) -> dict[str, torch.Tensor]:
-    """What has no counterpart in a dense model: nothing that is learned."""
-    buffers = {name for name, _ in model.named_buffers()}
-    return {name: value for name, value in model.state_dict().items() if name in buffers}
+    return weights
 
 
 def sequences(lengths: list[int]) -> list[torch.Tensor]:
@@ -189,3 +187,51 @@ def test_gradients_are_those_of_transformers(family: str) -> None:
 def test_parameters_are_as_many(family: str) -> None:
     theirs, ours = both(family)
     assert morex.count(ours.config).parameters == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+PUBLISHED: dict[str, Callable[[], Any]] = {
+    "smollm2-135m": lambda: hf().LlamaForCausalLM(
+        hf().LlamaConfig(
+            vocab_size=49_152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    ),
+    "gemma3-270m": lambda: hf().Gemma3ForCausalLM(
+        hf().Gemma3TextConfig(
+            vocab_size=262_144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_shapes_of_the_published_models(preset: str) -> None:
+    """Every weight of theirs has its place in ours, at full size, on the meta device."""
+    with torch.device("meta"):
+        theirs = renamed(PUBLISHED[preset]())
+    ours = morex.build_model(morex.load_config(preset).model, device="meta").state_dict()
+    assert {name: tuple(weight.shape) for name, weight in ours.items()} == {
+        name: tuple(weight.shape) for name, weight in theirs.items()
+    }
+
+
+def test_local_steps_of_gemma3_are_those_of_the_published_model() -> None:
+    """Five steps in six see 512 tokens, by the pattern that transformers fills in."""
+    kinds = hf().Gemma3TextConfig(num_hidden_layers=18).layer_types
+    attention = morex.load_config("gemma3-270m").model.attention
+    assert attention.window == 512 and attention.global_every is not None
+    assert kinds is not None
+    assert [kind == "full_attention" for kind in kinds] == [
+        (step + 1) % attention.global_every == 0 for step in range(18)
+    ]
