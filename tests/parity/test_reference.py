@@ -8,8 +8,9 @@ import torch
 
 from morex.config import ModelConfig
 from morex.loading import validate
+from parity.formulas import rms_norm, rotate
 from parity.helpers import build, labels_of, largest_change, pad
-from parity.reference import Reference, rms_norm, rotate
+from parity.reference import Reference
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11,

@@ -2,7 +2,8 @@
 
 Every cost is a part's cost times the share of tokens that visit it: c_r for routers with capacities, balance for
 token choice, or shares that were measured. FLOPs leave padding out; a multiply-add is two; training is three forward
-passes (Kaplan et al. 2020, section 2.1). Attention is counted over the full square, causal half included.
+passes (Kaplan et al. 2020, section 2.1). Attention is counted over the full square, the causal half and what a window
+hides included.
 """
 
 from dataclasses import dataclass

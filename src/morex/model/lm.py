@@ -185,7 +185,8 @@ class LanguageModel(nn.Module):
         if self.config.embedding_scale:
             x = x * self.config.d_model**0.5
         if self.position_embedding is not None:
-            self._check_positions(packing.positions)
+            most = self.config.max_seq_len
+            _check_below(most, "position", packing.positions, f"the {most} learned positions (model.max_seq_len)")
             x = x + self.position_embedding(packing.positions)
         return x
 
@@ -231,26 +232,9 @@ class LanguageModel(nn.Module):
         return policy
 
     def _check_ids(self, what: str, ids: Tensor) -> None:
-        """Refuses ids beyond the vocabulary; on a GPU the look would cost a wait."""
-        if ids.device.type != "cpu" or not ids.numel():
-            return
-        low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"{what} {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} "
-                "(model.vocab_size)"
-            )
-
-    def _check_positions(self, positions: Tensor) -> None:
-        """Refuses positions that no vector was learned for; on a GPU the look would cost a wait."""
-        if positions.device.type != "cpu" or not positions.numel():
-            return
-        low, high = (int(value) for value in positions.aminmax())
-        if low < 0 or high >= self.config.max_seq_len:
-            raise ValueError(
-                f"position {low if low < 0 else high} is outside the {self.config.max_seq_len} learned positions "
-                "(model.max_seq_len)"
-            )
+        """Refuses ids beyond the vocabulary."""
+        size = self.config.vocab_size
+        _check_below(size, what, ids, f"the vocabulary of {size} (model.vocab_size)")
 
     def _check(
         self,
@@ -293,6 +277,15 @@ class LanguageModel(nn.Module):
             raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
         if cache is not None and cache.seen.shape[0] != batch:
             raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
+
+
+def _check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
+    """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
+    if numbers.device.type != "cpu" or not numbers.numel():
+        return
+    low, high = (int(value) for value in numbers.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{what} {low if low < 0 else high} is outside {place}")
 
 
 def takes_any_depth(config: ModelConfig) -> bool:
