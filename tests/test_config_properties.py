@@ -22,7 +22,7 @@ def section(required: dict[str, st.SearchStrategy[Any]], optional: dict[str, st.
 
 
 def feed_forwards() -> Any:
-    kinds = st.sampled_from(["swiglu", "gelu", "relu"])
+    kinds = st.sampled_from(["swiglu", "geglu", "gelu", "relu"])
     return section({"kind": kinds, "d_ff": st.sampled_from([1, 4, 9])}, {})
 
 
@@ -122,6 +122,13 @@ def depths() -> Any:
 
 
 def attentions() -> Any:
+    """Windows come whole, mostly, so that not nearly everything is refused."""
+    windows: list[Tree] = [{}, {}, {"window": 2}, {"window": 1, "global_every": 2}, {"global_every": 2}]
+    windows += [{"window": 3, "global_every": 3, "local_rope_base": 5.0}, {"window": 4, "local_rope_base": 5.0}]
+    return st.tuples(projections(), st.sampled_from(windows)).map(lambda parts: parts[0] | parts[1])
+
+
+def projections() -> Any:
     return section(
         {"heads": st.integers(1, 4)},
         {
@@ -129,6 +136,11 @@ def attentions() -> Any:
             "head_dim": st.sampled_from([2, 3, 6]),
             "scale": st.sampled_from([0.1, 1.0]),
             "rope_base": st.sampled_from([10.0, 1e6]),
+            "positions": st.sampled_from(["rope", "rope", "learned", "none"]),
+            "rope_scaling": st.sampled_from([None, None, {"factor": 4.0, "original_max_seq_len": 16}]),
+            "bias": st.booleans(),
+            "output_bias": st.booleans(),
+            "qk_norm": st.booleans(),
         },
     )
 
@@ -149,6 +161,10 @@ def models() -> Any:
             "tie_embeddings": st.booleans(),
             "step_embedding": st.booleans(),
             "init": st.sampled_from(["scaled", "plain"]),
+            "norm": st.sampled_from(["rms", "rms", "rms_plus_one", "layer"]),
+            "norm_placement": st.sampled_from(["pre", "sandwich", "pre_post"]),
+            "embedding_scale": st.booleans(),
+            "logit_cap": st.sampled_from([None, 3.0]),
             "norm_eps": st.sampled_from([1e-6, 1e-2]),
         },
     )
@@ -348,6 +364,34 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an expert-choice router without a gradient": (
         ["model.depth={kind: expert_choice, score: unweighted, causal: aux_router}"],
         r"unweighted.*gradient.*aux_loss",
+    ),
+    "scaling of what does not turn": (
+        ["model.attention={heads: 4, positions: learned, rope_scaling: {factor: 2}}"],
+        r"rope_scaling .*'learned'.*'rope'",
+    ),
+    "scaling out of order": (
+        ["model.attention.rope_scaling={low_freq_factor: 4, high_freq_factor: 2}"],
+        r"low_freq_factor 4.0 .*high_freq_factor 2.0",
+    ),
+    "scaling of an unknown kind": (["model.attention.rope_scaling.kind=yarn"], r"rope_scaling.kind 'yarn'.*llama3"),
+    "other norms around recursive experts": (
+        ["model.mixer={kind: recursive}", "model.norm=layer"],
+        r"norm 'layer' .*recursive.*'rms'",
+    ),
+    "local steps without a window": (["model.attention.global_every=3"], r"global_every .*give window"),
+    "a local base without a window": (["model.attention.local_rope_base=3"], r"local_rope_base .*give window"),
+    "a local base of what does not turn": (
+        ["model.attention={heads: 4, window: 3, local_rope_base: 3, positions: none}"],
+        r"local_rope_base .*'none'.*'rope'",
+    ),
+    "global steps alone": (["model.attention={heads: 4, window: 3, global_every: 1}"], r"global_every 1 .*2"),
+    "keys that are turned in two ways": (
+        ["model.attention={heads: 4, window: 3, global_every: 3, local_rope_base: 9}", "model.kv=shared_first"],
+        r"shared_first.*local_rope_base.*per_recursion",
+    ),
+    "biases in recursive experts": (
+        ["model.mixer={kind: recursive}", "model.attention.bias=true"],
+        r"attention.bias .*recursive.*another mixer",
     ),
     "unused weights that are used": (
         ["model.mixer={kind: recursive, attention_scope: routed, keep_unused_qk: true}"],

@@ -29,8 +29,34 @@ def divisors(number: int) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+class RopeScalingConfig(Section):
+    """Longer rotary periods for sequences longer than a model was trained on, as in Llama 3.
+
+    Periods up to original_max_seq_len / high_freq_factor stay, those from original_max_seq_len / low_freq_factor on are
+    `factor` times as long, and those between them change smoothly.
+    """
+
+    kind: Literal["llama3"] = "llama3"
+    factor: Annotated[float, Field(ge=1)] = 8.0
+    """How many times as long the long periods become."""
+    low_freq_factor: PositiveFloat = 1.0
+    """Turns within the original length up to which a period counts as long."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Turns within the original length from which on a period counts as short."""
+    original_max_seq_len: PositiveInt = 8192
+    """Longest sequence before the scaling."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor {self.high_freq_factor}"
+            )
+        return self
+
+
 class AttentionConfig(Section):
-    """Causal attention of a block, with grouped key/value heads and rotary positions."""
+    """Causal attention of a block, with grouped key/value heads."""
 
     heads: PositiveInt = 4
     """Query heads H."""
@@ -40,8 +66,25 @@ class AttentionConfig(Section):
     """Width of a head; default: d_model / heads."""
     scale: PositiveFloat | None = None
     """Factor on the scores; default: 1 / sqrt(head_dim)."""
+    positions: Literal["rope", "learned", "none"] = "rope"
+    """`rope` turns queries and keys; `learned` adds a vector per position to the token embeddings, for max_seq_len
+    positions; with `none` the order of tokens is known from causality alone."""
     rope_base: PositiveFloat = 10_000.0
     """Base of the rotary position embedding (rotate-half convention)."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretches the rotary periods for longer sequences; default: not at all."""
+    window: PositiveInt | None = None
+    """Keys that a query of a local step sees, its own included; default: no step is local."""
+    global_every: Annotated[int, Field(ge=2)] | None = None
+    """With n, steps n, 2n, 3n ... of the unrolled depth see all keys; default: with a window, every step is local."""
+    local_rope_base: PositiveFloat | None = None
+    """Base of the rotary position embedding in local steps, without rope_scaling; default: they turn as all others."""
+    bias: bool = False
+    """Biases on queries, keys and values."""
+    output_bias: bool = False
+    """A bias on the output projection."""
+    qk_norm: bool = False
+    """A norm on each head of queries and keys, before rotation; its weight is shared by the heads."""
 
     @property
     def num_kv_heads(self) -> int:
@@ -51,39 +94,62 @@ class AttentionConfig(Section):
     def _grouping(self) -> Self:
         if self.heads % self.num_kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}; use {divisors(self.heads)}")
-        if self.head_dim is not None and self.head_dim % 2:
+        if self.positions == "rope" and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: rotary positions turn pairs of channels")
+        if self.positions != "rope" and self.rope_scaling is not None:
+            raise ValueError(
+                f"rope_scaling stretches rotary positions, and positions is {self.positions!r}; use positions "
+                "'rope' or leave rope_scaling out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _local_steps(self) -> Self:
+        for option in ("global_every", "local_rope_base"):
+            if self.window is None and getattr(self, option) is not None:
+                raise ValueError(f"{option} goes with local steps, and there are none; give window, or leave it out")
+        if self.positions != "rope" and self.local_rope_base is not None:
+            raise ValueError(
+                f"local_rope_base is for rotary positions, and positions is {self.positions!r}; use positions "
+                "'rope' or leave local_rope_base out"
+            )
         return self
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Sizes of an attention in a model of width `d_model`, defaults filled in."""
+        """Sizes of an attention in a model of width `d_model`, defaults filled in; positions stand apart."""
         dim = self.head_dim or d_model // self.heads
         return {
             "heads": self.heads,
             "kv_heads": self.num_kv_heads,
             "head_dim": dim,
             "scale": self.scale or dim**-0.5,
-            "rope_base": self.rope_base,
+            "bias": self.bias,
+            "output_bias": self.output_bias,
         }
 
 
 class FeedForwardConfig(Section):
-    """A feed-forward mixer: `swiglu` has three matrices, `gelu` and `relu` have two. No biases."""
+    """A feed-forward mixer: `swiglu` and `geglu` have three matrices, `gelu` and `relu` have two. No biases."""
 
-    kind: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    kind: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
     d_ff: PositiveInt | None = None
-    """Hidden width; default: 8/3 d_model rounded up to a multiple of 32 for swiglu, 4 d_model otherwise."""
+    """Hidden width; default: 8/3 d_model rounded up to a multiple of 32 for three matrices, 4 d_model for two."""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there are three matrices, one of them a gate."""
+        return self.kind in ("swiglu", "geglu")
 
     def hidden(self, d_model: int) -> int:
         """Hidden width in a model of width `d_model`."""
         if self.d_ff:
             return self.d_ff
-        return -(-8 * d_model // 3 // 32) * 32 if self.kind == "swiglu" else 4 * d_model
+        return -(-8 * d_model // 3 // 32) * 32 if self.is_gated else 4 * d_model
 
     def twin_width(self, d_model: int) -> int:
         """Hidden width of the swiglu with as many weights: 2/3 of that of a net of two matrices, a multiple of 8."""
         width = self.hidden(d_model)
-        return width if self.kind == "swiglu" else max(1, round(width / 12)) * 8
+        return width if self.is_gated else max(1, round(width / 12)) * 8
 
 
 class ExpertRouterConfig(Section):
@@ -431,6 +497,15 @@ class ModelConfig(Section):
     """Longest sequence that the model is meant for; the span of position-based depth policies."""
     tie_embeddings: bool = True
     """The head is the embedding matrix."""
+    embedding_scale: bool = False
+    """Multiply token embeddings by sqrt(d_model)."""
+    logit_cap: PositiveFloat | None = None
+    """Keeps logits within this bound, cap * tanh(logits / cap); default: no bound."""
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+    """`rms` RMSNorm, `rms_plus_one` RMSNorm that multiplies by 1 + weight, `layer` LayerNorm with weight and bias."""
+    norm_placement: Literal["pre", "sandwich", "pre_post"] = "pre"
+    """`pre` x + f(norm(x)), `sandwich` norm(x + f(norm(x))), `pre_post` x + norm(f(norm(x))); f is attention, then the
+    mixer."""
     norm_eps: PositiveFloat = 1e-6
     """Term under the root of the norms."""
     init: Literal["scaled", "plain"] = "scaled"
@@ -460,12 +535,20 @@ class ModelConfig(Section):
                     f"d_model {self.d_model} does not divide into attention.heads {attention.heads}; use "
                     f"{self._nearest_widths(attention.heads)}"
                 )
-            if (self.d_model // attention.heads) % 2:
+            if attention.positions == "rope" and (self.d_model // attention.heads) % 2:
                 raise ValueError(
                     f"d_model {self.d_model} over attention.heads {attention.heads} gives heads of odd width "
                     f"{self.d_model // attention.heads}; rotary positions need an even width, use "
                     f"{self._nearest_widths(attention.heads)}"
                 )
+        if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
+            self._check_recurring_experts(self.mixer.kind)
+        if self.kv == "shared_first" and recursions > 1 and attention.global_every and attention.local_rope_base:
+            raise ValueError(
+                "kv 'shared_first' reads keys as recursion 1 has turned them, and with attention.local_rope_base a "
+                "block may turn otherwise where it recurs; leave attention.local_rope_base or attention.global_every "
+                "out, or use kv 'per_recursion'"
+            )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
         if isinstance(self.depth, TokenChoiceConfig | HaltingConfig) and recursions == 1:
@@ -483,6 +566,20 @@ class ModelConfig(Section):
     def _nearest_widths(self, heads: int) -> str:
         below = self.d_model // (2 * heads) * 2 * heads
         return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
+
+    def _check_recurring_experts(self, kind: str) -> None:
+        for option in ("bias", "output_bias", "qk_norm", "window"):
+            if getattr(self.attention, option):
+                raise ValueError(
+                    f"attention.{option} is for blocks alone, and mixer.kind {kind!r} has experts with an attention "
+                    f"like the blocks'; leave attention.{option} out or use another mixer"
+                )
+
+        if self.norm != "rms":
+            raise ValueError(
+                f"norm {self.norm!r} is for blocks alone, and mixer.kind {kind!r} has experts with norms of kind "
+                "'rms'; use norm 'rms' or another mixer"
+            )
 
     def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
         shares = depth.shares(recursions)

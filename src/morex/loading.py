@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from morex.config import Config, FeedForwardConfig, FixedConfig, LayerRecurrentConfig, ModelConfig, MoEConfig
 
-TINY_WIDTH, TINY_VOCABULARY = 32, 97
+TINY_WIDTH, TINY_VOCABULARY, TINY_WINDOW = 32, 97, 6
 SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}
 Tree = TypeVar("Tree", bound=BaseModel)
 
@@ -148,6 +148,13 @@ def tiny_model(model: ModelConfig) -> dict[str, Any]:
     small_attention = attention.model_copy(
         update={"heads": 2 * ratio if ratio > 1 else 4, "kv_heads": 2 if ratio > 1 else 4, "head_dim": None}
     )
+    if attention.window is not None:
+        # A few tokens, so that short sequences are longer, and where there were global steps, one at least.
+        blocks = min(schedule.prelude, 1) + min(schedule.coda, 1) + min(schedule.core, 2) * schedule.recursions
+        depth = min(schedule.core, 3) if model.schedule.sharing == "none" else blocks
+        every = attention.global_every and max(2, min(attention.global_every, depth))
+        window = {"window": min(attention.window, TINY_WINDOW), "global_every": every}
+        small_attention = small_attention.model_copy(update=window)
     if TINY_WIDTH % small_attention.heads or (TINY_WIDTH // small_attention.heads) % 2:
         small_attention = small_attention.model_copy(update={"head_dim": 8})
 

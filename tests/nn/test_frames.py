@@ -7,6 +7,7 @@ import torch
 
 from morex.nn.fast.frame import ALIGNMENT, FRAME_COST, widths_of
 from morex.nn.packing import pack_batch
+from morex.nn.rope import Rope
 
 
 def cost(shapes: list[tuple[int, int]], heads: int) -> int:
@@ -45,7 +46,7 @@ def test_loading_and_unloading_are_inverse() -> None:
     from morex.nn.fast.scratch import Scratch
 
     packing = pack_batch((3, 40), torch.device("cpu"), torch.tensor([40, 3, 17]))
-    frames = packing.frames(4, 2, 8, 10_000.0, torch.float64)
+    frames = packing.frames(4, 2, 8, Rope(10_000.0), torch.float64)
     x = torch.randn(packing.num_tokens, 8 * 8, dtype=torch.float64)
     buffer = frames.load(x)
     torch.testing.assert_close(frames.unload(buffer.clone(), Scratch(buffer)), x)

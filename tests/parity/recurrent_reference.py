@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from parity.reference import Reference, States, feed_forward, rms_norm, softmax
+from parity.formulas import feed_forward, rms_norm, softmax
+from parity.reference import Reference, States
 
 
 class RecurrentReference(Reference):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.formulas import best, feed_forward, gelu, rms_norm, rotate, sigmoid, softmax
+
 States = dict[int, Tensor]  # position in the sequence -> vector [D]
 
 
@@ -47,53 +49,6 @@ def plain_names(weights: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    mean_square = sum(value * value for value in x.tolist()) / len(x)
-    return x / math.sqrt(mean_square + eps) * weight
-
-
-def rotate(x: Tensor, position: int, base: float) -> Tensor:
-    """Turns channel i together with channel i + d/2 by the angle position * base^(-2i/d)."""
-    half = len(x) // 2
-    turned = x.clone()
-    for i in range(half):
-        angle = position * base ** (-2 * i / len(x))
-        cos, sin = math.cos(angle), math.sin(angle)
-        turned[i] = x[i] * cos - x[i + half] * sin
-        turned[i + half] = x[i + half] * cos + x[i] * sin
-    return turned
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + torch.exp(-x))
-
-
-def gelu(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def softmax(logits: Sequence[float]) -> list[float]:
-    top = max(logits)
-    exponentials = [math.exp(logit - top) for logit in logits]
-    return [value / sum(exponentials) for value in exponentials]
-
-
-def best(scores: Sequence[float], count: int) -> list[int]:
-    """Indices of the `count` largest scores, largest first."""
-    return sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
-
-
-def feed_forward(kind: str, x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None) -> Tensor:
-    if kind == "swiglu":
-        assert gate is not None
-        return down @ (silu(gate @ x) * (up @ x))
-    return down @ (gelu(up @ x) if kind == "gelu" else torch.clamp(up @ x, min=0))
-
-
 class Reference:
     """The language model that `config` (plain data of a ModelConfig) and `weights` (its state dict) describe."""
 
@@ -117,54 +72,100 @@ class Reference:
         self.head_dim = attention["head_dim"] or config["d_model"] // self.heads
         self.scale = attention["scale"] or 1 / math.sqrt(self.head_dim)
         self.base, self.eps = attention["rope_base"], config["norm_eps"]
+        self.scaling = attention["rope_scaling"]
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits [T, V] of one sequence."""
         embedding = self.weights["embedding.weight"]
-        states = {t: embedding[token].clone() for t, token in enumerate(tokens)}
+        factor = math.sqrt(self.config["d_model"]) if self.config["embedding_scale"] else 1.0
+        states = {t: factor * embedding[token] for t, token in enumerate(tokens)}
+        if "position_embedding.weight" in self.weights:
+            states = {t: x + self.weights["position_embedding.weight"][t] for t, x in states.items()}
         for block in range(self.prelude):
-            states, _ = self.block(block, states)
+            states, _ = self.block(block, block, states)
         for index, group in enumerate(self.groups):
             states = self.group(index, group, states)
-        for block in range(self.prelude + self.core, self.prelude + self.core + self.coda):
-            states, _ = self.block(block, states)
+        first = self.prelude + self.core
+        for block in range(first, first + self.coda):
+            states, _ = self.block(block, block + (self.recursions - 1) * self.core, states)
         head = self.weights.get("head.weight", embedding)
-        rows = [head @ rms_norm(states[t], self.weights["norm.weight"], self.eps) for t in range(len(tokens))]
-        return torch.stack(rows)
+        logits = torch.stack([head @ self.norm("norm", states[t]) for t in range(len(tokens))])
+        cap = self.config["logit_cap"]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     # Blocks
 
-    def block(self, index: int, states: States, sources: States | None = None) -> tuple[States, States]:
-        """One block over the states given; keys and values come from `sources` (normed states) where given.
+    def block(self, index: int, place: int, states: States, sources: States | None = None) -> tuple[States, States]:
+        """One block over the states given, as the step at this place, from 0.
 
-        Returns the new states and the normed states from which this block's own keys and values are made.
+        Keys and values come from `sources` (normed states) where given. Returns the new states and the normed states
+        from which this block's own keys and values are made.
         """
         name = f"stack.blocks.{index}."
-        normed = {t: rms_norm(x, self.weights[name + "norm1.weight"], self.eps) for t, x in states.items()}
-        matrices = {part: self.weights[f"{name}attention.{part}.weight"] for part in "qkvo"}
-        attended = self.attention(normed, normed if sources is None else sources, matrices)
-        states = {t: x + attended[t] for t, x in states.items()}
-        mixed = self.mixer(
-            index, {t: rms_norm(x, self.weights[name + "norm2.weight"], self.eps) for t, x in states.items()}
-        )
-        return {t: x + mixed[t] for t, x in states.items()}, normed
+        normed = {t: self.norm(name + "norm1", x) for t, x in states.items()}
+        own = {
+            rest: weight
+            for full, weight in self.weights.items()
+            if (rest := full.removeprefix(name + "attention.")) != full
+        }
+        attended = self.attention(normed, normed if sources is None else sources, own, place)
+        states = {t: self.join(name + "norm1_after", x, attended[t]) for t, x in states.items()}
+        mixed = self.mixer(index, {t: self.norm(name + "norm2", x) for t, x in states.items()})
+        return {t: self.join(name + "norm2_after", x, mixed[t]) for t, x in states.items()}, normed
 
-    def attention(self, queries: States, sources: States, matrices: Mapping[str, Tensor]) -> States:
-        def heads(x: Tensor, count: int, position: int | None) -> list[Tensor]:
-            parts = [x[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
-            return parts if position is None else [rotate(part, position, self.base) for part in parts]
+    def norm(self, name: str, x: Tensor, own: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The norm of this name, of the config's kind, out of all weights or the ones given."""
+        weights = self.weights if own is None else own
+        weight = weights[name + ".weight"]
+        if self.config["norm"] == "layer":
+            centred = x - sum(x.tolist()) / len(x)
+            return rms_norm(centred, weight, self.eps) + weights[name + ".bias"]
+        return rms_norm(x, 1 + weight if self.config["norm"] == "rms_plus_one" else weight, self.eps)
 
-        keys = {s: heads(matrices["k"] @ x, self.kv_heads, s) for s, x in sources.items()}
-        values = {s: heads(matrices["v"] @ x, self.kv_heads, None) for s, x in sources.items()}
+    def join(self, name: str, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual stream with a branch, and the norm of this name where the config puts it."""
+        match self.config["norm_placement"]:
+            case "pre":
+                return x + branch
+            case "sandwich":
+                return self.norm(name, x + branch)
+            case _:
+                return x + self.norm(name, branch)
+
+    def attention(
+        self, queries: States, sources: States, own: Mapping[str, Tensor], place: int | None = None
+    ) -> States:
+        """Attention with the weights `own`, by their names below the attention, of a step or of an expert."""
+        options, scaling, base, window = self.config["attention"], self.scaling, self.base, None
+        every = options["global_every"]
+        if options["window"] and place is not None and not (every and (place + 1) % every == 0):
+            window = options["window"]
+            if options["local_rope_base"]:
+                base, scaling = options["local_rope_base"], None
+
+        def linear(part: str, x: Tensor) -> Tensor:
+            y = own[part + ".weight"] @ x
+            return y + own[part + ".bias"] if part + ".bias" in own else y
+
+        def heads(part: str, x: Tensor, count: int, position: int) -> list[Tensor]:
+            y = linear(part, x)
+            parts = [y[h * self.head_dim : (h + 1) * self.head_dim] for h in range(count)]
+            if f"norm_{part}.weight" in own:
+                parts = [self.norm(f"norm_{part}", head, own) for head in parts]
+            turns = part != "v" and options["positions"] == "rope"
+            return [rotate(head, position, base, scaling) for head in parts] if turns else parts
+
+        keys = {s: heads("k", x, self.kv_heads, s) for s, x in sources.items()}
+        values = {s: heads("v", x, self.kv_heads, s) for s, x in sources.items()}
         result = {}
         for t, x in queries.items():
-            seen = [s for s in sorted(sources) if s <= t]
+            seen = [s for s in sorted(sources) if s <= t and (window is None or t - s < window)]
             outputs = []
-            for h, query in enumerate(heads(matrices["q"] @ x, self.heads, t)):
+            for h, query in enumerate(heads("q", x, self.heads, t)):
                 shared = h // (self.heads // self.kv_heads)
                 weights = softmax([self.scale * float(query @ keys[s][shared]) for s in seen])
                 outputs.append(sum((w * values[s][shared] for w, s in zip(weights, seen, strict=True))))
-            result[t] = matrices["o"] @ torch.cat([torch.as_tensor(output) for output in outputs])
+            result[t] = linear("o", torch.cat([torch.as_tensor(output) for output in outputs]))
         return result
 
     # Mixers
@@ -172,7 +173,7 @@ class Reference:
     def mixer(self, index: int, inputs: States) -> States:
         mixer, name = self.config["mixer"], f"stack.blocks.{index}.mixer."
         kind = mixer["kind"]
-        if kind in ("swiglu", "gelu", "relu"):
+        if kind in ("swiglu", "geglu", "gelu", "relu"):
             up, down = self.weights[name + "up.weight"], self.weights[name + "down.weight"]
             gate = self.weights.get(name + "gate.weight")
             return {t: feed_forward(kind, x, up, down, gate) for t, x in inputs.items()}
@@ -213,7 +214,7 @@ class Reference:
             states = {t: z + own("step_embedding")[step] for t, z in states.items()}
             normed = {t: rms_norm(z, own("norm_attention"), self.eps) for t, z in states.items()}
             if mixer["attention_scope"] == "routed":
-                attended = self.attention(normed, normed, {part: own(part) for part in "qkvo"})
+                attended = self.attention(normed, normed, {f"{part}.weight": own(part) for part in "qkvo"})
             else:
                 attended = {t: self.look_at_oneself(z, own("v"), own("o")) for t, z in normed.items()}
             states = {t: z + attended[t] for t, z in states.items()}
@@ -254,7 +255,10 @@ class Reference:
             states = {t: x + self.weights[name][recursion - 1] for t, x in states.items()}
         for block in blocks:
             first = kept.get(block) if self.config["kv"] == "shared_first" else None
-            states, sources = self.block(block, states, first)
+            core = self.recursions * (block - self.prelude) + recursion - 1
+            if self.config["schedule"]["sharing"] != "sequence":
+                core = self.core * (recursion - 1) + block - self.prelude
+            states, sources = self.block(block, self.prelude + core, states, first)
             kept.setdefault(block, sources)
         return states
 

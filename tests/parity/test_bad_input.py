@@ -88,6 +88,20 @@ def test_the_smallest_temperature_takes_the_likeliest() -> None:
     assert model.generate([[1, 2]], max_new_tokens=4, temperature=1e-320, seed=0) == greedy
 
 
+def test_positions_beyond_the_learned_ones() -> None:
+    """The tiny form has 64; with the cache, positions go on where the text has come to."""
+    model: Any = eval_model("recursive+learned")
+    tokens = random_tokens("recursive+learned", 1, 40)
+    refused_forward(r"position 64 .*64 .*max_seq_len", model, tokens, positions=torch.arange(25, 65)[None])
+    refused_forward(r"position -1 .*64 .*max_seq_len", model, tokens, positions=torch.arange(-1, 39)[None])
+    cache = model.new_cache(1)
+    model(tokens, cache=cache)
+    refused_forward(r"position 79 .*64 .*max_seq_len", model, tokens, cache=cache)
+    assert len(model.generate(tokens.tolist(), max_new_tokens=25)[0]) == 65
+    with pytest.raises(ValueError, match=r"max_new_tokens 26 .*40 tokens .*64 .*at most 25"):
+        model.generate(tokens, max_new_tokens=26)
+
+
 @pytest.mark.parametrize("sizes", [{"seq_len": 0}, {"context": -1}])
 def test_counts_need_tokens(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"seq_len .* must be 1 or more"):

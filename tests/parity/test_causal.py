@@ -8,11 +8,13 @@ from torch import Tensor
 
 from parity.helpers import (
     CASES,
+    build,
     cases,
     config_of,
     eval_model,
     fresh_model,
     largest_change,
+    load,
     random_tokens,
     routing_splits,
 )
@@ -74,3 +76,28 @@ def test_cases_differ() -> None:
     """Each case stands for a config of its own."""
     configs = [config_of(case).model_dump_json() for case in CASES if case.count("paper") + case.count("llm") == 0]
     assert len(set(configs)) == len(configs)
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_windows_end_where_they_say(every: int | None) -> None:
+    """Through three local steps of window 3 a token reaches the six after it and no further; a global step sees all."""
+    options = f"{{heads: 4, window: 3, global_every: {every or 'null'}}}"
+    model = build(load("vanilla", f"model.attention={options}", "model.schedule.layers=3").model).eval()
+    tokens = random_tokens("vanilla", 1, 16)
+    changed = tokens.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 97
+    with torch.no_grad():
+        moved = (model(changed).logits - model(tokens).logits)[0].abs().amax(-1)
+    assert moved[:4].max() == 0
+    assert moved[4:11].min() > 1e-6
+    assert moved[11:].max() == 0 if every is None else moved[11:].min() > 1e-9
+
+
+def test_a_window_as_long_as_the_text_hides_nothing() -> None:
+    tokens = random_tokens("mor-expert")
+    narrow, wide, none = (
+        build(load("mor-expert", f"model.attention.window={window}").model).eval() for window in (15, 16, "null")
+    )
+    with torch.no_grad():
+        assert torch.equal(wide(tokens).logits, none(tokens).logits)
+        assert (narrow(tokens).logits - none(tokens).logits).abs().max() > 1e-9

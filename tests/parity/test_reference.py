@@ -11,8 +11,9 @@ import torch
 from morex.config import ModelConfig
 from morex.depth.policy import parse_depth
 from morex.loading import validate
+from parity.formulas import rms_norm, rotate
 from parity.helpers import build, labels_of, largest_change, pad
-from parity.reference import Reference, rms_norm, rotate, softmax
+from parity.reference import Reference, softmax
 
 SMALL: dict[str, Any] = {
     "vocab_size": 11,
@@ -26,6 +27,7 @@ IN_SEQUENCE = {"schedule": {"sharing": "sequence", "prelude": 1, "core": 2, "cod
 ONCE = {"schedule": {"sharing": "cycle", "core": 2, "recursions": 1}}
 ONE_LAYER = {"schedule": {"sharing": "none", "layers": 1}}
 SHARED_FIRST = {"kv": "shared_first"}
+WINDOW: dict[str, Any] = {"attention": {"heads": 2, "window": 3, "global_every": 3, "local_rope_base": 20.0}}
 
 
 def routed(kind: str, **options: Any) -> dict[str, Any]:
@@ -43,8 +45,39 @@ CASES: dict[str, dict[str, Any]] = {
     "dense": {},
     "gelu": {"mixer": {"kind": "gelu", "d_ff": 12}},
     "relu": {"mixer": {"kind": "relu", "d_ff": 12}},
+    "geglu": {"mixer": {"kind": "geglu", "d_ff": 12}},
+    "biases": {"attention": {"heads": 2, "kv_heads": 1, "bias": True, "output_bias": True}},
+    "query and key norms": {"attention": {"heads": 2, "kv_heads": 1, "qk_norm": True}},
     "own head": {"tie_embeddings": False, "norm_eps": 1e-2},
     "attention options": {"attention": {"heads": 3, "head_dim": 6, "scale": 0.3, "rope_base": 100.0}},
+    "learned positions": {"attention": {"heads": 2, "positions": "learned"}, "max_seq_len": 9},
+    "no positions": {"attention": {"heads": 2, "head_dim": 5, "positions": "none"}},
+    "rope scaling": {
+        "attention": {
+            "heads": 1,
+            "rope_scaling": {"factor": 4.0, "original_max_seq_len": 64, "low_freq_factor": 0.5, "high_freq_factor": 5},
+        }
+    },
+    "own head, scale and cap": {"tie_embeddings": False, "embedding_scale": True, "logit_cap": 0.7},
+    "layer norm": {"norm": "layer", "norm_eps": 1e-3, "attention": {"heads": 2, "qk_norm": True}},
+    "norms of 1 + w": {"norm": "rms_plus_one", "attention": {"heads": 2, "qk_norm": True}},
+    "sandwich": {**RECURRING, "norm_placement": "sandwich"},
+    "pre and post": {**RECURRING, "norm_placement": "pre_post", "norm": "rms_plus_one"},
+    "window": {"attention": {"heads": 2, "window": 3}},
+    "window of one": {"attention": {"heads": 2, "window": 1, "global_every": 2}},
+    "cycle, window": {**RECURRING, **WINDOW},
+    "sequence, window": {**IN_SEQUENCE, **WINDOW},
+    "window, scaling": {
+        **RECURRING,
+        "attention": WINDOW["attention"] | {"rope_scaling": {"factor": 4.0, "original_max_seq_len": 16}},
+    },
+    "expert choice, window": {**routed("expert_choice"), **WINDOW},
+    "token choice, sequence, window": {**routed("token_choice"), **IN_SEQUENCE, **WINDOW},
+    "threshold, shared first, window": {
+        **routed("threshold"),
+        **SHARED_FIRST,
+        "attention": {"heads": 2, "window": 2, "global_every": 3},
+    },
     "cycle": RECURRING,
     "sequence": IN_SEQUENCE,
     "step embedding": {**RECURRING, "step_embedding": True},
@@ -84,6 +117,7 @@ CASES: dict[str, dict[str, Any]] = {
     "halting of recursive experts": {**routed("halting"), **SHARED_FIRST, **experts("recursive")},
     "moe, one": experts("moe", 1, expert={"kind": "relu", "d_ff": 10}),
     "moe, two": experts("moe", 2, expert={"kind": "swiglu", "d_ff": 10}),
+    "moe, geglu": experts("moe", 2, expert={"kind": "geglu", "d_ff": 10}),
     "moe, gelu": experts("moe", 2, expert={"kind": "gelu", "d_ff": 10}),
     "recursive, routed, change": experts("recursive"),
     "recursive, routed, output": experts("recursive", branch="output"),
@@ -92,6 +126,8 @@ CASES: dict[str, dict[str, Any]] = {
     "recursive, one": experts("recursive", 1),
     "recursive, all": experts("recursive", 3),
     "recursive, more heads": {**experts("recursive"), "attention": {"heads": 4, "kv_heads": 2, "head_dim": 4}},
+    "recursive, no positions": {**experts("recursive"), "attention": {"heads": 2, "positions": "none"}},
+    "recursive, sandwich": {**experts("recursive"), "norm_placement": "sandwich"},
     "expert choice of recursive experts": {**routed("expert_choice"), **experts("recursive")},
     "token choice of moe": {**routed("token_choice"), **experts("moe", expert={"kind": "swiglu", "d_ff": 10})},
     "threshold of recursive experts": {**routed("threshold"), **experts("recursive")},

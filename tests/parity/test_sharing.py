@@ -14,6 +14,7 @@ from morex.config import (
     MoEConfig,
     SharedRecurrentConfig,
 )
+from morex.depth.schedule import Schedule
 from morex.loading import validate
 from parity.helpers import CASES, build, cases, config_of, eval_model, largest_change, load, random_tokens
 from parity.reference import plain_names
@@ -63,7 +64,7 @@ def closed_form(config: ModelConfig) -> int:
     mixer = config.mixer
 
     def feed_forward(section: FeedForwardConfig) -> int:
-        return (3 if section.kind == "swiglu" else 2) * d * section.hidden(d)
+        return (3 if section.kind in ("swiglu", "geglu") else 2) * d * section.hidden(d)
 
     if isinstance(mixer, FeedForwardConfig):
         channel = feed_forward(mixer)
@@ -84,7 +85,11 @@ def closed_form(config: ModelConfig) -> int:
             attention -= q + kv
         norms = 3 if mixer.branch == "output" else 2
         channel = mixer.router.experts * (d + attention + 3 * d * mixer.d_ff + norms * d + mixer.steps * d)
-    blocks = schedule.num_blocks * (2 * q + 2 * kv + channel + 2 * d)
+    heads = (config.attention.heads + 2 * kv_heads) * head_dim * config.attention.bias
+    of_norm = 2 if config.norm == "layer" else 1
+    heads += d * config.attention.output_bias + 2 * of_norm * head_dim * config.attention.qk_norm
+    norms = (2 if config.norm_placement == "pre" else 4) * of_norm * d
+    blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + norms)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     groups = 1 if schedule.order == "cycle" else schedule.core
     depth: Any = config.depth
@@ -97,7 +102,9 @@ def closed_form(config: ModelConfig) -> int:
     if depth.kind == "halting":  # one unit with a bias, for all recursions
         scorer = d + 1
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
-    return embeddings + blocks + d + groups * per_group
+    if config.attention.positions == "learned":
+        embeddings += config.max_seq_len * d
+    return embeddings + blocks + of_norm * d + groups * per_group
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -237,3 +244,9 @@ def test_orders_of_sharing(sharing: str, order: list[int]) -> None:
     copy_weights(shared, plain, order)
     tokens = torch.arange(20).reshape(2, 10)
     assert torch.equal(shared(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("order", ["cycle", "sequence"])
+def test_places_number_the_steps(order: Any) -> None:
+    schedule = Schedule(prelude=2, core=3, coda=1, recursions=4, order=order)
+    assert [schedule.place(step) for step in schedule.steps] == list(range(15))

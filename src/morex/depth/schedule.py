@@ -76,6 +76,18 @@ class Schedule:
             return (Group(tuple(tuple(Step(b, r) for b in blocks) for r in depths)),)
         return tuple(Group(tuple((Step(b, r),) for r in depths)) for b in blocks)
 
+    def place(self, step: Step) -> int:
+        """Where a step stands in `steps`, from 0."""
+        block = step.block - self.prelude
+        if block < 0:
+            return step.block
+        if block >= self.core:
+            return self.prelude + self.core * self.recursions + block - self.core
+        before = (step.recursion - 1) * self.core + block
+        if self.order == "sequence":
+            before = block * self.recursions + step.recursion - 1
+        return self.prelude + before
+
     @property
     def steps(self) -> tuple[Step, ...]:
         """Every step, in the order in which a token that takes all recursions meets them."""

@@ -7,23 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows
+from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows, turn
 from morex.nn.packing import Packing
-from morex.nn.rope import rotate
 
 
 def attend_routed(
     x: Tensor, w: Mapping[str, Tensor], shape: AttentionShape, packing: Packing, view: KeyView | None
 ) -> Tensor:
     """Causal attention over the tokens in hand and, with a view, those that came before; x [M, D] -> [M, D]."""
-    n, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
-    if view is None and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x):
+    n, rope = x.shape[0], shape.rope
+    if view is None and rope is not None and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x):
         projected = F.linear(x, fast.joint_weight(w["q"], w["k"], w["v"], shape.head_dim, shape.scale))
-        frames = shape.frames(packing, torch.promote_types(projected.dtype, torch.float32))
+        frames = shape.frames(packing, rope, torch.promote_types(projected.dtype, torch.float32))
         return F.linear(fast.attend(projected, frames), w["o"])
-    table = packing.rotary(shape.head_dim, shape.rope_base, wide)
-    q = rotate(F.linear(x, w["q"]).view(n, -1, shape.head_dim), table)
-    k = rotate(F.linear(x, w["k"]).view(n, -1, shape.head_dim), table)
+    q = turn(F.linear(x, w["q"]).view(n, -1, shape.head_dim), packing, rope)
+    k = turn(F.linear(x, w["k"]).view(n, -1, shape.head_dim), packing, rope)
     v = F.linear(x, w["v"]).view(n, -1, shape.head_dim)
     if view is None or view.append(k, v, packing):
         y = attend(q, k, v, packing, shape.scale)

@@ -1,7 +1,6 @@
 """`moe`: feed-forward experts."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.experts.dispatch import dispatch, expert_linear
@@ -9,19 +8,17 @@ from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
-from morex.nn.mixers import ACTIVATIONS, ExpertViews, feed_forward_costs, swiglu
+from morex.nn.mixers import ACTIVATIONS, GATED, ExpertViews, feed_forward_costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
 
-def expert_swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-    """Each expert's swiglu on its own rows x [N, D], expert by expert; weights stacked by expert [E, out, in]."""
-    if len(counts) == 1:
-        return swiglu(x, gate[0], up[0], down[0])
-    if fast.usable(x, gate, up, down):
-        return fast.feed_forward_experts(x, counts, "swiglu", up, down, gate)
-    hidden = F.silu(expert_linear(x, gate, counts)) * expert_linear(x, up, counts)
-    return expert_linear(hidden, down, counts)
+def expert_gated(kind: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+    """Each expert's net of three matrices on its own rows x [N, D], expert by expert; weights stacked [E, out, in]."""
+    if kind == "swiglu" and len(counts) > 1 and fast.usable(x, gate, up, down):
+        return fast.feed_forward_experts(x, counts, kind, up, down, gate)
+    parts = zip(x.split(counts), gate.unbind(0), up.unbind(0), down.unbind(0), strict=True)
+    return torch.cat([GATED[kind](rows, g, u, d) for rows, g, u, d in parts])
 
 
 class MoE(nn.Module):
@@ -31,13 +28,13 @@ class MoE(nn.Module):
         self, d_model: int, router: ExpertRouter, shape: AttentionShape, eps: float, expert: str, d_ff: int
     ) -> None:
         """Args:
-        expert: `swiglu`, `gelu` or `relu`, kind of the feed-forward nets.
+        expert: `swiglu`, `geglu`, `gelu` or `relu`, kind of the feed-forward nets.
         d_ff: their hidden width.
         """
         super().__init__()
         kind = expert
         self.router, self.kind = router, kind
-        if kind == "swiglu":
+        if kind in GATED:
             self.gate = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.up = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(router.experts, d_model, d_ff))
@@ -51,8 +48,8 @@ class MoE(nn.Module):
         """Sum of what the chosen experts [N, K] make of x [N, D], with these weights [N, K]."""
         sent = dispatch(chosen, self.router.experts)
         rows, counts = sent.gather(x), sent.counts
-        if self.kind == "swiglu":
-            return sent.combine(expert_swiglu(rows, self.gate, self.up, self.down, counts), weights)
+        if self.kind in GATED:
+            return sent.combine(expert_gated(self.kind, rows, self.gate, self.up, self.down, counts), weights)
         if fast.usable(rows, self.up, self.down):
             y = fast.feed_forward_experts(rows, counts, self.kind, self.up, self.down, None)
         else:

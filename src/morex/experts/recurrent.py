@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from morex.experts.attention import attend_routed, for_query_heads
 from morex.experts.dispatch import expert_linear, expert_rows
-from morex.experts.moe import expert_swiglu
+from morex.experts.moe import expert_gated
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, KeyView, attend, has_fast_rows
+from morex.nn.attention import AttentionShape, KeyView, attend, has_fast_rows, turn
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.norm import rms_norm
 from morex.nn.packing import Packing
-from morex.nn.rope import rotate
 
 NORMS = 4
 
@@ -80,7 +79,7 @@ def recur(
     for step in range(steps):
         s = expert_linear(s, of_state, counts) + injected
         s = rms_norm(s + attention(rms_norm(s, norm1, eps), step), norm2, eps)
-        hidden = expert_swiglu(rms_norm(s, norm3, eps), w["gate"], w["up"], w["down"], counts)
+        hidden = expert_gated("swiglu", rms_norm(s, norm3, eps), w["gate"], w["up"], w["down"], counts)
         s = rms_norm(s + hidden, norm4, eps)
     return s
 
@@ -103,22 +102,21 @@ def _attention(w: Mapping[str, Tensor], shape: AttentionShape, visitors: Visitor
         return torch.cat(outputs)
 
     def together(x: Tensor, step: int) -> Tensor:
-        table = packing.rotary(dim, shape.rope_base, torch.promote_types(x.dtype, torch.float32))
         q, k, v = (expert_linear(x, w[name], counts).view(x.shape[0], -1, dim) for name in "qkv")
-        y = attend(rotate(q, table), rotate(k, table), v, packing, shape.scale)
+        y = attend(turn(q, packing, shape.rope), turn(k, packing, shape.rope), v, packing, shape.scale)
         return expert_linear(y.flatten(1), w["o"], counts)
 
     if "q" not in w:
         return alone
     if visitors.cached is not None:
         return apart
-    if not (has_fast_rows(packing) and fast.available(w["q"])):
+    if shape.rope is None or not has_fast_rows(packing) or not fast.available(w["q"]):
         return together
     joint = fast.joint_weight(w["q"], w["k"], w["v"], dim, shape.scale)
 
     def in_frames(x: Tensor, step: int) -> Tensor:
         projected = expert_linear(x, joint, counts)
-        frames = shape.frames(packing, torch.promote_types(projected.dtype, torch.float32))
+        frames = shape.frames(packing, shape.rope, torch.promote_types(projected.dtype, torch.float32))
         return expert_linear(fast.attend(projected, frames), w["o"], counts)
 
     return in_frames

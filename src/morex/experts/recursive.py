@@ -81,7 +81,7 @@ class RecursiveExperts(nn.Module):
         return sent.combine(torch.cat(outputs), weights), signals
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
-        rows = self.scope == "token" or has_fast_rows(packing)
+        rows = self.scope == "token" or (self.shape.rope is not None and has_fast_rows(packing))
         return rows and x.shape[0] > 0 and fast.usable(x, *self.parameters(recurse=False))
 
     def _fast(self, x: Tensor, weights: Tensor, packing: Packing, sent: Dispatch) -> Tensor:
@@ -89,7 +89,10 @@ class RecursiveExperts(nn.Module):
         stacks: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
         if self.scope == "routed":
             tokens = sent.token.split(sent.counts)
-            frames = [self.shape.frames(packing.select(own), x.dtype) if own.numel() else None for own in tokens]
+            frames = [
+                self.shape.frames(packing.select(own), self.shape.rope, x.dtype) if own.numel() else None
+                for own in tokens
+            ]
         else:
             stacks.pop("q", None), stacks.pop("k", None)
         keeps = torch.is_grad_enabled()

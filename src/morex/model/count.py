@@ -3,7 +3,7 @@
 Every cost is a part's cost times the share of tokens that visit it: c_r for routers with capacities, balance for
 token choice, all recursions for halting (an upper bound), or shares that were measured. FLOPs leave padding out; a
 multiply-add is two; training is three forward passes (Kaplan et al. 2020, section 2.1). Attention is counted over the
-full square, causal half included.
+full square, the causal half and what a window hides included.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ from morex.config import FeedForwardConfig, ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
-from morex.model.lm import takes_any_depth
-from morex.nn.attention import AttentionShape, attention_costs
+from morex.model.lm import attention_shape, takes_any_depth
+from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
+from morex.nn.norm import norm_costs
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Count:
     parameters: int
     """All parameters, each shared one once."""
     unique_non_embedding: int
-    """Parameters without the embedding and an untied head."""
+    """Parameters without the embeddings of tokens and positions and an untied head."""
     unrolled_depth: int
     """Blocks that a token passes when it takes every recursion."""
     forward_flops_per_token: float
@@ -66,8 +67,10 @@ def count(
     block, router = block_costs(config), router_costs(config, active, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
+    positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
-    unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + config.d_model
+    last = norm_costs(config.norm, config.d_model).parameters
+    unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + last
 
     def forward(tokens: int) -> float:
         """Forward FLOPs of a token among `tokens`."""
@@ -84,7 +87,7 @@ def count(
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
     return Count(
-        parameters=unique + embedding * (1 if config.tie_embeddings else 2),
+        parameters=unique + embedding * (1 if config.tie_embeddings else 2) + positions,
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
@@ -95,10 +98,14 @@ def count(
 
 
 def block_costs(config: ModelConfig) -> Costs:
-    """Costs of one block: attention, mixer and two norms."""
+    """Costs of one block: attention, mixer and their norms."""
     mixer, d_model = config.mixer, config.d_model
-    shape = AttentionShape(**config.attention.options(d_model))
-    own = attention_costs(d_model, shape) + Costs(2 * d_model)
+    shape = attention_shape(config)
+    own = attention_costs(d_model, shape)
+    norms = [d_model] * (2 if config.norm_placement == "pre" else 4)
+    norms += [shape.head_dim] * (2 if config.attention.qk_norm else 0)
+    for channels in norms:
+        own += norm_costs(config.norm, channels)
     if isinstance(mixer, FeedForwardConfig):
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k

@@ -51,6 +51,7 @@ def generate(
     """
     prompts = _prompts(tokens)
     _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
+    _check_room(model, max(map(len, prompts)), max_new_tokens)
     device = model.embedding.weight.device
     draws = [_generator(seed, row) for row in range(len(prompts))]
     was_training = model.training
@@ -127,6 +128,16 @@ def _prompts(tokens: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     if not prompts or any(not prompt for prompt in prompts):
         raise ValueError("generate needs prompts of at least one token each")
     return [list(prompt) for prompt in prompts]
+
+
+def _check_room(model: "LanguageModel", longest: int, max_new_tokens: int) -> None:
+    """Refuses texts that outgrow learned positions; the last new token is drawn and not read."""
+    room = model.config.max_seq_len + 1 - longest
+    if model.config.attention.positions == "learned" and max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} after a prompt of {longest} tokens is more than the "
+            f"{model.config.max_seq_len} learned positions (model.max_seq_len) hold; use at most {max(0, room)}"
+        )
 
 
 def _check(

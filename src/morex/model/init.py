@@ -2,7 +2,8 @@
 
 | parameter | `scaled` | `plain` |
 |---|---|---|
-| norm weights | 1 | 1 |
+| norm weights | 1, or 0 where 1 + weight is what multiplies | the same |
+| biases | 0 | 0 |
 | residual projections (`o`, `down`) | N(0, std / sqrt(2 L)) | N(0, std) |
 | biases | as their module made them | as their module made them |
 | every other matrix, embeddings, routers | N(0, std) | N(0, std) |
@@ -15,18 +16,23 @@ import math
 import torch
 from torch import nn
 
+from morex.nn.norm import RMSNormPlusOne
+
 RESIDUAL = ("o", "down")
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, seed: int) -> None:
     """Draws all parameters on the CPU from one generator, in the order of their names' first appearance."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, owners = torch.Generator().manual_seed(seed), dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner, role = ["", *name.split(".")][-2:]
         role = owner if role == "weight" and owner != "router" and not owner.isdigit() else role
         if role.startswith("norm"):
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if isinstance(owners[name.rpartition(".")[0]], RMSNormPlusOne) else 1.0)
+            continue
+        if role == "bias":
+            parameter.zero_()
             continue
         if role == "bias":
             continue

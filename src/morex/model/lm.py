@@ -19,12 +19,13 @@ from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
 from morex.model.init import initialise
-from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack
-from morex.nn.attention import Attention, AttentionShape
+from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
+from morex.nn.attention import Attention, AttentionShape, Local
 from morex.nn.block import Block
-from morex.nn.mixers import FeedForward, SwiGLU
-from morex.nn.norm import RMSNorm
+from morex.nn.mixers import FeedForward, GatedFeedForward
+from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
+from morex.nn.rope import Rope, RopeScaling
 from morex.nn.signals import Choice, RouterStats
 
 
@@ -107,8 +108,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        learned = config.attention.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
         self.stack = _stack(config)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         mixer = config.mixer
         self._num_experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
@@ -154,7 +157,7 @@ class LanguageModel(nn.Module):
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
-        x = self.embedding(packing.gather(tokens.flatten()))
+        x = self._embed(tokens, packing)
         x, record = self.stack(x, packing, policy, cache, return_trace)
         x = self.norm(x)
         if cache is not None:
@@ -194,9 +197,25 @@ class LanguageModel(nn.Module):
 
         return generate(self, tokens, **options)
 
+    def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Tokens [B, T] -> the residual stream of the real ones [N, D]."""
+        x: Tensor = self.embedding(packing.gather(tokens.flatten()))
+        if self.config.embedding_scale:
+            x = x * self.config.d_model**0.5
+        if self.position_embedding is not None:
+            most = self.config.max_seq_len
+            _check_below(most, "position", packing.positions, f"the {most} learned positions (model.max_seq_len)")
+            x = x + self.position_embedding(packing.positions)
+        return x
+
     def _head(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x, weight)
+        logits, cap = F.linear(x, weight), self.config.logit_cap
+        if cap is None:
+            return logits
+        # Near the cap a slope of tanh that was rounded to bf16 is mostly error.
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (cap * torch.tanh(wide / cap)).to(logits.dtype)
 
     def _add_loss(self, out: Output, logits: Tensor, labels: Tensor, packing: Packing, time: int) -> None:
         targets = labels[:, 1:]
@@ -231,15 +250,9 @@ class LanguageModel(nn.Module):
         return policy
 
     def _check_ids(self, what: str, ids: Tensor) -> None:
-        """Refuses ids beyond the vocabulary; on a GPU the look would cost a wait."""
-        if ids.device.type != "cpu" or not ids.numel():
-            return
-        low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"{what} {low if low < 0 else high} is outside the vocabulary of {self.config.vocab_size} "
-                "(model.vocab_size)"
-            )
+        """Refuses ids beyond the vocabulary."""
+        size = self.config.vocab_size
+        _check_below(size, what, ids, f"the vocabulary of {size} (model.vocab_size)")
 
     def _check(
         self,
@@ -284,6 +297,15 @@ class LanguageModel(nn.Module):
             raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
 
 
+def _check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
+    """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
+    if numbers.device.type != "cpu" or not numbers.numel():
+        return
+    low, high = (int(value) for value in numbers.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{what} {low if low < 0 else high} is outside {place}")
+
+
 def takes_any_depth(config: ModelConfig) -> bool:
     """Whether more recursions than R make sense: nothing in the model belongs to one recursion."""
     any_depth = ROUTERS[config.depth.kind].any_depth
@@ -313,7 +335,16 @@ def _stack(config: ModelConfig) -> Stack:
     core_blocks = [_block(config) for _ in range(schedule.core)]
     core = Core(core_blocks, [_group(config) for _ in schedule.groups], schedule)
     prelude, coda = ([_block(config) for _ in range(count)] for count in (schedule.prelude, schedule.coda))
-    return Stack(prelude, core, coda, config.kv)
+    return Stack(prelude, core, coda, config.kv, _windows(config))
+
+
+def _windows(config: ModelConfig) -> Windows | None:
+    attention, rope = config.attention, attention_shape(config).rope
+    if attention.window is None:
+        return None
+    if attention.local_rope_base is not None:
+        rope = Rope(attention.local_rope_base)
+    return Windows(Local(attention.window, rope), attention.global_every)
 
 
 def _group(config: ModelConfig) -> RoutedGroup:
@@ -323,17 +354,30 @@ def _group(config: ModelConfig) -> RoutedGroup:
     return RoutedGroup(router, embedding)
 
 
+def attention_shape(config: ModelConfig) -> AttentionShape:
+    """Sizes and rotation of the attention in every block, and in experts."""
+    attention = config.attention
+    scaling = attention.rope_scaling
+    stretch = None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"kind"}))
+    rope = Rope(attention.rope_base, stretch) if attention.positions == "rope" else None
+    return AttentionShape(rope=rope, **attention.options(config.d_model))
+
+
 def _block(config: ModelConfig) -> Block:
     d_model, eps, mixer = config.d_model, config.norm_eps, config.mixer
-    shape = AttentionShape(**config.attention.options(d_model))
+    shape = attention_shape(config)
     built: nn.Module
     if isinstance(mixer, FeedForwardConfig):
         hidden = mixer.hidden(d_model)
-        built = SwiGLU(d_model, hidden) if mixer.kind == "swiglu" else FeedForward(d_model, hidden, mixer.kind)
+        built = (GatedFeedForward if mixer.is_gated else FeedForward)(d_model, hidden, mixer.kind)
     else:
         router = ExpertRouter(d_model, **mixer.router.model_dump())
         built = EXPERTS[mixer.kind](d_model, router, shape, eps, **mixer.options(d_model))
-    return Block(RMSNorm(d_model, eps), Attention(d_model, shape), RMSNorm(d_model, eps), built)
+    norm, placement = NORMS[config.norm], config.norm_placement
+    of_heads = [norm(shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
+    after = [norm(d_model, eps) for _ in range(2)] if placement != "pre" else []
+    attention = Attention(d_model, shape, *of_heads)
+    return Block(norm(d_model, eps), attention, norm(d_model, eps), built, placement, *after)
 
 
 def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from morex.cache.slots import CallStore, KVCache, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step
+from morex.nn.attention import Local
 from morex.nn.block import Block
 from morex.nn.packing import Packing
 from morex.nn.signals import Choice, RouterStats, Signals
@@ -48,9 +49,26 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Which steps are local."""
+
+    local: Local
+    global_every: int | None
+    """With n, steps n, 2n, 3n ... of the schedule see everything; None: no step does."""
+
+    def at(self, place: int) -> Local | None:
+        """What the attention of the step at this place of the schedule does otherwise."""
+        is_global = self.global_every is not None and (place + 1) % self.global_every == 0
+        return None if is_global else self.local
+
+
+@dataclass(frozen=True)
 class Pass:
     """What one forward pass needs at every step."""
 
+    schedule: Schedule
+    """With the recursions of this pass."""
+    windows: Windows | None
     rule: KVRule
     cache: KVCache | None
     call: SlotStore
@@ -60,7 +78,8 @@ class Pass:
 
     def run(self, block: nn.Module, step: Step, x: Tensor, packing: Packing, name: str, counts: bool = True) -> Tensor:
         """One step: a block on the packed tokens x [M, D]."""
-        x, signals = block(x, packing, views_of(step, self.rule, self.cache, self.call))
+        local = None if self.windows is None else self.windows.at(self.schedule.place(step))
+        x, signals = block(x, packing, views_of(step, self.rule, self.cache, self.call), local)
         if signals is not None and counts:
             path = f"{name}.mixer.router"
             self.record.add(path, signals)
@@ -108,8 +127,7 @@ class Core(nn.Module):
 
     def forward(self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass) -> Tensor:
         """h [N, D] -> [N, D], each token through as many recursions as its router or the policy says."""
-        schedule = replace(self.schedule, recursions=policy.recursions)
-        for g, (group, own) in enumerate(zip(schedule.groups, self.groups, strict=True)):
+        for g, (group, own) in enumerate(zip(run.schedule.groups, self.groups, strict=True)):
             assert isinstance(own, RoutedGroup)
             h = self._recur(h, packing, policy, run, group, own, f"stack.core.groups.{g}")
         return h
@@ -145,19 +163,21 @@ class Core(nn.Module):
 class Stack(nn.Module):
     """Prelude, core, coda."""
 
-    def __init__(self, prelude: list[Block], core: Core, coda: list[Block], rule: KVRule) -> None:
+    def __init__(
+        self, prelude: list[Block], core: Core, coda: list[Block], rule: KVRule, windows: Windows | None = None
+    ) -> None:
         super().__init__()
         self.prelude = nn.ModuleList(prelude)
         self.core = core
         self.coda = nn.ModuleList(coda)
-        self.rule = rule
+        self.rule, self.windows = rule, windows
 
     def forward(
         self, x: Tensor, packing: Packing, policy: DepthPolicy, cache: KVCache | None, traces: bool
     ) -> tuple[Tensor, Record]:
         """x [N, D], the batch's real tokens -> [N, D] and what the routers report."""
-        schedule, batch = self.core.schedule, packing.root()
-        run = Pass(self.rule, cache, CallStore(), Record(traces=traces), batch)
+        schedule, batch = replace(self.core.schedule, recursions=policy.recursions), packing.root()
+        run = Pass(schedule, self.windows, self.rule, cache, CallStore(), Record(traces=traces), batch)
         # Prelude and coda run once: no later recursion reads their keys.
         once = replace(run, rule="per_recursion")
         for i, step in enumerate(schedule.prelude_steps):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from morex.nn import fast
 from morex.nn.costs import AttentionCosts, Costs, linear_costs
 from morex.nn.packing import Packing
-from morex.nn.rope import rotate
+from morex.nn.rope import Rope, rotate
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -39,12 +39,13 @@ class KeyView(Protocol):
         """All keys of the slot."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of each token over its row of the packing.
 
     Args:
         q: [N, H, dim]; k and v: [N, KV, dim], KV dividing H.
         scale: factor on the scores.
+        window: how far back a query sees in time, its own token included; None: to the first token.
 
     Returns:
         [N, H, dim].
@@ -54,16 +55,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> T
         documents = packing.pad(packing.documents, -1)
         time = torch.arange(packing.width, device=q.device)
         mask = (documents[:, :, None] == documents[:, None, :]) & (time[:, None] >= time)
+    if window is not None and window < packing.span:
+        rank = torch.arange(packing.width, device=q.device)
+        time = packing.pad(packing.time)
+        near = (time[:, :, None] - time[:, None, :] < window) & (rank[:, None] >= rank)
+        mask = near if mask is None else mask & near
     frame = _sdpa(packing.pad(q), packing.pad(k), packing.pad(v), mask, scale)
     return packing.unpad(frame)
 
 
-def attend_to(q: Tensor, packing: Packing, keys: Keys, scale: float) -> Tensor:
-    """Attention of queries [N, H, dim] to stored keys that are not later than they. Returns [N, H, dim]."""
+def attend_to(q: Tensor, packing: Packing, keys: Keys, scale: float, window: int | None = None) -> Tensor:
+    """Attention of queries [N, H, dim] to stored keys that are not later than they. Returns [N, H, dim].
+
+    With a window, only to keys that are less than so many tokens earlier in time.
+    """
     query_time = packing.pad(packing.time, NEVER)
     mask = keys.time[:, None, :] <= query_time[:, :, None]
     if packing.documents is not None and keys.documents is not None:
         mask &= packing.pad(packing.documents, -1)[:, :, None] == keys.documents[:, None, :]
+    if window is not None:
+        mask &= keys.time[:, None, :] > query_time[:, :, None] - window
     # Padding may look at the first key: its output is dropped, but an empty row would be NaN and poison gradients.
     mask[:, :, 0] |= query_time == NEVER
     return packing.unpad(_sdpa(packing.pad(q), keys.k, keys.v, mask, scale))
@@ -91,55 +102,93 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     scale: float
-    rope_base: float
+    rope: Rope | None
+    """How queries and keys turn where a step does not say otherwise; None: not at all."""
+    bias: bool = False
+    """Whether queries, keys and values have biases."""
+    output_bias: bool = False
 
-    def frames(self, packing: Packing, dtype: torch.dtype) -> fast.Frames:
+    def frames(self, packing: Packing, rope: Rope | None, dtype: torch.dtype) -> fast.Frames:
         """Where the fast path puts heads of this shape."""
-        return packing.frames(self.heads, self.kv_heads, self.head_dim, self.rope_base, dtype)
+        assert rope is not None, "heads that do not turn have no frames"
+        return packing.frames(self.heads, self.kv_heads, self.head_dim, rope, dtype)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a step with a sliding window does otherwise."""
+
+    window: int
+    """Keys that a query may see, its own included."""
+    rope: Rope | None
+
+
+def turn(heads: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
+    """Queries or keys [N, H, dim] of the packing's tokens, turned by their positions."""
+    if rope is None:
+        return heads
+    wide = torch.promote_types(heads.dtype, torch.float32)
+    return rotate(heads, packing.rotary(heads.shape[-1], rope, wide))
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
+    """Grouped-query causal attention, with rotary positions or without (Ainslie et al. 2023; Su et al. 2021)."""
 
-    def __init__(self, d_model: int, shape: AttentionShape) -> None:
+    def __init__(
+        self, d_model: int, shape: AttentionShape, norm_q: nn.Module | None = None, norm_k: nn.Module | None = None
+    ) -> None:
+        """Args:
+        norm_q, norm_k: norms of each head of queries and keys, over head_dim channels (Henry et al. 2020).
+        """
         super().__init__()
         heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.q = nn.Linear(d_model, heads * head_dim, bias=False)
-        self.k = nn.Linear(d_model, kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(d_model, kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(heads * head_dim, d_model, bias=False)
+        self.q = nn.Linear(d_model, heads * head_dim, bias=shape.bias)
+        self.k = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
+        self.v = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
+        self.o = nn.Linear(heads * head_dim, d_model, bias=shape.output_bias)
+        self.norm_q, self.norm_k = norm_q, norm_k
         self.shape = shape
 
-    def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None) -> Tensor:
-        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it."""
-        if view is None and self._has_fast_path(x, packing):
-            return self._fast(x, packing)
+    def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None, local: Local | None = None) -> Tensor:
+        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it. `local`: of a local step."""
+        rope, window = (self.shape.rope, None) if local is None else (local.rope, local.window)
+        if view is None and self._has_fast_path(x, packing, rope, window):
+            return self._fast(x, packing, rope)
         n, dim = x.shape[0], self.shape.head_dim
-        table = packing.rotary(dim, self.shape.rope_base, torch.promote_types(x.dtype, torch.float32))
-        q = rotate(self.q(x).view(n, -1, dim), table)
+        q = turn(_normed(self.q(x).view(n, -1, dim), self.norm_q), packing, rope)
         fresh = view is None
         if view is None or view.writes:
-            k = rotate(self.k(x).view(n, -1, dim), table)
+            k = turn(_normed(self.k(x).view(n, -1, dim), self.norm_k), packing, rope)
             v = self.v(x).view(n, -1, dim)
             if view is not None:
                 fresh = view.append(k, v, packing)
         if fresh:
-            y = attend(q, k, v, packing, self.shape.scale)
+            y = attend(q, k, v, packing, self.shape.scale, window)
         else:
             assert view is not None
-            y = attend_to(q, packing, view.read(), self.shape.scale)
+            y = attend_to(q, packing, view.read(), self.shape.scale, window)
         return self.o(y.reshape(n, -1))
 
-    def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
+    def _has_fast_path(self, x: Tensor, packing: Packing, rope: Rope | None, window: int | None) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
-        return has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
+        is_known = rope is not None and not self.shape.bias and self.norm_q is None
+        sees_all = window is None or window >= packing.span
+        return is_known and sees_all and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
 
-    def _fast(self, x: Tensor, packing: Packing) -> Tensor:
+    def _fast(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
         shape = self.shape
         weight = fast.joint_weight(self.q.weight, self.k.weight, self.v.weight, shape.head_dim, shape.scale)
         projected = F.linear(x, weight)
         wide = torch.promote_types(projected.dtype, torch.float32)
-        return self.o(fast.attend(projected, shape.frames(packing, wide)))
+        return self.o(fast.attend(projected, shape.frames(packing, rope, wide)))
+
+
+def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
+    """Heads [N, H, dim], each through the norm where there is one."""
+    if norm is None:
+        return heads
+    normed: Tensor = norm(heads)
+    return normed.to(heads.dtype)
 
 
 def has_fast_rows(packing: Packing) -> bool:
@@ -148,9 +197,10 @@ def has_fast_rows(packing: Packing) -> bool:
 
 
 def attention_costs(d_model: int, shape: AttentionShape) -> Costs:
-    """Closed-form costs of `Attention`."""
+    """Closed-form costs of `Attention`, its norms left out."""
     heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
     queries, keys = linear_costs(d_model, heads * head_dim), linear_costs(d_model, 2 * kv_heads * head_dim)
     output = linear_costs(heads * head_dim, d_model)
     pairs = AttentionCosts(4.0 * heads * head_dim, key_values=2 * kv_heads * head_dim)
-    return queries + keys + output + Costs(0, 0.0, (pairs,), keys.per_token)
+    biases = shape.bias * (heads + 2 * kv_heads) * head_dim + shape.output_bias * d_model
+    return queries + keys + output + Costs(biases, 0.0, (pairs,), keys.per_token)

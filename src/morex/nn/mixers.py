@@ -34,11 +34,20 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward net with three matrices."""
+def geglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(gelu(gate x) * up x) (Shazeer 2020, eq. 6), gelu in its tanh form as in Gemma; shapes as for `swiglu`."""
+    return F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * F.linear(x, up), down)
 
-    def __init__(self, d_model: int, d_ff: int) -> None:
+
+GATED: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu}
+
+
+class GatedFeedForward(nn.Module):
+    """Feed-forward net with three matrices, `swiglu` or `geglu`."""
+
+    def __init__(self, d_model: int, d_ff: int, kind: str) -> None:
         super().__init__()
+        self.function = GATED[kind]
         self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_model, d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
@@ -46,7 +55,7 @@ class SwiGLU(nn.Module):
     def forward(
         self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
     ) -> tuple[Tensor, Signals | None]:
-        return swiglu(x, self.gate.weight, self.up.weight, self.down.weight), None
+        return self.function(x, self.gate.weight, self.up.weight, self.down.weight), None
 
 
 class FeedForward(nn.Module):
@@ -69,4 +78,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 
 def feed_forward_costs(kind: str, d_model: int, d_ff: int) -> Costs:
     """Closed-form costs of a feed-forward mixer."""
-    return linear_costs(d_model, (3 if kind == "swiglu" else 2) * d_ff)
+    return linear_costs(d_model, (3 if kind in GATED else 2) * d_ff)

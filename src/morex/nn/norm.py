@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from morex.nn import fast
+from morex.nn.costs import Costs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,3 +24,33 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class RMSNormPlusOne(RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, as in Gemma: weight decay, where there is any, pulls towards 1."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__(d_model, eps)
+        self.weight = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, 1 + self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__(d_model, eps=eps)
+
+
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
+    "rms": RMSNorm,
+    "rms_plus_one": RMSNormPlusOne,
+    "layer": LayerNorm,
+}
+
+
+def norm_costs(kind: str, channels: int) -> Costs:
+    """Closed-form costs of a norm; its few FLOPs a channel are left out."""
+    return Costs((2 if kind == "layer" else 1) * channels)

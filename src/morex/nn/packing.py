@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from morex.nn.fast import Frames
+from morex.nn.rope import Rope
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,8 @@ class Packing:
     """Rows of the frame: sequences B."""
     width: int
     """Width of the frame: the longest row, M."""
+    span: int
+    """Width of the batch that these tokens are from: two of one row are less than this apart in time."""
     row: Tensor
     """Row of each token [N], ascending."""
     time: Tensor
@@ -34,8 +37,8 @@ class Packing:
     """Flat index of each token in the frame [N]; None where the frame has no padding."""
     index: Tensor | None = None
     """Where each token stands in the list that these were selected from [N]; None where all were."""
-    _tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _frames: dict[tuple[int, int, int, float, torch.dtype], Frames] = field(default_factory=dict, repr=False)
+    _tables: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _frames: dict[tuple[int, int, int, Rope, torch.dtype], Frames] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -108,20 +111,19 @@ class Packing:
         flat = frame.reshape(self.rows * self.width, *frame.shape[2:])
         return flat if self.place is None else flat[self.place]
 
-    def rotary(self, dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, dim: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, dim / 2] of the rotary position embedding; computed once and kept."""
-        key = (dim, base, dtype)
+        key = (dim, rope, dtype)
         if key not in self._tables:
-            exponent = torch.arange(0, dim, 2, device=self.positions.device, dtype=dtype) / dim
-            angle = self.positions.to(dtype)[:, None] / base**exponent
+            angle = self.positions.to(dtype)[:, None] / rope.periods(dim, self.positions.device, dtype)
             self._tables[key] = (angle.cos(), angle.sin())
         return self._tables[key]
 
-    def frames(self, heads: int, kv_heads: int, dim: int, base: float, dtype: torch.dtype) -> Frames:
+    def frames(self, heads: int, kv_heads: int, dim: int, rope: Rope, dtype: torch.dtype) -> Frames:
         """The frames that fast attention pads these tokens into; computed once and kept."""
-        key = (heads, kv_heads, dim, base, dtype)
+        key = (heads, kv_heads, dim, rope, dtype)
         if key not in self._frames:
-            turns = torch.complex(*self.rotary(dim, base, dtype))
+            turns = torch.complex(*self.rotary(dim, rope, dtype))
             self._frames[key] = Frames(self.row, self.rank, self.rows, self.width, turns, heads, kv_heads)
         return self._frames[key]
 
@@ -153,6 +155,7 @@ def pack_batch(
     packing = Packing(
         rows=batch,
         width=time,
+        span=time,
         row=row,
         time=now,
         positions=now if positions is None else positions.expand(batch, time).reshape(-1),
