@@ -47,7 +47,7 @@ class RecurrentReference(Reference):
             if self.config["mixer"].get("attention_scope") == "token":
                 seen = {t: self.look_at_oneself(x, own("v"), own("o")) for t, x in normed.items()}
             else:
-                seen = self.attention(normed, normed, {part: own(part) for part in "qkvo"})
+                seen = self.attention(normed, normed, {f"{part}.weight": own(part) for part in "qkvo"})
             states = {t: rms_norm(s + seen[t], own("norm2"), self.eps) for t, s in states.items()}
             for t, s in states.items():
                 inner = rms_norm(s, own("norm3"), self.eps)

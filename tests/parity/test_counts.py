@@ -202,7 +202,7 @@ def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: s
     counts = morex.count(config, seq_len=LENGTH, shares=measured_shares(out.stats))
     expected = counts.train_flops_per_token if training else counts.forward_flops_per_token
     uneven = (3 if training else 1) * uneven_attention_flops(config, list(out.trace.active.values()))
-    assert -1e-6 <= uneven <= 0.15 * expected * tokens.numel()
+    assert -1e-6 <= uneven <= 0.2 * expected * tokens.numel()
     measured = flops(model, tokens, backward=training)
     assert expected * tokens.numel() + uneven == pytest.approx(measured, rel=1e-9)
 

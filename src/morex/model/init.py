@@ -3,9 +3,8 @@
 | parameter | `scaled` | `plain` |
 |---|---|---|
 | norm weights | 1, or 0 where 1 + weight is what multiplies | the same |
-| biases | 0 | 0 |
+| biases, but those of depth routers, which know their own | 0 | 0 |
 | residual projections (`o`, `down`) | N(0, std / sqrt(2 L)) | N(0, std) |
-| biases | as their module made them | as their module made them |
 | every other matrix, embeddings, routers | N(0, std) | N(0, std) |
 
 L is the unrolled depth: each token adds 2 L branches to the residual stream (Radford et al. 2019, section 2.3).
@@ -16,6 +15,7 @@ import math
 import torch
 from torch import nn
 
+from morex.depth.router import DepthRouter
 from morex.nn.norm import RMSNormPlusOne
 
 RESIDUAL = ("o", "down")
@@ -32,9 +32,8 @@ def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, see
             parameter.fill_(0.0 if isinstance(owners[name.rpartition(".")[0]], RMSNormPlusOne) else 1.0)
             continue
         if role == "bias":
-            parameter.zero_()
-            continue
-        if role == "bias":
+            if not isinstance(owners[name.rpartition(".")[0]], DepthRouter):
+                parameter.zero_()
             continue
         scale = std / math.sqrt(2 * unrolled_depth) if kind == "scaled" and role in RESIDUAL else std
         drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
