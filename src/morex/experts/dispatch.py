@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from morex.nn import fast
 
@@ -54,12 +54,6 @@ def dispatch(chosen: Tensor, experts: int) -> Dispatch:
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     counts = torch.bincount(flat, minlength=experts).tolist()
     return Dispatch(order // chosen.shape[1], order, inverse, counts, chosen.shape[1])
-
-
-def unstacked(layer: nn.Module) -> list[dict[str, Tensor]]:
-    """The weights of each expert by name, for a layer whose own parameters are all stacked by expert [E, ...]."""
-    stacks = {name: stack.unbind(0) for name, stack in layer.named_parameters(recurse=False)}
-    return [dict(zip(stacks, parts, strict=True)) for parts in zip(*stacks.values(), strict=True)]
 
 
 def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:

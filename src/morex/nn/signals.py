@@ -14,7 +14,7 @@ class Choice:
     experts: Tensor
     """[N, K]."""
     logits: Tensor
-    """[N, E], as the router computed them."""
+    """[N, E], on which the choice was made."""
     state: Tensor | None = None
     """What the experts made of the tokens [N, D], where the layer chooses again on it."""
 
