@@ -193,7 +193,7 @@ def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: s
     """Rows of a batch have different numbers of active tokens M, which the shares do not say.
 
     Torch counts attention over the frame, max(M)^2 a row, the closed form over mean(M)^2: padding, and E[M^2] beyond
-    E[M]^2. In tiny models that is up to 4 % of all FLOPs without routed experts and 14 % with them; it is worked out
+    E[M]^2. In tiny models that is some percent of all FLOPs, and most with routed experts; it is worked out
     here from the masks, so that everything but attention, and attention itself, agree to rounding.
     """
     config, tokens = visits_everything(case), random_tokens(case, 8, LENGTH)
@@ -202,7 +202,8 @@ def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: s
     counts = morex.count(config, seq_len=LENGTH, shares=measured_shares(out.stats))
     expected = counts.train_flops_per_token if training else counts.forward_flops_per_token
     uneven = (3 if training else 1) * uneven_attention_flops(config, list(out.trace.active.values()))
-    assert -1e-6 <= uneven <= 0.2 * expected * tokens.numel()
+    # Halting leaves the numbers of active tokens least alike.
+    assert -1e-6 <= uneven <= (0.2 if config.depth.kind == "halting" else 0.1) * expected * tokens.numel()
     measured = flops(model, tokens, backward=training)
     assert expected * tokens.numel() + uneven == pytest.approx(measured, rel=1e-9)
 

@@ -9,6 +9,7 @@ call. The temperature of a token is 1, or as much more as its router's entropy n
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,11 +75,9 @@ class LayerRecurrentExperts(MoE):
         expert: str,
         d_ff: int,
         steps: int,
-        scale: float,
-        ema: float,
-        entropy_floor: float,
+        **options: Any,
     ) -> Costs:
-        """Closed-form costs."""
+        """Closed-form costs; `options` are those of the constructor that cost nothing."""
         router, one = expert_router_costs(d_model, experts), feed_forward_costs(expert, d_model, d_ff)
         per_token = steps * (router.per_token + top_k * one.per_token)
         return Costs(router.parameters + experts * one.parameters, per_token)

@@ -8,34 +8,19 @@ A latent state s meets the input x again at every step, with weights shared over
 The input's half of the adapter is the same at every step and is computed once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from morex.experts.attention import attend_routed, for_query_heads
+from morex.experts.attention import Attend
 from morex.experts.dispatch import expert_linear, expert_rows
 from morex.experts.moe import expert_gated
-from morex.nn import fast
-from morex.nn.attention import AttentionShape, KeyView, attend, has_fast_rows, turn
+from morex.nn.attention import AttentionShape
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.norm import rms_norm
-from morex.nn.packing import Packing
 
 NORMS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Visitors:
-    """The rows [M, D] that pass the E blocks of a layer, block by block."""
-
-    counts: list[int]
-    """Rows of each block."""
-    packing: Packing
-    """All of them; each block has rows of its own."""
-    cached: Sequence[tuple[Packing, Callable[[int], KeyView | None]]] | None = None
-    """Where a cache outlives the call: the tokens of each block and the slot of each of its steps."""
 
 
 def recurrent_parameters(
@@ -58,68 +43,30 @@ def initial_state(x: Tensor, std: float, training: bool) -> Tensor:
 
 
 def recur(
-    s: Tensor, x: Tensor, w: Mapping[str, Tensor], steps: int, shape: AttentionShape, eps: float, visitors: Visitors
+    s: Tensor, x: Tensor, w: Mapping[str, Tensor], steps: int, attention: Attend, eps: float, counts: list[int]
 ) -> Tensor:
     """S steps of each block on its own rows.
 
     Args:
-        s, x: state and input [M, D].
-        w: weights of the blocks, stacked [E, ...]; without `q` a token attends to itself only.
+        s, x: state and input [M, D], block by block.
+        w: weights of the blocks, stacked [E, ...].
         steps: S.
-        visitors: where the rows belong.
+        attention: of the blocks.
+        eps: of the norms.
+        counts: rows of each block.
 
     Returns:
         The last state [M, D].
     """
-    counts = visitors.counts
     of_state, of_input = w["adapter"].chunk(2, dim=-1)
     norm1, norm2, norm3, norm4 = (expert_rows(w[f"norm{i + 1}"], counts) for i in range(NORMS))
     injected = expert_linear(x, of_input, counts)
-    attention = _attention(w, shape, visitors)
     for step in range(steps):
         s = expert_linear(s, of_state, counts) + injected
         s = rms_norm(s + attention(rms_norm(s, norm1, eps), step), norm2, eps)
         hidden = expert_gated("swiglu", rms_norm(s, norm3, eps), w["gate"], w["up"], w["down"], counts)
         s = rms_norm(s + hidden, norm4, eps)
     return s
-
-
-def _attention(w: Mapping[str, Tensor], shape: AttentionShape, visitors: Visitors) -> Callable[[Tensor, int], Tensor]:
-    """The blocks' attention as a function of rows [M, D] and step."""
-    counts, packing, dim = visitors.counts, visitors.packing, shape.head_dim
-
-    def alone(x: Tensor, step: int) -> Tensor:
-        """Of each token to itself only: softmax over one key is 1, so it is W_o W_v."""
-        return expert_linear(for_query_heads(expert_linear(x, w["v"], counts), 1, shape), w["o"], counts)
-
-    def apart(x: Tensor, step: int) -> Tensor:
-        """Block by block, each with its slot of the cache."""
-        assert visitors.cached is not None
-        outputs = []
-        for e, (rows, (own, view)) in enumerate(zip(x.split(counts), visitors.cached, strict=True)):
-            weights = {name: w[name][e] for name in "qkvo"}
-            outputs.append(attend_routed(rows, weights, shape, own, view(step)) if rows.shape[0] else rows)
-        return torch.cat(outputs)
-
-    def together(x: Tensor, step: int) -> Tensor:
-        q, k, v = (expert_linear(x, w[name], counts).view(x.shape[0], -1, dim) for name in "qkv")
-        y = attend(turn(q, packing, shape.rope), turn(k, packing, shape.rope), v, packing, shape.scale)
-        return expert_linear(y.flatten(1), w["o"], counts)
-
-    if "q" not in w:
-        return alone
-    if visitors.cached is not None:
-        return apart
-    if shape.rope is None or not has_fast_rows(packing) or not fast.available(w["q"]):
-        return together
-    joint = fast.joint_weight(w["q"], w["k"], w["v"], dim, shape.scale)
-
-    def in_frames(x: Tensor, step: int) -> Tensor:
-        projected = expert_linear(x, joint, counts)
-        frames = shape.frames(packing, shape.rope, torch.promote_types(projected.dtype, torch.float32))
-        return expert_linear(fast.attend(projected, frames), w["o"], counts)
-
-    return in_frames
 
 
 def recurrent_costs(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from morex.experts.attention import attend_alone, attend_routed, for_query_heads
+from morex.experts.attention import attend_alone, attend_routed, cache_slots, for_query_heads
 from morex.experts.dispatch import Dispatch, dispatch
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
@@ -108,15 +108,16 @@ class RecursiveExperts(nn.Module):
         # One product W_o W_v pays once more rows pass through it than the matrices have channels.
         token_only = self.scope == "token"
         folded = self._folded(w) if token_only and x.shape[0] * self.steps > x.shape[1] else None
+        one, counts = {name: w[name].unsqueeze(0) for name in "qkvo" if name in w}, [x.shape[0]]
+        if token_only:
+            attention = attend_alone(one, self.shape, counts)
+        else:
+            slots = cache_slots(views, self.router.experts, self.steps)
+            attention = attend_routed(one, self.shape, packing, counts, None if slots is None else slots[e])
         for s in range(self.steps):
             z = z + w["step_embedding"][s]
             inner = rms_norm(z, w["norm_attention"], eps)
-            if folded is not None:
-                z = z + F.linear(inner, folded)
-            elif token_only:
-                z = z + attend_alone(inner, w, self.shape)
-            else:
-                z = z + attend_routed(inner, w, self.shape, packing, None if views is None else views.expert(e, s))
+            z = z + (attention(inner, s) if folded is None else F.linear(inner, folded))
             z = z + swiglu(rms_norm(z, w["norm_mixer"], eps), w["gate"], w["up"], w["down"])
         return rms_norm(z, w["norm_out"], eps) if self.branch == "output" else z - x
 

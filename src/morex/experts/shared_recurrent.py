@@ -1,24 +1,22 @@
 """`shared_recurrent`: light experts first, then one recurrent block for all (Mixture of Recurrent Experts, option B).
 
 The input of the block is the weighted sum of what the token's experts return; the branch is its last state. Its
-attention is causal over all tokens.
+attention is causal over all tokens, and has the place of the first expert in a cache.
 """
 
-from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
+from morex.experts.attention import attend_routed, cache_slots
 from morex.experts.moe import MoE
-from morex.experts.recurrent import Visitors, initial_state, recur, recurrent_costs, recurrent_parameters
+from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
-
-SHARED = 0
-"""The block's place among the experts of a cache."""
 
 
 class SharedRecurrentExperts(MoE):
@@ -53,10 +51,10 @@ class SharedRecurrentExperts(MoE):
         """x [N, D] -> [N, D] and the router's report."""
         mixed, signals = super().forward(x, packing)
         state = initial_state(mixed, self.state_std, self.training)
-        cached = None if views is None else [(packing, partial(views.expert, SHARED))]
-        visitors = Visitors([mixed.shape[0]], packing, cached)
-        shared = dict(self.shared.items())
-        return recur(state, mixed, shared, self.steps, self.shape, self.eps, visitors), signals
+        shared, counts = dict(self.shared.items()), [mixed.shape[0]]
+        slots = cache_slots(views, 1, self.steps)
+        attention = attend_routed(shared, self.shape, packing, counts, None if slots is None else slots[0])
+        return recur(state, mixed, shared, self.steps, attention, self.eps, counts), signals
 
     @staticmethod
     def costs(  # type: ignore[override]
@@ -68,8 +66,8 @@ class SharedRecurrentExperts(MoE):
         expert_d_ff: int,
         steps: int,
         d_ff: int,
-        state_std: float,
+        **options: Any,
     ) -> Costs:
-        """Closed-form costs."""
+        """Closed-form costs; `options` are those of the constructor that cost nothing."""
         light = MoE.costs(d_model, experts, top_k, shape, expert, expert_d_ff)
         return light + recurrent_costs(d_model, shape, d_ff, "routed", steps)
