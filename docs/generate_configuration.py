@@ -45,7 +45,7 @@ Rules that hold everywhere:
 - `—` in the column "default" marks a key that has none and must be given. Integers, numbers and lists are written as
   in YAML.
 
-This page is generated from `src/morex/config.py` by `python docs/generate_configuration.py`.
+This page is generated from `src/morex/config.py` and `src/morex/sections/` by `python docs/generate_configuration.py`.
 """
 
 

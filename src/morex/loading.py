@@ -10,7 +10,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from morex.config import Config, FeedForwardConfig, FixedConfig, LayerRecurrentConfig, ModelConfig, MoEConfig
+from morex.config import Config, ModelConfig
+from morex.sections.depth import FixedConfig
+from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, MoEConfig
 
 TINY_WIDTH, TINY_VOCABULARY, TINY_WINDOW = 32, 97, 6
 SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}

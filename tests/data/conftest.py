@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from morex.config import DataConfig
 from morex.data.errors import DataError
+from morex.sections.data import DataConfig
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven owls watch quietly from old oak trees"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from morex.config import DataConfig
 from morex.data.inspect import describe
+from morex.sections.data import DataConfig
 
 Config = Callable[..., DataConfig]
 

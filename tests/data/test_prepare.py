@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morex.config import DataConfig
 from morex.data import prepare as module
 from morex.data.characters import ByteTokenizer, CharTokenizer
 from morex.data.prepare import PreparedData, prepare
 from morex.data.stream import TokenStream
 from morex.data.subword import train_bpe
 from morex.data.tokenizer import load_tokenizer
+from morex.sections.data import DataConfig
 
 Refused = Callable[..., str]
 Write = Callable[..., Path]
@@ -385,7 +385,7 @@ def test_two_processes_at_once_agree(jsonl: Write, stories: list[str], byte_conf
 MEASURE_PEAKS = """
 import re, sys
 from pathlib import Path
-from morex.config import DataConfig
+from morex.sections.data import DataConfig
 from morex.data import prepare as module
 from morex.data.encoding import Tokenizer
 from morex.data.subword import BpeTokenizer

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import morex
-from morex.config import Config, FeedForwardConfig, ModelConfig
+from morex.config import Config, ModelConfig
 from morex.nn.fast.switch import enabled
+from morex.sections.mixers import FeedForwardConfig
 
 EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3, top_k: 2}}"
 

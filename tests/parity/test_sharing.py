@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import morex
-from morex.config import (
+from morex.config import ModelConfig
+from morex.depth.schedule import Schedule
+from morex.loading import validate
+from morex.sections.mixers import (
     FeedForwardConfig,
     HuginnExpertsConfig,
     LayerRecurrentConfig,
-    ModelConfig,
     MoEConfig,
     SharedRecurrentConfig,
 )
-from morex.depth.schedule import Schedule
-from morex.loading import validate
 from parity.helpers import CASES, build, cases, config_of, eval_model, largest_change, load, random_tokens
 from parity.reference import plain_names
 

@@ -2,10 +2,13 @@
 
 import pytest
 
-from morex.config import FeedForwardConfig, FixedConfig, ModelConfig, ScheduleConfig
+from morex.config import ModelConfig
 from morex.loading import ConfigError, load_config, presets
 from morex.model.count import count
 from morex.model.lm import build_model
+from morex.sections.depth import FixedConfig
+from morex.sections.mixers import FeedForwardConfig
+from morex.sections.schedule import ScheduleConfig
 from morex.study.spec import Twin
 from morex.study.twins import bench_twin, derive_twin, unrouted
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import morex
-from morex.config import TrainConfig
 from morex.model.lm import LanguageModel, build_model
+from morex.sections.train import TrainConfig
 from morex.train.optim import build_optimizer, decay_groups, learning_rate, same_path
 from train.helpers import configure
 

@@ -12,7 +12,7 @@ from morex.loading import ConfigError, load_config
 from morex.loading import presets as preset_names
 
 if TYPE_CHECKING:
-    from morex.config import TrainConfig
+    from morex.sections.train import TrainConfig
 
 PRESET_COLUMNS = {
     "preset": "preset",

@@ -3,10 +3,10 @@
 from itertools import islice
 from typing import Any
 
-from morex.config import DataConfig
 from morex.data.corpus import open_corpus
 from morex.data.prepare import prepare
 from morex.data.stream import TokenStream
+from morex.sections.data import DataConfig
 
 SAMPLE_CHARACTERS = 200
 

@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 
-from morex.config import DataConfig
 from morex.data import subword
 from morex.data.cache import building, cache_folder, discard, key_of, read_json, write_file
 from morex.data.characters import ByteTokenizer, CharTokenizer, characters_of
@@ -28,6 +27,7 @@ from morex.data.progress import Progress
 from morex.data.split import SIDES, Piece, Side, Survey, pieces, survey
 from morex.data.stream import StreamWriter, TokenStream, open_stream
 from morex.data.tokenizer import load_tokenizer
+from morex.sections.data import DataConfig
 
 # Part of every key: raise it when the same settings come to mean other files.
 FORMAT = 1

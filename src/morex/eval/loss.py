@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from morex.config import ExpertChoiceConfig
 from morex.data.loader import IGNORED, held_out_windows
 from morex.data.stream import TokenStream
 from morex.depth.policy import Depth
 from morex.model.lm import LanguageModel
+from morex.sections.depth import ExpertChoiceConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ full square, the causal half and what a window hides included.
 
 from dataclasses import dataclass
 
-from morex.config import FeedForwardConfig, ModelConfig
+from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
@@ -17,6 +17,7 @@ from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
 from morex.nn.norm import norm_costs
+from morex.sections.mixers import FeedForwardConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from morex.cache.contiguous import ContiguousCache
 from morex.cache.slots import KVCache
-from morex.config import FeedForwardConfig, ModelConfig
+from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
@@ -27,6 +27,7 @@ from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
 from morex.nn.signals import Choice, RouterStats
+from morex.sections.mixers import FeedForwardConfig
 
 
 @dataclass

@@ -27,12 +27,13 @@ from rich.console import Console
 from torch import Tensor
 
 from morex import files
-from morex.config import Config, FeedForwardConfig, ModelConfig
+from morex.config import Config, ModelConfig
 from morex.experts.router import ExpertRouter
 from morex.loading import ConfigError, is_depth_routed, load_config
 from morex.model.count import count
 from morex.model.lm import build_model
 from morex.nn.signals import RouterStats
+from morex.sections.mixers import FeedForwardConfig
 from morex.study.twins import bench_twin, unrouted
 from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from morex.config import Config, ExpertChoiceConfig, FeedForwardConfig
+from morex.config import Config
 from morex.data.loader import held_out_windows
 from morex.data.prepare import PreparedData, prepare
 from morex.data.stream import TokenStream
@@ -18,6 +18,8 @@ from morex.data.tokenizer import Tokenizer
 from morex.eval.loss import evaluate
 from morex.loading import is_depth_routed
 from morex.model.lm import LanguageModel
+from morex.sections.depth import ExpertChoiceConfig
+from morex.sections.mixers import FeedForwardConfig
 from morex.study.records import DepthMap, Measures, Routing, Sample
 from morex.study.spec import ReportConfig, SampleConfig, StudyConfig
 from morex.train.checkpoint import load

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from morex.config import Config, FeedForwardConfig, ModelConfig
+from morex.config import Config, ModelConfig
 from morex.loading import ConfigError, is_depth_routed, load_config, validate, with_override
 from morex.model.count import count
+from morex.sections.mixers import FeedForwardConfig
 from morex.study.records import Kind
 from morex.study.spec import StudyConfig, Twin, Variant
 from morex.study.twins import derive_twin, unrouted

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from morex.config import Section
+from morex.sections.base import Section
 from morex.study.spec import StudyConfig, Twin
 
 Kind = Literal["dense", "recursive", "routed", "experts"]

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from morex.config import Config, Section, Seed
+from morex.config import Config
 from morex.loading import ConfigError, Shelf, closest, validate, with_override
+from morex.sections.base import Section, Seed
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Twin = Literal["equal_depth", "equal_parameters", "equal_flops"]

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 
-from morex.config import FeedForwardConfig, FixedConfig, ModelConfig, ScheduleConfig
+from morex.config import ModelConfig
 from morex.loading import ConfigError, dense_twin_mixer, is_depth_routed
 from morex.model.count import count
+from morex.sections.depth import FixedConfig
+from morex.sections.mixers import FeedForwardConfig
+from morex.sections.schedule import ScheduleConfig
 from morex.study.spec import Twin
 
 TOLERANCE = 0.01

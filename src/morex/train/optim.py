@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from morex.config import TrainConfig
+from morex.sections.train import TrainConfig
 
 SPARED_WORDS = ("norm", "embedding")
 """A parameter whose path has one of these words in any part is spared by `decay: matrices`."""

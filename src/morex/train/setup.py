@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from morex.config import Config, TrainConfig
+from morex.config import Config
 from morex.data.corpus import lasting_name
 from morex.data.loader import Loader
 from morex.data.prepare import PreparedData, prepare
@@ -17,6 +17,7 @@ from morex.files import write_json
 from morex.loading import ConfigError, validate
 from morex.model.count import Count, count
 from morex.model.lm import LanguageModel, build_model
+from morex.sections.train import TrainConfig
 from morex.train.checkpoint import (
     TrainState,
     load_checkpoint,

@@ -1,0 +1,143 @@
+"""Depth routers: who decides how often a token recurs."""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from morex.sections.base import NonNegative, Section, Seed, Share
+
+
+class RouterConfig(Section):
+    """Base of the depth routers."""
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        """Constructor options of the router, defaults filled in."""
+        return self.model_dump(exclude={"kind"})
+
+
+class FixedConfig(RouterConfig):
+    """Every token takes all recursions; at call time any number."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class GatedConfig(RouterConfig):
+    """What routers with one gated decision per recursion share."""
+
+    capacities: tuple[Share, ...] | None = None
+    """Share of the tokens that takes recursion r, for r = 1..R; default (R - r + 1) / R."""
+    alpha: PositiveFloat = 0.1
+    """Factor on the gate."""
+    gate: Literal["output", "delta"] = "output"
+    """`output`: H + g * core(H), core's own residual included; `delta`: H + g * (core(H) - H)."""
+
+    def shares(self, recursions: int) -> tuple[float, ...]:
+        """Capacities c_1..c_R."""
+        if self.capacities is not None:
+            return self.capacities
+        return tuple((recursions - r) / recursions for r in range(recursions))
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        return super().options(recursions) | {"capacities": self.shares(recursions)}
+
+
+class LearnedGateConfig(GatedConfig):
+    """What routers that score tokens share."""
+
+    score: Literal["sigmoid", "tanh", "unweighted"] = "sigmoid"
+    """Gate of an active token: alpha * sigmoid(logit), alpha * tanh(logit), or 1 (`expert_choice` with `aux_loss` only:
+    nothing else would train the router)."""
+    router: Literal["linear", "mlp"] = "linear"
+    """Scores from one linear map, or from two with GELU between (hidden width 2 d_model)."""
+    z_weight: NonNegative = 0.0
+    """Weight of the router z-loss, the mean squared logit of the candidates."""
+
+    @model_validator(mode="after")
+    def _router_learns(self) -> Self:
+        own_loss = isinstance(self, ExpertChoiceConfig) and self.causal == "aux_loss" and self.causal_weight > 0
+        if self.score == "unweighted" and not own_loss:
+            raise ValueError(
+                "depth.score 'unweighted' gives the router no gradient, except with depth.kind 'expert_choice', "
+                "depth.causal 'aux_loss' and depth.causal_weight above 0; use sigmoid or tanh"
+            )
+        return self
+
+
+class ExpertChoiceConfig(LearnedGateConfig):
+    """Mixture of Recursions, expert choice: each recursion picks its top share of the candidates."""
+
+    kind: Literal["expert_choice"]
+    causal: Literal["aux_loss", "aux_router", "none"] = "aux_loss"
+    """How the causal rule of inference (logit >= 0) is learned: on the router's own logits, by a second predictor with
+    stopped gradient, or not at all (then only the oracle loss exists and decoding is refused)."""
+    causal_weight: NonNegative = 0.001
+    """Weight of the binary cross-entropy against top-k membership."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which capacities fall from 1 to their value along a cosine."""
+    hierarchical: bool = True
+    """Only tokens active at r - 1 are candidates at r; if false, every token is a candidate at every r."""
+
+
+class TokenChoiceConfig(RouterConfig):
+    """Mixture of Recursions, token choice: each token chooses its depth once, before recursion 1."""
+
+    kind: Literal["token_choice"]
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Activation of the R depth logits."""
+    alpha: PositiveFloat | None = None
+    """Factor on the gate; default 1 for softmax, 0.1 for sigmoid."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits."""
+    gate: Literal["last", "each"] = "last"
+    """`last`: gate only the last update, H1 + g * core^i(H1); `each`: gate every recursion (the paper's equation)."""
+    balance: Literal["loss", "loss_free", "none"] = "loss"
+    """How depths are kept in use: a balance loss, or a bias on the choice that is moved after every step."""
+    balance_weight: NonNegative = 0.1
+    """Weight of the balance loss R * sum f_i P_i."""
+    bias_rate: NonNegative = 0.001
+    """Rate u of the loss-free bias."""
+    router: Literal["linear", "mlp"] = "linear"
+    """Scores from one linear map, or from two with GELU between (hidden width 2 d_model)."""
+    z_weight: NonNegative = 0.0
+    """Weight of the router z-loss, the mean squared logsumexp of the logits."""
+
+
+class ThresholdConfig(LearnedGateConfig):
+    """Candidates above a tracked quantile are active: the same causal rule in training and in inference."""
+
+    kind: Literal["threshold"]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share of the old threshold that is kept at each update."""
+
+
+class HaltingConfig(RouterConfig):
+    """Adaptive computation time: a token recurs until its halting probabilities sum to 1 - epsilon."""
+
+    kind: Literal["halting"]
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """A token stops where its halting probabilities sum to 1 - epsilon or more."""
+    ponder_weight: NonNegative = 0.01
+    """Weight of the ponder cost, the mean of recursions taken plus remainder."""
+    initial_bias: float | None = None
+    """Bias of the halting unit before training; default -ln(R - 1): p = 1/R, so all states weigh alike and nobody stops
+    early."""
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        # One recursion is refused by the model, after it has asked for nothing here.
+        bias = -math.log(max(1, recursions - 1)) if self.initial_bias is None else self.initial_bias
+        return super().options(recursions) | {"initial_bias": bias}
+
+
+class RandomConfig(GatedConfig):
+    """Control: active by a hash of (seed, position, recursion); the gate is the constant alpha / 2."""
+
+    kind: Literal["random"]
+    seed: Seed = 0
+    """Seed of the hash."""
+
+
+DepthConfig = Annotated[
+    FixedConfig | ExpertChoiceConfig | TokenChoiceConfig | ThresholdConfig | HaltingConfig | RandomConfig,
+    Field(discriminator="kind"),
+]

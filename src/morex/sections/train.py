@@ -1,0 +1,76 @@
+"""Training and evaluation."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from morex.sections.base import NonNegative, Section, Seed, Share, divisors
+
+
+class TrainConfig(Section):
+    """One training. Batches are counted in sequences per optimizer step."""
+
+    steps: Annotated[int, Field(ge=0)] = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Sequences per optimizer step."""
+    accumulation: PositiveInt = 1
+    """Microbatches that a step is computed in; must divide batch_size."""
+    seq_len: PositiveInt = 128
+    """Tokens per sequence."""
+    lr: PositiveFloat = 1e-3
+    """Highest learning rate."""
+    schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    """Learning rate after warm-up: cosine to min_lr_ratio, flat with a linear cool-down at the end, or flat."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
+    cooldown_fraction: Share = 0.2
+    """Share of the steps in which `trapezoid` falls to min_lr_ratio."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate over the highest."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of AdamW."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """`matrices` spares norms, biases and embeddings; `all` spares nothing."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: PositiveFloat = 1e-8
+    """Term in AdamW's denominator."""
+    clip: NonNegative = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """`bf16` is autocast over fp32 weights; `auto` is resolved once by device and width and written to the run."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    threads: PositiveInt | None = None
+    """CPU threads; default: torch's own."""
+    seed: Seed = 0
+    """Seed of everything random in training, the order of windows included."""
+    log_every: PositiveInt = 10
+    """Steps between metric lines."""
+    eval_every: Annotated[int, Field(ge=0)] = 250
+    """Steps between evaluations of the held-out set; 0 evaluates at the end only."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.accumulation {self.accumulation} does not divide train.batch_size {self.batch_size}; use "
+                f"{divisors(self.batch_size)}"
+            )
+        if self.betas[0] >= 1 or self.betas[1] >= 1:
+            raise ValueError(f"train.betas {list(self.betas)} must be below 1")
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation on the whole held-out set, in windows of train.seq_len."""
+
+    batch_size: PositiveInt = 32
+    """Windows that are evaluated together."""
+    depths: bool = False
+    """Also report the loss at each fixed depth 1..R."""
