@@ -11,6 +11,7 @@ from typing import Any
 from morex.config import Config
 
 Schema = dict[str, Any]
+Homes = dict[tuple[str, ...], str]
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
 # Configuration
@@ -60,30 +61,45 @@ def render() -> str:
     schema = Config.model_json_schema()
     definitions: Schema = schema["$defs"]
     parts: dict[str, str] = {}
-    _walk("", "", schema, definitions, parts)
+    _walk("", "", schema, definitions, parts, _homes("", schema, definitions))
     return "\n".join([INTRODUCTION, *parts.values()])
 
 
-def _walk(path: str, variant: str, section: Schema, definitions: Schema, parts: dict[str, str]) -> None:
+def _homes(path: str, section: Schema, definitions: Schema) -> dict[tuple[str, ...], str]:
+    """Where the kinds of a field that stands in several sections are described: at its shortest path."""
+    homes: dict[tuple[str, ...], str] = {}
+    for name, field in section["properties"].items():
+        targets, place = tuple(_targets(field)), f"{path}.{name}" if path else name
+        found = [{targets: place} if len(targets) > 1 else {}]
+        found += [_homes(place, definitions[target], definitions) for target in targets]
+        for union, where in (item for one in found for item in one.items()):
+            homes[union] = min(homes.get(union, where), where, key=lambda at: at.count("."))
+    return homes
+
+
+def _walk(path: str, variant: str, section: Schema, definitions: Schema, parts: dict[str, str], homes: Homes) -> None:
     """Adds the part of the section at `path` (but for the root's), then those of the sections below it, each once."""
     heading = f"## `{path}`{variant}"
     if path and heading not in parts:
-        parts[heading] = _part(heading, section, definitions)
+        parts[heading] = _part(heading, path, section, definitions, homes)
     for name, field in section["properties"].items():
         targets = _targets(field)
+        place = f"{path}.{name}" if path else name
+        if homes.get(tuple(targets), place) != place:
+            continue
         for target in targets:
             below = definitions[target]
             kinds = " or ".join(f"`{kind}`" for kind in _kinds(below))
-            place = f"{path}.{name}" if path else name
-            _walk(place, f" of kind {kinds}" if len(targets) > 1 else "", below, definitions, parts)
+            _walk(place, f" of kind {kinds}" if len(targets) > 1 else "", below, definitions, parts, homes)
 
 
-def _part(heading: str, section: Schema, definitions: Schema) -> str:
-    rows = [
-        f"| `{name}` | {_type(field, definitions)} | {_default(name, field, section)} "
-        f"| {_meaning(name, field, definitions)} |"
-        for name, field in section["properties"].items()
-    ]
+def _part(heading: str, path: str, section: Schema, definitions: Schema, homes: Homes) -> str:
+    rows = []
+    for name, field in section["properties"].items():
+        meaning, place = _meaning(name, field, definitions), f"{path}.{name}"
+        home = homes.get(tuple(_targets(field)), place)
+        meaning += f" Its kinds are those of `{home}`." if home != place else ""
+        rows.append(f"| `{name}` | {_type(field, definitions)} | {_default(name, field, section)} | {meaning} |")
     text = " ".join(section.get("description", "").split())
     return "\n".join([heading, "", text, "", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
 

@@ -336,7 +336,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown router": (["model.depth.kind=expert"], r"depth.*expert.*expert_choice"),
     "capacities of another length": (
         ["model.depth={kind: expert_choice, capacities: [1.0, 0.5]}"],
-        r"capacities .*2 .*3 recursions",
+        r"capacities .*2 .*recursions 3",
     ),
     "capacities that grow": (["model.depth={kind: threshold, capacities: [0.5, 0.6, 0.1]}"], r"capacities .*grow"),
     "no keys for all": (
@@ -356,7 +356,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"halting.*recursions is 1",
     ),
     "no keys of halted tokens": (["model.depth.kind=halting"], r"halting.*per_recursion.*use kv 'shared_first'"),
-    "no capacities": (["model.depth={kind: expert_choice, capacities: []}"], r"capacities .*0 entries .*3 recursions"),
+    "no capacities": (["model.depth={kind: expert_choice, capacities: []}"], r"capacities .*0 entries .*recursions 3"),
     "a threshold router without a gradient": (
         ["model.depth={kind: threshold, score: unweighted}"],
         r"unweighted.*gradient.*sigmoid or tanh",

@@ -5,7 +5,6 @@ parts, this file what they add up to and the checks across them, so that a confi
 `morex.loading` reads a config from a preset or a YAML file with dotted overrides. No torch import.
 """
 
-from itertools import pairwise
 from typing import Any, Literal, Self
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
@@ -15,11 +14,9 @@ from morex.sections.base import Section, Seed
 from morex.sections.data import DataConfig
 from morex.sections.depth import (
     DepthConfig,
-    ExpertChoiceConfig,
     FixedConfig,
     GatedConfig,
     HaltingConfig,
-    TokenChoiceConfig,
 )
 from morex.sections.mixers import (
     FeedForwardConfig,
@@ -95,13 +92,9 @@ class ModelConfig(Section):
                 "block may turn otherwise where it recurs; leave attention.local_rope_base or attention.global_every "
                 "out, or use kv 'per_recursion'"
             )
-        if isinstance(self.depth, GatedConfig):
-            self._check_capacities(self.depth, recursions)
-        if isinstance(self.depth, TokenChoiceConfig | HaltingConfig) and recursions == 1:
-            raise ValueError(
-                f"depth.kind {self.depth.kind!r} needs recursions to choose from; schedule.recursions is 1 with "
-                f"schedule.sharing {self.schedule.sharing!r}"
-            )
+        self.depth.check(recursions, "depth", "schedule.recursions")
+        if isinstance(self.depth, GatedConfig) and self.kv == "shared_first" and recursions > 1:
+            self._check_first_keys(self.depth.shares(recursions)[0])
         if isinstance(self.depth, HaltingConfig) and self.kv == "per_recursion":
             raise ValueError(
                 "depth.kind 'halting' stops tokens that later tokens still have to see, and with kv 'per_recursion' "
@@ -127,19 +120,11 @@ class ModelConfig(Section):
                 "'rms'; use norm 'rms' or another mixer"
             )
 
-    def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
-        shares = depth.shares(recursions)
-        if len(shares) != recursions:
-            raise ValueError(f"depth.capacities has {len(shares)} entries for {recursions} recursions")
-        nested = not isinstance(depth, ExpertChoiceConfig) or depth.hierarchical
-        if nested and any(later > earlier for earlier, later in pairwise(shares)):
-            raise ValueError(
-                f"depth.capacities {list(shares)} must not grow: only tokens active at r - 1 are candidates at r"
-            )
-        if self.kv == "shared_first" and recursions > 1 and shares[0] < 1:
+    def _check_first_keys(self, share: float) -> None:
+        if share < 1:
             raise ValueError(
                 f"kv 'shared_first' needs every token at recursion 1, where the keys are written; depth.capacities[0] "
-                f"is {shares[0]}, use 1.0 or kv 'per_recursion'"
+                f"is {share}, use 1.0 or kv 'per_recursion'"
             )
 
 

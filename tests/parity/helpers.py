@@ -16,6 +16,7 @@ from torch import Tensor
 
 import morex
 from morex.config import Config, ModelConfig
+from morex.loading import validate
 from morex.nn.fast.switch import enabled
 from morex.sections.mixers import FeedForwardConfig
 
@@ -99,6 +100,15 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "layer_recurrent+free": ("more-c", ["model.mixer.ema=0", "model.mixer.entropy_floor=0", "model.mixer.steps=3"]),
     "tuned+one_expert_each": ("more-tuned", ["model.mixer.router.top_k=1", "model.mixer.branch=output"]),
     "tuned+token_scope": ("more-tuned", ["model.mixer.attention_scope=token"]),
+    "tuned+expert_choice_steps": (
+        "more-tuned",
+        ["model.mixer.depth={kind: expert_choice, alpha: 1.0}", "model.mixer.steps=3"],
+    ),
+    "tuned+token_choice_steps": ("more-tuned", ["model.mixer.depth.kind=token_choice", "model.mixer.router.top_k=1"]),
+    "tuned+threshold_steps": ("more-tuned", ["model.mixer.depth={kind: threshold, alpha: 1.0}"]),
+    "tuned+halting_steps": ("more-tuned", ["model.mixer.depth={kind: halting, epsilon: 0.2}"]),
+    "alone+random_steps": ("more-tuned", ["model.mixer.depth.kind=random", "model.mixer.attention_scope=token"]),
+    "expert+halting_steps": ("mor-expert", [EXPERTS, "model.mixer.depth.kind=halting"]),
     "tuned+grouped_heads": ("more-tuned", ["model.attention={heads: 4, kv_heads: 2}"]),
 }
 PRESETS = morex.presets()
@@ -136,6 +146,14 @@ def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None) ->
 
 def has_experts(config: ModelConfig) -> bool:
     return not isinstance(config.mixer, FeedForwardConfig)
+
+
+def every_step(config: ModelConfig) -> ModelConfig:
+    """The config without a router for the steps inside experts."""
+    if not hasattr(config.mixer, "depth"):
+        return config
+    mixer = config.mixer.model_dump() | {"depth": {"kind": "fixed"}}
+    return validate(ModelConfig, config.model_dump() | {"mixer": mixer})
 
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 1, std: float = 0.2) -> Any:

@@ -12,7 +12,18 @@ import morex
 from morex.config import ModelConfig
 from morex.loading import validate
 from morex.nn.signals import RouterStats
-from parity.helpers import CASES, PRESETS, build, cases, config_of, load, plain_path, random_tokens, splitting_model
+from parity.helpers import (
+    CASES,
+    PRESETS,
+    build,
+    cases,
+    config_of,
+    every_step,
+    load,
+    plain_path,
+    random_tokens,
+    splitting_model,
+)
 
 ROUTED = cases("token_choice", "threshold", "random", "expert_choice", "halting")
 
@@ -46,8 +57,8 @@ def flops(model: Any, tokens: torch.Tensor, backward: bool, **options: Any) -> i
 
 
 def visits_everything(case: str) -> ModelConfig:
-    """The case with every token at every expert, so that the lengths of packed rows are known beforehand."""
-    config = config_of(case)
+    """The case with every token at every expert and step, so that the lengths of packed rows are known beforehand."""
+    config = every_step(config_of(case))
     if getattr(config.mixer, "attention_scope", "token") == "token":
         return config
     router = config.mixer.router.model_copy(update={"top_k": config.mixer.router.experts})
@@ -226,7 +237,7 @@ def test_flops_of_decoding_agree_with_torch_counter(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_kv_bytes_equal_the_cache(case: str) -> None:
-    config = config_of(case)
+    config = every_step(config_of(case))
     depth = None if config.depth.kind == "fixed" else "uniform:2"
     model: Any = build(config, torch.float32).eval()
     tokens = random_tokens(case, 3, LENGTH)

@@ -55,6 +55,16 @@ def copy_weights(source: Any, target: Any, blocks: list[int]) -> None:
     target.load_state_dict(copied, strict=True)
 
 
+def scorer_of(depth: Any, recursions: int, d: int) -> int:
+    """Weights of a depth router, `aux_router` left out."""
+    if depth.kind in ("expert_choice", "token_choice", "threshold"):
+        scored = recursions
+        if depth.score == "unweighted":  # scores only serve to leave tokens out
+            scored = sum(share < 1 for share in depth.shares(recursions))
+        return scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
+    return d + 1 if depth.kind == "halting" else 0  # one unit with a bias, for all recursions
+
+
 def closed_form(config: ModelConfig) -> int:
     """Parameters, counted from the shapes that the documentation states."""
     d, schedule = config.d_model, config.schedule.resolved
@@ -85,6 +95,7 @@ def closed_form(config: ModelConfig) -> int:
             attention -= q + kv
         norms = 3 if mixer.branch == "output" else 2
         channel = mixer.router.experts * (d + attention + 3 * d * mixer.d_ff + norms * d + mixer.steps * d)
+        channel += scorer_of(mixer.depth, mixer.steps, d)
     heads = (config.attention.heads + 2 * kv_heads) * head_dim * config.attention.bias
     of_norm = 2 if config.norm == "layer" else 1
     heads += d * config.attention.output_bias + 2 * of_norm * head_dim * config.attention.qk_norm
@@ -92,15 +103,7 @@ def closed_form(config: ModelConfig) -> int:
     blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + norms)
     embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
     groups = 1 if schedule.order == "cycle" else schedule.core
-    depth: Any = config.depth
-    scorer = 0
-    if depth.kind in ("expert_choice", "token_choice", "threshold"):
-        scored = schedule.recursions
-        if depth.score == "unweighted":  # scores only serve to leave tokens out
-            scored = sum(share < 1 for share in depth.shares(schedule.recursions))
-        scorer = scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
-    if depth.kind == "halting":  # one unit with a bias, for all recursions
-        scorer = d + 1
+    scorer = scorer_of(config.depth, schedule.recursions, d)
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
     if config.attention.positions == "learned":
         embeddings += config.max_seq_len * d

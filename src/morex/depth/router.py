@@ -6,7 +6,7 @@ The stack drives a router through one forward pass like this:
     for r = 1..R:
         visit = router.visit(h, routing, r)
         y = core(visit's tokens)
-        h = router.merge(h, y, routing, visit)
+        h = router.bring_back(h, y, routing, visit)
     h, signals = router.finish(h, routing)
 
 `h` holds all N tokens of the group as flat rows [N, D]; a visit packs the active ones. Routers write no buffer in a
@@ -106,6 +106,12 @@ class DepthRouter(nn.Module):
     def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
         """Active tokens of recursion r [N], or None for all."""
         return None if routing.depths is None else routing.depths >= r
+
+    def bring_back(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
+        """`merge`, or for a dummy visit h as it was, with a gradient of zero into everything that ran."""
+        if visit.is_dummy:
+            return h + 0.0 * (y.sum() if visit.gate is None else y.sum() * visit.gate.sum())
+        return self.merge(h, y, routing, visit)
 
     def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
         """Brings the core's output y [M, D] for the visiting tokens back into h [N, D]."""

@@ -1,6 +1,8 @@
 """Attention inside expert layers, on weights that the layer holds: q, k, v, o as in `nn.Linear`, stacked by expert."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,8 +13,41 @@ from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_f
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
 
-Attend = Callable[[Tensor, int], Tensor]
-"""Attention as a function of rows [M, D] and step."""
+
+@dataclass(frozen=True, eq=False)
+class ExpertRows:
+    """Which tokens stand in the rows [M, D] that experts work on, expert by expert."""
+
+    packing: Packing
+    """All tokens of the layer."""
+    token: Tensor
+    """Token of each row [M], an index into the packing's list, ascending for each expert."""
+    counts: list[int]
+    """Rows of each expert."""
+
+    @cached_property
+    def together(self) -> Packing:
+        """All rows in one frame; each expert has rows of its own."""
+        if len(self.counts) == 1:
+            return self.packing.select(self.token)
+        return self.packing.group(self.token, self.counts)
+
+    @cached_property
+    def apart(self) -> list[Packing]:
+        """The rows of each expert, in the rows of the batch."""
+        return [self.packing.select(token) for token in self.token.split(self.counts)]
+
+    def select(self, index: Tensor | None) -> "ExpertRows":
+        """The rows at `index` [M'], ascending; None for all."""
+        if index is None:
+            return self
+        expert = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts)).to(index.device)
+        counts = torch.bincount(expert[index], minlength=len(self.counts)).tolist()
+        return ExpertRows(self.packing, self.token[index], counts)
+
+
+Attend = Callable[[Tensor, ExpertRows, int], Tensor]
+"""Attention as a function of rows [M, D], of what stands in them, and of the step."""
 
 
 def cache_slots(views: ExpertViews | None, experts: int, steps: int) -> list[list[KeyView | None]] | None:
@@ -23,46 +58,64 @@ def cache_slots(views: ExpertViews | None, experts: int, steps: int) -> list[lis
 
 
 def attend_routed(
-    w: Mapping[str, Tensor],
-    shape: AttentionShape,
-    packing: Packing,
-    counts: list[int],
-    slots: Sequence[KeyView | None] | None = None,
+    w: Mapping[str, Tensor], shape: AttentionShape, slots: list[list[KeyView | None]] | None = None
 ) -> Attend:
     """Causal attention of experts on their own rows, and on those that came before.
 
     Args:
         w: weights of the experts [E, ...].
-        packing: the M rows, expert by expert; each expert has rows of its own.
-        counts: rows of each expert.
-        slots: the cache slot of each step, for one expert alone.
+        slots: the cache slots of each expert's steps.
     """
-    dim, joint = shape.head_dim, None
-    if slots is None and shape.rope is not None and has_fast_rows(packing) and fast.available(w["q"]):
-        joint = fast.joint_weight(w["q"], w["k"], w["v"], dim, shape.scale)
+    dim, fast_weights = shape.head_dim, None
+    if slots is None and shape.rope is not None and fast.available(w["q"]):
+        fast_weights = fast.joint_weight(w["q"], w["k"], w["v"], dim, shape.scale)
 
-    def attention(x: Tensor, step: int) -> Tensor:
-        if joint is not None and x.dtype != torch.float16:
-            projected = expert_linear(x, joint, counts)
-            frames = shape.frames(packing, shape.rope, torch.promote_types(projected.dtype, torch.float32))
-            return expert_linear(fast.attend(projected, frames), w["o"], counts)
+    def attention(x: Tensor, rows: ExpertRows, step: int) -> Tensor:
+        counts = rows.counts
+        if fast_weights is not None and has_fast_rows(rows.together) and x.dtype != torch.float16:
+            projected = expert_linear(x, fast_weights, counts)
+            wide = torch.promote_types(projected.dtype, torch.float32)
+            y = fast.attend(projected, shape.frames(rows.together, shape.rope, wide))
+            return expert_linear(y, w["o"], counts)
         q, k, v = (expert_linear(x, w[name], counts).view(x.shape[0], -1, dim) for name in "qkv")
-        q, k = turn(q, packing, shape.rope), turn(k, packing, shape.rope)
-        slot = None if slots is None else slots[step]
-        if slot is None or slot.append(k, v, packing):
-            y = attend(q, k, v, packing, shape.scale)
-        else:
-            y = attend_to(q, packing, slot.read(), shape.scale)
+        if slots is None:
+            q, k = turn(q, rows.together, shape.rope), turn(k, rows.together, shape.rope)
+            return expert_linear(attend(q, k, v, rows.together, shape.scale).flatten(1), w["o"], counts)
+        parts = zip(q.split(counts), k.split(counts), v.split(counts), rows.apart, slots, strict=True)
+        y = torch.cat([_attend_cached(q, k, v, own, shape, slot[step]) for q, k, v, own, slot in parts])
         return expert_linear(y.flatten(1), w["o"], counts)
 
     return attention
 
 
-def attend_alone(w: Mapping[str, Tensor], shape: AttentionShape, counts: list[int]) -> Attend:
+def _attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, shape: AttentionShape, slot: KeyView | None
+) -> Tensor:
+    """Heads [N, H, dim] of one expert, which its slot takes in; returns [N, H, dim]."""
+    if not q.shape[0]:
+        return q
+    q, k = turn(q, packing, shape.rope), turn(k, packing, shape.rope)
+    if slot is None or slot.append(k, v, packing):
+        return attend(q, k, v, packing, shape.scale)
+    return attend_to(q, packing, slot.read(), shape.scale)
+
+
+def attend_alone(w: Mapping[str, Tensor], shape: AttentionShape) -> Attend:
     """Attention of each token to itself only: softmax over one key is 1, so it is W_o W_v."""
 
-    def attention(x: Tensor, step: int) -> Tensor:
-        return expert_linear(for_query_heads(expert_linear(x, w["v"], counts), 1, shape), w["o"], counts)
+    def attention(x: Tensor, rows: ExpertRows, step: int) -> Tensor:
+        values = expert_linear(x, w["v"], rows.counts)
+        return expert_linear(for_query_heads(values, 1, shape), w["o"], rows.counts)
+
+    return attention
+
+
+def attend_alone_folded(w: Mapping[str, Tensor], shape: AttentionShape) -> Attend:
+    """`attend_alone` with one product W_o W_v [D, D] for each expert, which is made once and pays for many rows."""
+    folded = w["o"] @ for_query_heads(w["v"], 1, shape)
+
+    def attention(x: Tensor, rows: ExpertRows, step: int) -> Tensor:
+        return expert_linear(x, folded, rows.counts)
 
     return attention
 

@@ -71,7 +71,10 @@ def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
         return F.linear(x, weights[0])
     if fast.usable(x, weights):
         return fast.expert_linear(x, weights, counts)
-    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weights.unbind(0), strict=True)])
+    parts = zip(x.split(counts), weights.unbind(0), counts, strict=True)
+    # When a token is decoded alone most experts have no rows.
+    made = [F.linear(rows, weight) for rows, weight, count in parts if count]
+    return torch.cat(made) if made else F.linear(x, weights[0])
 
 
 def expert_rows(vectors: Tensor, counts: list[int]) -> Tensor:

@@ -6,18 +6,17 @@ An expert's attention runs causally over the tokens of a sequence that visit it 
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from morex.experts.attention import Attend, attend_alone, attend_routed, cache_slots
-from morex.experts.dispatch import Dispatch, dispatch
+from morex.experts.attention import ExpertRows, attend_alone, attend_routed, cache_slots
+from morex.experts.dispatch import dispatch
 from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports
 
 
 class HuginnExperts(nn.Module):
@@ -48,32 +47,19 @@ class HuginnExperts(nn.Module):
         for name, weight in recurrent_parameters(router.experts, d_model, shape, d_ff, attention_scope).items():
             self.register_parameter(name, weight)
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
         states = initial_state(x, self.state_std, self.training)[sent.token]
         own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
-        attention = self._attention(own, packing, sent, views)
-        y = recur(states, sent.gather(x), own, self.steps, attention, self.eps, sent.counts)
-        return sent.combine(y, weights), signals
-
-    def _attention(self, w: dict[str, Tensor], packing: Packing, sent: Dispatch, views: ExpertViews | None) -> Attend:
         if self.scope == "token":
-            return attend_alone(w, self.shape, sent.counts)
-        slots = cache_slots(views, self.router.experts, self.steps)
-        if slots is None:
-            return attend_routed(w, self.shape, packing.group(sent.token, sent.counts), sent.counts)
-        apart = []
-        for e, token in enumerate(sent.token.split(sent.counts)):
-            one = {name: w[name][e : e + 1] for name in "qkvo"}
-            apart.append(attend_routed(one, self.shape, packing.select(token), [token.shape[0]], slots[e]))
-
-        def attention(x: Tensor, step: int) -> Tensor:
-            rows = x.split(sent.counts)
-            return torch.cat([run(own, step) for run, own in zip(apart, rows, strict=True) if own.shape[0]])
-
-        return attention
+            attention = attend_alone(own, self.shape)
+        else:
+            attention = attend_routed(own, self.shape, cache_slots(views, self.router.experts, self.steps))
+        rows = ExpertRows(packing, sent.token, sent.counts)
+        y = recur(states, sent.gather(x), own, self.steps, attention, self.eps, rows)
+        return sent.combine(y, weights), {"router": signals}
 
     @staticmethod
     def costs(

@@ -20,7 +20,7 @@ from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews, feed_forward_costs
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports, Signals
 
 REACHABLE = 0.9
 """The floor is at most this share of ln E, the entropy of a router without preference."""
@@ -53,7 +53,7 @@ class LayerRecurrentExperts(MoE):
         self.steps, self.scale, self.ema = steps, scale, ema
         self.entropy_floor = min(entropy_floor, REACHABLE * math.log(router.experts))
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report over all steps."""
         state, average, reports = x, None, []
         for _ in range(self.steps):
@@ -64,7 +64,7 @@ class LayerRecurrentExperts(MoE):
             state = state + self.scale * self.mix(state, chosen, weights)
             signals.choices = [replace(choice, state=state.detach()) for choice in signals.choices]
             reports.append(signals)
-        return state - x, Signals.join(reports)
+        return state - x, {"router": Signals.join(reports)}
 
     @staticmethod
     def costs(  # type: ignore[override]

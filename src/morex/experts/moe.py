@@ -10,7 +10,7 @@ from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ACTIVATIONS, GATED, ExpertViews, feed_forward_costs
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports
 
 
 def expert_gated(kind: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
@@ -39,10 +39,10 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(router.experts, d_model, d_ff))
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
-        return self.mix(x, chosen, weights), signals
+        return self.mix(x, chosen, weights), {"router": signals}
 
     def mix(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum of what the chosen experts [N, K] make of x [N, D], with these weights [N, K]."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from morex.experts.attention import Attend
+from morex.experts.attention import Attend, ExpertRows
 from morex.experts.dispatch import expert_linear, expert_rows
 from morex.experts.moe import expert_gated
 from morex.nn.attention import AttentionShape
@@ -43,7 +43,7 @@ def initial_state(x: Tensor, std: float, training: bool) -> Tensor:
 
 
 def recur(
-    s: Tensor, x: Tensor, w: Mapping[str, Tensor], steps: int, attention: Attend, eps: float, counts: list[int]
+    s: Tensor, x: Tensor, w: Mapping[str, Tensor], steps: int, attention: Attend, eps: float, rows: ExpertRows
 ) -> Tensor:
     """S steps of each block on its own rows.
 
@@ -53,17 +53,18 @@ def recur(
         steps: S.
         attention: of the blocks.
         eps: of the norms.
-        counts: rows of each block.
+        rows: what stands in the rows of each block.
 
     Returns:
         The last state [M, D].
     """
+    counts = rows.counts
     of_state, of_input = w["adapter"].chunk(2, dim=-1)
     norm1, norm2, norm3, norm4 = (expert_rows(w[f"norm{i + 1}"], counts) for i in range(NORMS))
     injected = expert_linear(x, of_input, counts)
     for step in range(steps):
         s = expert_linear(s, of_state, counts) + injected
-        s = rms_norm(s + attention(rms_norm(s, norm1, eps), step), norm2, eps)
+        s = rms_norm(s + attention(rms_norm(s, norm1, eps), rows, step), norm2, eps)
         hidden = expert_gated("swiglu", rms_norm(s, norm3, eps), w["gate"], w["up"], w["down"], counts)
         s = rms_norm(s + hidden, norm4, eps)
     return s

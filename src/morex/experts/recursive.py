@@ -6,22 +6,31 @@ Expert e loops S times over its tokens, weights shared over the steps:
 
 and returns norm(z) (`output`) or z - x (`change`). Attention runs causally over the tokens of a sequence that visit
 the same expert (`routed`), or over the token alone (`token`): softmax over one key is 1, so it is exactly W_o W_v.
+
+A depth router may decide how many of the S steps a token takes in an expert: the step is what the router's recursion
+runs, z its H. There is one for the layer; it judges each expert's tokens apart, and a step's attention is over the
+tokens that take the step.
 """
 
+from dataclasses import replace
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from morex.experts.attention import attend_alone, attend_routed, cache_slots, for_query_heads
-from morex.experts.dispatch import Dispatch, dispatch
+from morex.depth.fixed import FixedRouter
+from morex.depth.policy import DepthPolicy
+from morex.depth.router import DepthRouter, Routing
+from morex.experts.attention import Attend, ExpertRows, attend_alone, attend_alone_folded, attend_routed, cache_slots
+from morex.experts.dispatch import Dispatch, dispatch, expert_rows
+from morex.experts.moe import expert_gated
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape, has_fast_rows
 from morex.nn.costs import AttentionCosts, Costs
-from morex.nn.mixers import ExpertViews, swiglu
+from morex.nn.mixers import ExpertViews
 from morex.nn.norm import rms_norm
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports, Signals
 
 
 class RecursiveExperts(nn.Module):
@@ -33,6 +42,7 @@ class RecursiveExperts(nn.Module):
         router: ExpertRouter,
         shape: AttentionShape,
         eps: float,
+        depth: DepthRouter,
         steps: int,
         d_ff: int,
         attention_scope: str,
@@ -42,6 +52,7 @@ class RecursiveExperts(nn.Module):
         """Args:
         shape: of an expert's attention.
         eps: of its norms.
+        depth: decides how many of the steps a token takes.
         steps: times S that it loops.
         d_ff: hidden width of its swiglu.
         attention_scope: `routed` or `token`, what its attention sees.
@@ -49,7 +60,7 @@ class RecursiveExperts(nn.Module):
         keep_unused_qk: store the query and key weights that `token` never uses.
         """
         super().__init__()
-        self.router, self.shape, self.eps = router, shape, eps
+        self.router, self.depth, self.shape, self.eps = router, depth, shape, eps
         self.steps, self.scope, self.branch = steps, attention_scope, branch
         experts, queries, keys = router.experts, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
@@ -66,21 +77,53 @@ class RecursiveExperts(nn.Module):
         self.gate, self.up = stacked(d_ff, d_model), stacked(d_ff, d_model)
         self.down = stacked(d_model, d_ff)
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
-        """x [N, D] -> [N, D] and the router's report. Loops over the few experts, never over tokens or the batch."""
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
+        """x [N, D] -> [N, D] and what the routers report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
         if views is None and self._has_fast_path(x, packing):
-            return self._fast(x, weights, packing, sent), signals
-        rows, tokens = sent.gather(x).split(sent.counts), sent.token.split(sent.counts)
-        own = {name: stack.unbind(0) for name, stack in self.named_parameters(recurse=False)}
-        outputs = []
-        for e, (z, token) in enumerate(zip(rows, tokens, strict=True)):
-            parts = {name: stack[e] for name, stack in own.items()}
-            outputs.append(self._expert(e, z, parts, packing.select(token), views) if z.shape[0] else z)
-        return sent.combine(torch.cat(outputs), weights), signals
+            return self._fast(x, weights, packing, sent), {"router": signals}
+        y, routing, about_steps = self._loop(sent.gather(x), ExpertRows(packing, sent.token, sent.counts), views)
+        reports = {"router": signals}
+        if not isinstance(self.depth, FixedRouter):
+            reports["depth"] = about_steps
+            taken = torch.stack(routing.masks).sum(0)[sent.places]
+            signals.choices = [replace(choice, steps=taken) for choice in signals.choices]
+        return sent.combine(y, weights), reports
+
+    def _loop(self, x: Tensor, rows: ExpertRows, views: ExpertViews | None) -> tuple[Tensor, Routing, Signals]:
+        """The experts on their own rows x [M, D] -> [M, D], and what the depth router did and reports."""
+        w: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        attention = self._attention(w, x.shape, views)
+        z, routing = self.depth.begin(x, rows.together.root(), DepthPolicy("router", self.steps))
+        for s in range(self.steps):
+            visit = self.depth.visit(z, routing, s + 1)
+            if visit is not None:
+                y = self._step(visit.packing.gather(z), s, w, rows.select(visit.packing.index), attention)
+                z = self.depth.bring_back(z, y, routing, visit)
+        z, signals = self.depth.finish(z, routing)
+        if self.branch == "output":
+            return rms_norm(z, expert_rows(w["norm_out"], rows.counts), self.eps), routing, signals
+        return z - x, routing, signals
+
+    def _step(self, z: Tensor, s: int, w: dict[str, Tensor], rows: ExpertRows, attention: Attend) -> Tensor:
+        """Step s of the experts on their own rows z [M, D]."""
+        counts = rows.counts
+        z = z + expert_rows(w["step_embedding"][:, s], counts)
+        z = z + attention(rms_norm(z, expert_rows(w["norm_attention"], counts), self.eps), rows, s)
+        inner = rms_norm(z, expert_rows(w["norm_mixer"], counts), self.eps)
+        return z + expert_gated("swiglu", inner, w["gate"], w["up"], w["down"], counts)
+
+    def _attention(self, w: dict[str, Tensor], shape: torch.Size, views: ExpertViews | None) -> Attend:
+        if self.scope == "routed":
+            return attend_routed(w, self.shape, cache_slots(views, self.router.experts, self.steps))
+        # One product W_o W_v pays once more rows pass through it than the matrices have channels.
+        pays = shape[0] * self.steps > shape[1] * self.router.experts
+        return (attend_alone_folded if pays else attend_alone)(w, self.shape)
 
     def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
+        if not isinstance(self.depth, FixedRouter):
+            return False
         rows = self.scope == "token" or (self.shape.rope is not None and has_fast_rows(packing))
         return rows and x.shape[0] > 0 and fast.usable(x, *self.parameters(recurse=False))
 
@@ -102,29 +145,6 @@ class RecursiveExperts(nn.Module):
         )
         return fast.recursive_experts(x, weights.to(x.dtype), stacks, plan)
 
-    def _expert(self, e: int, x: Tensor, w: dict[str, Tensor], packing: Packing, views: ExpertViews | None) -> Tensor:
-        """One expert on its own tokens x [M, D]."""
-        eps, z = self.eps, x
-        # One product W_o W_v pays once more rows pass through it than the matrices have channels.
-        token_only = self.scope == "token"
-        folded = self._folded(w) if token_only and x.shape[0] * self.steps > x.shape[1] else None
-        one, counts = {name: w[name].unsqueeze(0) for name in "qkvo" if name in w}, [x.shape[0]]
-        if token_only:
-            attention = attend_alone(one, self.shape, counts)
-        else:
-            slots = cache_slots(views, self.router.experts, self.steps)
-            attention = attend_routed(one, self.shape, packing, counts, None if slots is None else slots[e])
-        for s in range(self.steps):
-            z = z + w["step_embedding"][s]
-            inner = rms_norm(z, w["norm_attention"], eps)
-            z = z + (attention(inner, s) if folded is None else F.linear(inner, folded))
-            z = z + swiglu(rms_norm(z, w["norm_mixer"], eps), w["gate"], w["up"], w["down"])
-        return rms_norm(z, w["norm_out"], eps) if self.branch == "output" else z - x
-
-    def _folded(self, w: dict[str, Tensor]) -> Tensor:
-        """W_o W_v [D, D]: query heads of one group read the same value head."""
-        return w["o"] @ for_query_heads(w["v"], 0, self.shape)
-
     @staticmethod
     def costs(
         d_model: int,
@@ -136,8 +156,12 @@ class RecursiveExperts(nn.Module):
         attention_scope: str,
         branch: str,
         keep_unused_qk: bool,
+        step_shares: tuple[float, ...],
     ) -> Costs:
-        """Closed-form costs.
+        """Closed-form costs without those of the depth router.
+
+        Args:
+            step_shares: share of an expert's tokens that takes each step.
 
         Folding W_o W_v is one matrix product an expert and a forward pass; spread over a batch's tokens it is left out.
         """
@@ -147,8 +171,9 @@ class RecursiveExperts(nn.Module):
         vectors = d_model * (steps + 2 + (branch == "output"))
         parameters = experts * (projections + 3 * d_model * d_ff + vectors)
         mixing = 2 * d_model * (queries + keys) if routed else d_model * d_model
-        visits = top_k * steps
-        pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False)
+        visits = top_k * sum(step_shares)
+        per_pair = 4.0 * queries * top_k * sum(share**2 for share in step_shares)
+        pairs = AttentionCosts(per_pair, top_k / experts, 2.0 * keys * visits, rereads=False)
         per_token = visits * 2.0 * (mixing + 3 * d_model * d_ff)
         alone = 0.0 if routed else visits * 2.0 * (d_model * (queries + keys) - mixing)
         own = Costs(parameters, per_token, (pairs,) if routed else (), per_token_alone=alone)

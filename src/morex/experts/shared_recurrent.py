@@ -6,9 +6,10 @@ attention is causal over all tokens, and has the place of the first expert in a 
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from morex.experts.attention import attend_routed, cache_slots
+from morex.experts.attention import ExpertRows, attend_routed, cache_slots
 from morex.experts.moe import MoE
 from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter
@@ -16,7 +17,7 @@ from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports
 
 
 class SharedRecurrentExperts(MoE):
@@ -47,14 +48,13 @@ class SharedRecurrentExperts(MoE):
         self.shape, self.eps, self.steps, self.state_std = shape, eps, steps, state_std
         self.shared = nn.ParameterDict(recurrent_parameters(1, d_model, shape, d_ff, "routed"))
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Signals]:
+    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
-        mixed, signals = super().forward(x, packing)
-        state = initial_state(mixed, self.state_std, self.training)
-        shared, counts = dict(self.shared.items()), [mixed.shape[0]]
-        slots = cache_slots(views, 1, self.steps)
-        attention = attend_routed(shared, self.shape, packing, counts, None if slots is None else slots[0])
-        return recur(state, mixed, shared, self.steps, attention, self.eps, counts), signals
+        mixed, reports = super().forward(x, packing)
+        state, shared = initial_state(mixed, self.state_std, self.training), dict(self.shared.items())
+        attention = attend_routed(shared, self.shape, cache_slots(views, 1, self.steps))
+        everyone = ExpertRows(packing, torch.arange(x.shape[0], device=x.device), [x.shape[0]])
+        return recur(state, mixed, shared, self.steps, attention, self.eps, everyone), reports
 
     @staticmethod
     def costs(  # type: ignore[override]

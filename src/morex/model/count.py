@@ -17,7 +17,7 @@ from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs
 from morex.nn.mixers import feed_forward_costs
 from morex.nn.norm import norm_costs
-from morex.sections.mixers import FeedForwardConfig
+from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def count(
     context: int | None = None,
     depth: Depth = None,
     shares: tuple[float, ...] | None = None,
+    step_shares: tuple[float, ...] | None = None,
     bytes_per_value: int = 4,
 ) -> Count:
     """Counts a model without building it.
@@ -56,6 +57,7 @@ def count(
         context: tokens in the cache when decoding; default `seq_len`.
         depth: depth at call time, as in the model's forward.
         shares: share of the tokens active at recursion r = 1..R, where it was measured.
+        step_shares: share of an expert's tokens that takes step s = 1..S, where a router decides and it was measured.
         bytes_per_value: of a cached value; 4 for fp32, 2 for bf16.
 
     Raises:
@@ -65,7 +67,7 @@ def count(
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
-    block, router = block_costs(config), router_costs(config, active, depth)
+    block, router = block_costs(config, step_shares), router_costs(config, active, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
@@ -98,8 +100,8 @@ def count(
     )
 
 
-def block_costs(config: ModelConfig) -> Costs:
-    """Costs of one block: attention, mixer and their norms."""
+def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = None) -> Costs:
+    """Costs of one block: attention, mixer and their norms. `step_shares` as in `count`."""
     mixer, d_model = config.mixer, config.d_model
     shape = attention_shape(config)
     own = attention_costs(d_model, shape)
@@ -110,7 +112,13 @@ def block_costs(config: ModelConfig) -> Costs:
     if isinstance(mixer, FeedForwardConfig):
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k
-    return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **mixer.options(d_model))
+    options = mixer.options(d_model)
+    if isinstance(mixer, RecursiveExpertsConfig):
+        kind, of_router = ROUTERS[mixer.depth.kind], mixer.depth.options(mixer.steps)
+        options["step_shares"] = step_shares or kind.shares(mixer.steps, **of_router)
+        asked = kind.costs(d_model, mixer.steps, shares=options["step_shares"], **of_router)
+        own += Costs(asked.parameters, top_k * asked.per_token, per_token_stopped=top_k * asked.per_token_stopped)
+    return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **options)
 
 
 def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = None) -> Costs:

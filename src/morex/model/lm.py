@@ -26,8 +26,8 @@ from morex.nn.mixers import FeedForward, GatedFeedForward
 from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
-from morex.nn.signals import Choice, RouterStats
-from morex.sections.mixers import FeedForwardConfig
+from morex.nn.signals import Choice, RouterStats, loss_name
+from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
 
 
 @dataclass
@@ -77,6 +77,14 @@ class Trace:
         }
 
     @property
+    def expert_steps(self) -> dict[str, list[Tensor]]:
+        """Steps that a token took in each of its experts [B, T, K], where a depth router decides; -1 likewise."""
+        return {
+            name: [choice.steps for choice in choices if choice.steps is not None]
+            for name, choices in self.choices.items()
+        }
+
+    @property
     def loads(self) -> dict[str, list[Tensor]]:
         """Tokens that came to each expert in each choice [E], by expert layer."""
         return {
@@ -117,9 +125,9 @@ class LanguageModel(nn.Module):
         mixer = config.mixer
         self._num_experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
         self.loss_weights: dict[str, float] = {}
-        for module in self.modules():
+        for path, module in self.named_modules():
             if isinstance(module, DepthRouter | ExpertRouter):
-                self.loss_weights |= module.loss_weights
+                self.loss_weights |= {loss_name(path, name): weight for name, weight in module.loss_weights.items()}
 
     def forward(
         self,
@@ -373,7 +381,11 @@ def _block(config: ModelConfig) -> Block:
         built = (GatedFeedForward if mixer.is_gated else FeedForward)(d_model, hidden, mixer.kind)
     else:
         router = ExpertRouter(d_model, **mixer.router.model_dump())
-        built = EXPERTS[mixer.kind](d_model, router, shape, eps, **mixer.options(d_model))
+        parts: dict[str, Any] = {}
+        if isinstance(mixer, RecursiveExpertsConfig):
+            own = mixer.depth
+            parts["depth"] = ROUTERS[own.kind](d_model, mixer.steps, **own.options(mixer.steps))
+        built = EXPERTS[mixer.kind](d_model, router, shape, eps, **parts, **mixer.options(d_model))
     norm, placement = NORMS[config.norm], config.norm_placement
     of_heads = [norm(shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
     after = [norm(d_model, eps) for _ in range(2)] if placement != "pre" else []
@@ -421,6 +433,7 @@ def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: i
                 widen(choice.experts, -1),
                 widen(choice.logits, torch.nan),
                 None if choice.state is None else widen(choice.state, torch.nan),
+                None if choice.steps is None else widen(choice.steps, -1),
             )
             for choice in found
         ]

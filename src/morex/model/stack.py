@@ -15,7 +15,7 @@ from morex.depth.schedule import Group, Schedule, Step
 from morex.nn.attention import Local
 from morex.nn.block import Block
 from morex.nn.packing import Packing
-from morex.nn.signals import Choice, RouterStats, Signals
+from morex.nn.signals import Choice, RouterStats, Signals, loss_name
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Record:
     def add(self, name: str, signals: Signals) -> None:
         """Adds one router's report."""
         for loss, value in signals.losses.items():
-            self.losses.setdefault(loss, []).append(value)
+            self.losses.setdefault(loss_name(name, loss), []).append(value)
         self.stats.include(name, signals.stats)
 
 
@@ -79,11 +79,11 @@ class Pass:
     def run(self, block: nn.Module, step: Step, x: Tensor, packing: Packing, name: str, counts: bool = True) -> Tensor:
         """One step: a block on the packed tokens x [M, D]."""
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
-        x, signals = block(x, packing, views_of(step, self.rule, self.cache, self.call), local)
-        if signals is not None and counts:
-            path = f"{name}.mixer.router"
+        x, reports = block(x, packing, views_of(step, self.rule, self.cache, self.call), local)
+        for part, signals in reports.items() if counts else ():
+            path = f"{name}.mixer.{part}"
             self.record.add(path, signals)
-            if self.record.traces:
+            if self.record.traces and signals.choices:
                 spread = [self._spread_choice(choice, packing) for choice in signals.choices]
                 self.record.choices.setdefault(path, []).extend(spread)
         return x
@@ -94,6 +94,7 @@ class Pass:
             self.spread(choice.experts, packing, -1),
             self.spread(choice.logits, packing, torch.nan),
             None if choice.state is None else self.spread(choice.state, packing, torch.nan),
+            None if choice.steps is None else self.spread(choice.steps, packing, -1),
         )
 
     def spread(self, values: Tensor, packing: Packing, missing: float) -> Tensor:
@@ -147,10 +148,7 @@ class Core(nn.Module):
                     index = step.block - self.schedule.prelude
                     path = f"stack.core.blocks.{index}"
                     y = run.run(self.blocks[index], step, y, visit.packing, path, not visit.is_dummy)
-                if visit.is_dummy:
-                    h = h + 0.0 * (y.sum() if visit.gate is None else y.sum() * visit.gate.sum())
-                else:
-                    h = own.router.merge(h, y, routing, visit)
+                h = own.router.bring_back(h, y, routing, visit)
             if run.record.traces:
                 states.append(packing.pad(h.detach()))
         h, signals = own.router.finish(h, routing)

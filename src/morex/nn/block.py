@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from morex.nn.attention import Attention, KeyView, Local
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports
 
 NormPlacement = Literal["pre", "sandwich", "pre_post"]
 
@@ -47,12 +47,12 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, packing: Packing, views: StepViews | None = None, local: Local | None = None
-    ) -> tuple[Tensor, Signals | None]:
-        """x [N, D] -> [N, D], and what the mixer's router reports. `local`: of a step with a sliding window."""
+    ) -> tuple[Tensor, Reports]:
+        """x [N, D] -> [N, D], and what the mixer's routers report. `local`: of a step with a sliding window."""
         branch = self.attention(self.norm1(x), packing, None if views is None else views.attention, local)
         x = self._join(x, branch, self.norm1_after)
-        branch, signals = self.mixer(self.norm2(x), packing, views)
-        return self._join(x, branch, self.norm2_after), signals
+        branch, reports = self.mixer(self.norm2(x), packing, views)
+        return self._join(x, branch, self.norm2_after), reports
 
     def _join(self, x: Tensor, branch: Tensor, norm: nn.Module | None) -> Tensor:
         """The residual stream [N, D] with a branch [N, D]."""

@@ -10,7 +10,7 @@ from morex.nn import fast
 from morex.nn.attention import KeyView
 from morex.nn.costs import Costs, linear_costs
 from morex.nn.packing import Packing
-from morex.nn.signals import Signals
+from morex.nn.signals import Reports
 
 
 class ExpertViews(Protocol):
@@ -23,8 +23,8 @@ class ExpertViews(Protocol):
 class Mixer(Protocol):
     """The channel part of a block: a feed-forward net or an expert layer."""
 
-    def __call__(self, x: Tensor, packing: Packing, views: ExpertViews | None) -> tuple[Tensor, Signals | None]:
-        """x [N, D] -> the branch's output [N, D], and what a router reports."""
+    def __call__(self, x: Tensor, packing: Packing, views: ExpertViews | None) -> tuple[Tensor, Reports]:
+        """x [N, D] -> the branch's output [N, D], and what its routers report."""
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(
         self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
-    ) -> tuple[Tensor, Signals | None]:
-        return self.function(x, self.gate.weight, self.up.weight, self.down.weight), None
+    ) -> tuple[Tensor, Reports]:
+        return self.function(x, self.gate.weight, self.up.weight, self.down.weight), {}
 
 
 class FeedForward(nn.Module):
@@ -69,8 +69,8 @@ class FeedForward(nn.Module):
 
     def forward(
         self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
-    ) -> tuple[Tensor, Signals | None]:
-        return self.down(self.activation(self.up(x))), None
+    ) -> tuple[Tensor, Reports]:
+        return self.down(self.activation(self.up(x))), {}
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+STEP_ROUTER = "mixer.depth"
+"""End of the path of a depth router that decides about the steps inside experts."""
+
+
+def loss_name(path: str, name: str) -> str:
+    """Name in the model's losses of what the router at `path` calls `name`: steps inside experts stand apart."""
+    return f"step_{name}" if path.endswith(STEP_ROUTER) else name
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -17,6 +25,8 @@ class Choice:
     """[N, E], on which the choice was made."""
     state: Tensor | None = None
     """What the experts made of the tokens [N, D], where the layer chooses again on it."""
+    steps: Tensor | None = None
+    """Steps that each token took in each of its experts [N, K], where a depth router decides."""
 
 
 @dataclass
@@ -40,6 +50,10 @@ class Signals:
         return Signals(losses, stats[""], [choice for one in reports for choice in one.choices])
 
 
+Reports = dict[str, Signals]
+"""What the routers of a mixer report, by their name in it; empty without routers."""
+
+
 class RouterStats(dict[str, dict[str, Tensor]]):
     """Statistics of all routers, by module path; `a + b` joins microbatches, recursions and ranks."""
 
@@ -52,10 +66,18 @@ class RouterStats(dict[str, dict[str, Tensor]]):
     @property
     def active_shares(self) -> tuple[float, ...] | None:
         """Share of the tokens active at recursion r = 1..R, the mean over depth routers; None without any."""
+        return self._shares(of_steps=False)
+
+    @property
+    def step_shares(self) -> tuple[float, ...] | None:
+        """Share of an expert's tokens that takes step s = 1..S, the mean over layers; None where all take all."""
+        return self._shares(of_steps=True)
+
+    def _shares(self, of_steps: bool) -> tuple[float, ...] | None:
         shares = [
             fields["active"].double().cpu() / max(int(fields["tokens"]), 1)
-            for fields in self.values()
-            if "active" in fields
+            for name, fields in self.items()
+            if "active" in fields and name.endswith(STEP_ROUTER) == of_steps
         ]
         return tuple(torch.stack(shares).mean(0).tolist()) if shares else None
 

@@ -1,6 +1,7 @@
 """Depth routers: who decides how often a token recurs."""
 
 import math
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -10,6 +11,16 @@ from morex.sections.base import NonNegative, Section, Seed, Share
 
 class RouterConfig(Section):
     """Base of the depth routers."""
+
+    kind: str
+
+    def check(self, recursions: int, option: str, number: str) -> None:
+        """Refuses what does not fit so many recursions.
+
+        Args:
+            option: of this router, for the message.
+            number: option that says how many recursions there are.
+        """
 
     def options(self, recursions: int) -> dict[str, Any]:
         """Constructor options of the router, defaults filled in."""
@@ -40,6 +51,20 @@ class GatedConfig(RouterConfig):
 
     def options(self, recursions: int) -> dict[str, Any]:
         return super().options(recursions) | {"capacities": self.shares(recursions)}
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether only tokens active at r - 1 are candidates at r."""
+        return True
+
+    def check(self, recursions: int, option: str, number: str) -> None:
+        shares = self.shares(recursions)
+        if len(shares) != recursions:
+            raise ValueError(f"{option}.capacities has {len(shares)} entries for {number} {recursions}")
+        if self.is_nested and any(later > earlier for earlier, later in pairwise(shares)):
+            raise ValueError(
+                f"{option}.capacities {list(shares)} must not grow: only tokens active at r - 1 are candidates at r"
+            )
 
 
 class LearnedGateConfig(GatedConfig):
@@ -78,8 +103,20 @@ class ExpertChoiceConfig(LearnedGateConfig):
     hierarchical: bool = True
     """Only tokens active at r - 1 are candidates at r; if false, every token is a candidate at every r."""
 
+    @property
+    def is_nested(self) -> bool:
+        return self.hierarchical
 
-class TokenChoiceConfig(RouterConfig):
+
+class ChoosingConfig(RouterConfig):
+    """What routers share that choose among several depths."""
+
+    def check(self, recursions: int, option: str, number: str) -> None:
+        if recursions == 1:
+            raise ValueError(f"{option}.kind {self.kind!r} needs depths to choose from; {number} is 1")
+
+
+class TokenChoiceConfig(ChoosingConfig):
     """Mixture of Recursions, token choice: each token chooses its depth once, before recursion 1."""
 
     kind: Literal["token_choice"]
@@ -111,7 +148,7 @@ class ThresholdConfig(LearnedGateConfig):
     """Share of the old threshold that is kept at each update."""
 
 
-class HaltingConfig(RouterConfig):
+class HaltingConfig(ChoosingConfig):
     """Adaptive computation time: a token recurs until its halting probabilities sum to 1 - epsilon."""
 
     kind: Literal["halting"]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from morex.sections.base import NonNegative, Section
+from morex.sections.depth import DepthConfig, ExpertChoiceConfig, FixedConfig
 
 
 class FeedForwardConfig(Section):
@@ -75,6 +76,8 @@ class RecursiveExpertsConfig(Section):
     router: ExpertRouterConfig = ExpertRouterConfig()
     steps: PositiveInt = 3
     """Times S that an expert loops; its weights are shared over the steps."""
+    depth: DepthConfig = FixedConfig()
+    """Router that decides how many of the steps a token takes in an expert; one for each layer."""
     d_ff: PositiveInt = 256
     """Hidden width of an expert's swiglu."""
     attention_scope: Literal["routed", "token"] = "routed"
@@ -85,6 +88,15 @@ class RecursiveExpertsConfig(Section):
     """Store the query and key weights that `token` never uses, to match a parameter count."""
 
     @model_validator(mode="after")
+    def _steps_can_be_decided(self) -> Self:
+        self.depth.check(self.steps, "mixer.depth", "mixer.steps")
+        if isinstance(self.depth, ExpertChoiceConfig) and self.depth.causal == "none":
+            raise ValueError(
+                "mixer.depth.causal 'none' gives experts no rule that can decode; use 'aux_loss' or 'aux_router'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _keeps_what_is_unused(self) -> Self:
         if self.keep_unused_qk and self.attention_scope == "routed":
             raise ValueError(
@@ -93,8 +105,8 @@ class RecursiveExpertsConfig(Section):
         return self
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Constructor options of the layer, without its router."""
-        return self.model_dump(exclude={"kind", "router"})
+        """Constructor options of the layer, without its routers."""
+        return self.model_dump(exclude={"kind", "router", "depth"})
 
     def twin_width(self, d_model: int) -> int:
         """Hidden width of the dense twin's swiglu, which has the size of one expert."""

@@ -74,6 +74,7 @@ class Contender:
         self.autocast = autocast_dtype(shape.precision)
         self.steps = 0
         self.active: list[tuple[float, ...]] = []
+        self.steps_taken: list[tuple[float, ...]] = []
 
     def step(self, batch: Tensor) -> RouterStats:
         """One optimizer step on [B, T+1] tokens, as the trainer takes it."""
@@ -99,17 +100,24 @@ class Contender:
         _wait(self.shape.device)
         seconds = time.perf_counter() - start
         self.active += [one.active_shares for one in stats if one.active_shares is not None]
+        self.steps_taken += [one.step_shares for one in stats if one.step_shares is not None]
         return seconds
 
     def shares(self) -> tuple[float, ...] | None:
         """Measured share of the tokens at recursion r = 1..R, or None where no router decides depth."""
-        if not self.active or not is_depth_routed(self.config.model):
-            return None
-        return tuple(map(statistics.fmean, zip(*self.active, strict=True)))
+        return _means(self.active) if is_depth_routed(self.config.model) else None
 
     def flops_per_token(self) -> float:
         """Training FLOPs per token, closed form on the measured shares."""
-        return count(self.config.model, seq_len=self.shape.seq_len, shares=self.shares()).train_flops_per_token
+        model, seq_len = self.config.model, self.shape.seq_len
+        return count(
+            model, seq_len=seq_len, shares=self.shares(), step_shares=_means(self.steps_taken)
+        ).train_flops_per_token
+
+
+def _means(shares: Sequence[tuple[float, ...]]) -> tuple[float, ...] | None:
+    """The mean of each place, or None of nothing."""
+    return tuple(map(statistics.fmean, zip(*shares, strict=True))) if shares else None
 
 
 @dataclass

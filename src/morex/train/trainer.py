@@ -164,9 +164,11 @@ def num_tokens(batch: Batch) -> int:
 def flops_per_token(t: Training, stats: RouterStats) -> float:
     """Training FLOPs per token of a step: closed form, on the shares of its tokens that were active."""
     model = t.config.model
-    if not is_depth_routed(model):
+    if not (is_depth_routed(model) or stats.step_shares):
         return t.counts.train_flops_per_token
-    return count(model, seq_len=t.config.train.seq_len, shares=stats.active_shares).train_flops_per_token
+    shares = stats.active_shares if is_depth_routed(model) else None
+    seq_len = t.config.train.seq_len
+    return count(model, seq_len=seq_len, shares=shares, step_shares=stats.step_shares).train_flops_per_token
 
 
 def clip_gradients(t: Training) -> float:
