@@ -14,10 +14,14 @@ from morex.study.spec import load_study
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.M | re.S)
+TABLE = re.compile(r"(?:^\|.*\|\n)+", re.M)
 CORPUS = "corpus.txt"
+OWN_TEXT = "my-text.txt"
+"""What pages call a text of the reader's."""
 TINY_TRAINING = {
     "data.corpus": CORPUS,
     "data.val_fraction": "0.1",
+    "data.tokenizer.vocab_size": "null",
     "train.steps": "3",
     "train.batch_size": "4",
     "train.accumulation": "1",
@@ -54,11 +58,30 @@ class CodeBlock:
         return [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if line.startswith("$ ")]
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table: its heading and its rows, as the texts of their cells."""
+
+    heading: list[str]
+    rows: list[list[str]]
+
+
 def code_blocks(page: Path) -> list[CodeBlock]:
     """The fenced blocks of a Markdown page, in order."""
     text = page.read_text(encoding="utf-8")
     assert len(BLOCK.findall(text)) * 2 == len(re.findall(r"^```", text, re.M)), f"{page} has a fence that is not read"
     return [CodeBlock(found["language"], found["title"], found["text"]) for found in BLOCK.finditer(text)]
+
+
+def blocks_and_tables(text: str) -> list[CodeBlock | Table]:
+    """The fenced blocks and the tables of a Markdown text, in order."""
+    found: dict[int, CodeBlock | Table] = {
+        match.start(): CodeBlock(match["language"], match["title"], match["text"]) for match in BLOCK.finditer(text)
+    }
+    for match in TABLE.finditer(text):
+        heading, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in match[0].splitlines())
+        found[match.start()] = Table(heading, rows)
+    return [part for _, part in sorted(found.items())]
 
 
 def apply_diff(path: Path, diff: str) -> None:
@@ -70,13 +93,14 @@ def apply_diff(path: Path, diff: str) -> None:
     path.write_text(text.replace(before, after), encoding="utf-8")
 
 
-def write_corpus(folder: Path) -> None:
-    """A small text with some repetition, as CORPUS in `folder`."""
+def write_corpus(folder: Path, *others: str) -> None:
+    """A small text with some repetition, as CORPUS and under other names in `folder`."""
     words = re.findall(
         r"\w+", "the river rose in the night and the people of the town met in congress to speak of peace"
     )
     lines = [" ".join(words[(i * step) % len(words)] for i in range(12)) for step in range(1, 12)] * 25
-    (folder / CORPUS).write_text(".\n".join(lines) + ".\n", encoding="utf-8")
+    for name in (CORPUS, *others):
+        (folder / name).write_text(".\n".join(lines) + ".\n", encoding="utf-8")
 
 
 def run_page(page: Path, folder: Path) -> list[str]:
@@ -85,28 +109,30 @@ def run_page(page: Path, folder: Path) -> list[str]:
     Console commands of `morex` run at tiny sizes, others dry: what `make` would do, whether an extra exists. YAML with
     a title becomes a file, and must be a valid config, or a study that can be planned. Python runs as it is.
     """
-    write_corpus(folder)
-    (folder / "my-text.txt").write_text((folder / CORPUS).read_text(encoding="utf-8"), encoding="utf-8")
-    commands = []
-    for block in code_blocks(page):
-        match block.language:
-            case "console":
-                assert block.commands, f"{page} has a console block without a command: {block.text}"
-                for command in block.commands:
-                    run_command(command)
-                    commands.append(shlex.join(command))
-            case "python":
-                exec(compile(block.text, str(page), "exec"), {"__name__": page.stem})
-            case "yaml":
-                assert block.title, f"{page} has a YAML block without a title"
-                (folder / block.title).write_text(block.text, encoding="utf-8")
-                if "variants:" in block.text:
-                    assert plan(load_study(block.title)).cells
-                else:
-                    assert load_config(block.title)
-            case other:
-                raise AssertionError(f"{page} has a block of {other}, which nothing runs")
-    return commands
+    write_corpus(folder, OWN_TEXT)
+    return [command for block in code_blocks(page) for command in run_block(block, folder, str(page))]
+
+
+def run_block(block: CodeBlock, folder: Path, origin: str) -> list[str]:
+    """Runs one block of a page, as `run_page` does; returns the commands that ran."""
+    match block.language:
+        case "console":
+            assert block.commands, f"{origin} has a console block without a command: {block.text}"
+            for command in block.commands:
+                run_command(command)
+            return [shlex.join(command) for command in block.commands]
+        case "python":
+            exec(compile(block.text, origin, "exec"), {"__name__": Path(origin).stem})
+        case "yaml":
+            assert block.title, f"{origin} has a YAML block without a title"
+            (folder / block.title).write_text(block.text, encoding="utf-8")
+            if "variants:" in block.text:
+                assert plan(load_study(block.title)).cells
+            else:
+                assert load_config(block.title)
+        case other:
+            raise AssertionError(f"{origin} has a block of {other}, which nothing runs")
+    return []
 
 
 def run_command(words: list[str]) -> None:

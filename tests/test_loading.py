@@ -57,3 +57,12 @@ def test_an_override_leaves_the_tree_as_it_was() -> None:
 def test_overrides_that_are_none(override: str) -> None:
     with pytest.raises(ConfigError, match=r"^override '.*(must have the form a\.b=value|the value is not valid YAML)$"):
         load_config("vanilla", [override])
+
+
+@pytest.mark.parametrize("preset", morex.presets())
+def test_a_tiny_form_asks_for_no_tokenizer_that_it_cannot_hold(preset: str) -> None:
+    wanted = load_config(preset, tiny=True).data.tokenizer
+    assert wanted.vocab_size is None and wanted.kind == load_config(preset).data.tokenizer.kind
+    assert (
+        load_config(preset, ["data.tokenizer={kind: bpe, vocab_size: 90}"], tiny=True).data.tokenizer.vocab_size == 90
+    )

@@ -109,7 +109,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
     Args:
         source: a preset's name or the path of a YAML file. A file may start from a preset: `preset: NAME`.
         overrides: `a.b=value` strings, the value in YAML. Changing a `kind` drops that section's other keys.
-        tiny: shrink the model to width 32 and vocabulary 97, kinds, sharing and ratios kept, before the overrides.
+        tiny: shrink the model to width 32 and vocabulary 97, kinds, sharing and ratios kept, before the overrides; a
+            trained tokenizer is then of the model's vocabulary.
 
     Raises:
         ConfigError: unknown preset or key, or values that do not fit together.
@@ -122,7 +123,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
         config = validate(Config, tree)
         model = tiny_model(config.model)
         train = {**tree.get("train", {}), "seq_len": min(config.train.seq_len, model["max_seq_len"])}
-        tree = {**tree, "model": model, "train": train}
+        tokenizer = config.data.tokenizer.model_copy(update={"vocab_size": None})
+        data = {**tree.get("data", {}), "tokenizer": tokenizer.model_dump(mode="json")}
+        tree = {**tree, "model": model, "data": data, "train": train}
     for override in overrides:
         tree = with_override(tree, override)
     return validate(Config, tree)
