@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import morex
+from parity.detectors import count_nodes
 from parity.helpers import (
     CASES,
     config_of,
@@ -137,14 +138,3 @@ def test_nothing_grows_from_step_to_step(case: str) -> None:
     assert nodes[-1] == nodes[2]
     assert numbers[-1] == numbers[2]
     assert alive[1] <= alive[0]
-
-
-def count_nodes(loss: torch.Tensor) -> int:
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions)
-    return len(seen)
