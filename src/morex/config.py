@@ -130,7 +130,10 @@ class ModelConfig(Section):
     def _check_capacities(self, depth: GatedConfig, recursions: int) -> None:
         shares = depth.shares(recursions)
         if len(shares) != recursions:
-            raise ValueError(f"depth.capacities has {len(shares)} entries for {recursions} recursions")
+            raise ValueError(
+                f"depth.capacities has {len(shares)} entries for {recursions} recursions; give one for each, or leave "
+                "it out"
+            )
         nested = not isinstance(depth, ExpertChoiceConfig) or depth.hierarchical
         if nested and any(later > earlier for earlier, later in pairwise(shares)):
             raise ValueError(

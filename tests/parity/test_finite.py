@@ -19,6 +19,7 @@ from parity.helpers import (
     pad,
     ragged_rows,
     random_tokens,
+    tensors_in,
 )
 
 EXPERT_CASES = [case for case in CASES if has_experts(config_of(case))]
@@ -121,6 +122,20 @@ def test_finite_when_all_tokens_choose_one_depth(case: str) -> None:
         first = next(iter(model(tokens, return_trace=True).trace.active.values()))
         assert torch.stack(list(first)).sum(0).unique().tolist() == [favourite + 1]
         assert_finite_step(model, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_where_every_depth_scores_nothing(dtype: torch.dtype) -> None:
+    """Sigmoid scores that all vanish still have shares, in the balance loss and in the entropy."""
+    model: Any = build(load("mor-token", "model.depth.score=sigmoid").model, dtype)
+    dislike_everything(model)
+    with torch.no_grad():
+        model.stack.core.groups[0].router.score.weight.mul_(1e3)
+    tokens = random_tokens("mor-token")
+    out = model(tokens, return_trace=True)
+    assert all((score == 0).all() for scores in out.trace.scores.values() for score in scores)
+    assert not any(torch.isnan(statistic).any() for statistic in tensors_in(out.stats))
+    assert_finite_step(model, tokens)
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES)

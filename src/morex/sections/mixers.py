@@ -48,7 +48,10 @@ class ExpertRouterConfig(Section):
     @model_validator(mode="after")
     def _chosen(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts there are")
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {self.experts} experts there are; use at most {self.experts}, or "
+                "more experts"
+            )
         return self
 
 
