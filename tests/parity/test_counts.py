@@ -141,6 +141,20 @@ def test_counts_are_the_published_totals(preset: str) -> None:
     assert morex.count(morex.load_config(preset).model).parameters == EXACT[preset]
 
 
+@pytest.mark.parametrize(
+    ("preset", "published", "positions"), [("mor-act-400m", 404_249_601, 256), ("standard-400m", 405_613_568, 512)]
+)
+def test_counts_are_the_published_totals_but_for_biases_and_positions(
+    preset: str, published: int, positions: int
+) -> None:
+    """Two models that were published with biases in their feed-forward nets, and one of them with fewer positions."""
+    config = morex.load_config(preset).model
+    ours = morex.count(config).parameters
+    assert ours == pytest.approx(published, rel=1e-3)
+    biases = config.schedule.resolved.num_blocks * (4096 + 1024)
+    assert ours + biases - (config.max_seq_len - positions) * config.d_model == published
+
+
 @pytest.mark.parametrize("preset", EXACT_NON_EMBEDDING)
 def test_counts_are_the_published_figures_without_embeddings(preset: str) -> None:
     assert morex.count(morex.load_config(preset).model).unique_non_embedding == EXACT_NON_EMBEDDING[preset]
