@@ -155,7 +155,7 @@ def models() -> Any:
             "mixer": mixers(),
             "schedule": schedules(),
             "depth": depths(),
-            "kv": st.sampled_from(["per_recursion", "shared_first"]),
+            "kv": st.sampled_from(["per_recursion", "shared_first", "refresh"]),
         },
         {
             "tie_embeddings": st.booleans(),
@@ -355,7 +355,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["model.schedule={sharing: cycle, layers: 2, recursions: 1}", "model.depth.kind=halting"],
         r"halting.*recursions is 1",
     ),
-    "no keys of halted tokens": (["model.depth.kind=halting"], r"halting.*per_recursion.*use kv 'shared_first'"),
+    "no keys of halted tokens": (
+        ["model.depth.kind=halting"],
+        r"halting.*per_recursion.*use kv 'refresh' or 'shared_first'",
+    ),
     "no capacities": (["model.depth={kind: expert_choice, capacities: []}"], r"capacities .*0 entries .*3 recursions"),
     "a threshold router without a gradient": (
         ["model.depth={kind: threshold, score: unweighted}"],
@@ -388,6 +391,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "keys that are turned in two ways": (
         ["model.attention={heads: 4, window: 3, global_every: 3, local_rope_base: 9}", "model.kv=shared_first"],
         r"shared_first.*local_rope_base.*per_recursion",
+    ),
+    "turned keys of the latest visit": (
+        ["model.attention={heads: 4, window: 3, global_every: 3, local_rope_base: 9}", "model.kv=refresh"],
+        r"refresh.*local_rope_base.*per_recursion",
     ),
     "biases in recursive experts": (
         ["model.mixer={kind: recursive}", "model.attention.bias=true"],

@@ -67,8 +67,9 @@ class ModelConfig(Section):
     schedule: ScheduleConfig
     depth: DepthConfig = FixedConfig()
     """Router that decides which tokens take which recursions."""
-    kv: Literal["per_recursion", "shared_first"] = "per_recursion"
-    """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1."""
+    kv: Literal["per_recursion", "shared_first", "refresh"] = "per_recursion"
+    """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1;
+    `refresh`: each reads every token's keys of its latest recursion so far."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
 
@@ -89,11 +90,11 @@ class ModelConfig(Section):
                 )
         if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
             self._check_recurring_experts(self.mixer.kind)
-        if self.kv == "shared_first" and recursions > 1 and attention.global_every and attention.local_rope_base:
+        if self.kv != "per_recursion" and recursions > 1 and attention.global_every and attention.local_rope_base:
             raise ValueError(
-                "kv 'shared_first' reads keys as recursion 1 has turned them, and with attention.local_rope_base a "
-                "block may turn otherwise where it recurs; leave attention.local_rope_base or attention.global_every "
-                "out, or use kv 'per_recursion'"
+                f"kv {self.kv!r} reads keys as an earlier recursion has turned them, and with "
+                "attention.local_rope_base a block may turn otherwise where it recurs; leave "
+                "attention.local_rope_base or attention.global_every out, or use kv 'per_recursion'"
             )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
@@ -105,7 +106,7 @@ class ModelConfig(Section):
         if isinstance(self.depth, HaltingConfig) and self.kv == "per_recursion":
             raise ValueError(
                 "depth.kind 'halting' stops tokens that later tokens still have to see, and with kv 'per_recursion' "
-                "these have no keys beyond the recursion where they stopped; use kv 'shared_first'"
+                "these have no keys beyond the recursion where they stopped; use kv 'refresh' or 'shared_first'"
             )
         return self
 

@@ -24,6 +24,19 @@ EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3
 # What no preset covers: name -> (preset, overrides on its tiny form).
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "recursive+shared_first": ("recursive", ["model.kv=shared_first"]),
+    "recursive+refresh": ("recursive", ["model.kv=refresh"]),
+    "expert+refresh": ("mor-expert", ["model.kv=refresh"]),
+    "expert+refresh+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.kv=refresh"]),
+    "expert+refresh+window": (
+        "mor-expert",
+        ["model.attention={heads: 4, window: 4, global_every: 4}", "model.kv=refresh"],
+    ),
+    "expert+refresh+recursive_experts": ("mor-expert", [EXPERTS, "model.kv=refresh"]),
+    "token+refresh": ("mor-token", ["model.kv=refresh", "model.schedule.sharing=sequence"]),
+    "token+refresh+recursive_experts": ("mor-token", [EXPERTS, "model.kv=refresh"]),
+    "threshold+refresh": ("mor-threshold", ["model.kv=refresh", "model.depth.capacities=[0.75, 0.5, 0.25]"]),
+    "act+refresh": ("mor-act", ["model.kv=refresh"]),
+    "random+refresh": ("mor-random", ["model.kv=refresh"]),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),

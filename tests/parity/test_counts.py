@@ -78,13 +78,20 @@ def uneven_attention_flops(config: ModelConfig, groups: list[list[torch.Tensor]]
         visits = config.mixer.router.experts * config.mixer.steps
     elif config.mixer.kind == "shared_recurrent":
         visits = config.mixer.steps
-    active = torch.stack([torch.stack(masks) for masks in groups]).sum(-1).double()  # [groups, R, B]
-    batch = active.shape[-1]
-    widest, mean = active.amax(-1), active.mean((0, 2)).expand(active.shape[:2])
+    masks = torch.stack([torch.stack(masks) for masks in groups])  # [groups, R, B, T]
+    batch = masks.shape[2]
+
+    def widest_and_mean(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = chosen.sum(-1).double()
+        return counts.amax(-1), counts.mean((0, 2)).expand(counts.shape[:2])
+
+    widest, mean = widest_and_mean(masks)
     own = batch * (widest**2 - mean**2)
-    rereads = config.kv == "shared_first"
-    first = batch * (widest - mean) * LENGTH  # queries of one recursion, the keys of all tokens
-    attended = torch.cat((own[:, :1], (first if rereads else own)[:, 1:]), 1)
+    # Keys that a recursion meets: its own tokens', those of recursion 1, or of all who have come by.
+    met = masks.cummax(1).values if config.kv == "refresh" else masks[:, :1].expand_as(masks)
+    widest_met, mean_met = widest_and_mean(met)
+    others = batch * (widest * widest_met - mean * mean_met)
+    attended = own if config.kv == "per_recursion" else torch.cat((own[:, :1], others[:, 1:]), 1)
     blocks = config.schedule.resolved.core / len(groups)
     return per_pair * blocks * (attended.sum() + visits * own.sum()).item()
 

@@ -48,7 +48,9 @@ def test_saturated_halting_is_finite(case: str, bias: float, taken: int, dtype: 
     plain.load_state_dict(
         {name: w for name, w in model.state_dict().items() if ".groups." not in name or "step" in name}
     )
-    assert largest_change(model(tokens).logits, plain(tokens, depth=taken).logits) <= 1e-9
+    # Under `refresh` a depth that is known beforehand may take the fast attention.
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    assert largest_change(model(tokens).logits, plain(tokens, depth=taken).logits) <= tolerance
 
 
 def as_fixed(config: ModelConfig) -> ModelConfig:

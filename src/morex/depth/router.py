@@ -80,6 +80,10 @@ class DepthRouter(nn.Module):
         self.recursions = recursions
         self.loss_weights: dict[str, float] = {}
 
+    def takes_all(self, policy: DepthPolicy) -> bool:
+        """Whether every token takes every recursion, known before any is run."""
+        return policy.kind == "uniform"
+
     def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
         """Starts a forward pass over the group's input h [N, D]."""
         routing = Routing(packing, policy, torch.ones(h.shape[0], dtype=torch.bool, device=h.device))

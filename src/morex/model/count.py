@@ -7,6 +7,8 @@ full square, the causal half and what a window hides included.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
 from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
@@ -73,12 +75,14 @@ def count(
     last = norm_costs(config.norm, config.d_model).parameters
     unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + last
 
+    met = {"per_recursion": active, "shared_first": (active[0],) * len(active), "refresh": _reached(config, active)}
+
     def forward(tokens: int) -> float:
         """Forward FLOPs of a token among `tokens`."""
         flops = (schedule.prelude + schedule.coda) * _visit(block, 1.0, 1.0, tokens, rereads=False)
         for r, share in enumerate(active, start=1):
             rereads = config.kv == "shared_first" and r > 1
-            flops += schedule.core * _visit(block, share, active[0] if rereads else share, tokens, rereads)
+            flops += schedule.core * _visit(block, share, met[config.kv][r - 1], tokens, rereads)
         return flops + groups * router.per_token + 2.0 * embedding
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
@@ -129,6 +133,17 @@ def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> t
     if not policy.is_forced:
         return kind.shares(recursions, **config.depth.options(recursions))
     return tuple(_reach(policy, seq_len, r) for r in range(1, policy.recursions + 1))
+
+
+def _reached(config: ModelConfig, active: tuple[float, ...]) -> tuple[float, ...]:
+    """Share of the tokens that have taken a recursion r' <= r, for each r.
+
+    Where active sets are not nested, and not all tokens take recursion 1, as if each recursion chose by itself.
+    """
+    if getattr(config.depth, "hierarchical", True):
+        return tuple(accumulate(active, max))
+    missed = accumulate((1 - share for share in active), mul)
+    return tuple(1 - share for share in missed)
 
 
 def _reach(policy: DepthPolicy, seq_len: int, r: int) -> float:

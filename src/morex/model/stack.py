@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from morex.cache.latest import LatestVisits
 from morex.cache.slots import CallStore, KVCache, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
@@ -79,7 +80,9 @@ class Pass:
     def run(self, block: nn.Module, step: Step, x: Tensor, packing: Packing, name: str, counts: bool = True) -> Tensor:
         """One step: a block on the packed tokens x [M, D]."""
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
-        x, signals = block(x, packing, views_of(step, self.rule, self.cache, self.call), local)
+        # What does not count leaves no key behind.
+        views = views_of(step, self.rule, self.cache, self.call) if counts else None
+        x, signals = block(x, packing, views, local)
         if signals is not None and counts:
             path = f"{name}.mixer.router"
             self.record.add(path, signals)
@@ -135,6 +138,8 @@ class Core(nn.Module):
     def _recur(
         self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass, group: Group, own: RoutedGroup, name: str
     ) -> Tensor:
+        if run.rule == "refresh" and run.cache is None and own.router.takes_all(policy):
+            run = replace(run, rule="per_recursion")  # the latest visit is the one in hand, and that is faster
         h, routing = own.router.begin(h, packing, policy)
         states = []
         for r, steps in enumerate(group.recursions, start=1):
@@ -177,7 +182,10 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, Record]:
         """x [N, D], the batch's real tokens -> [N, D] and what the routers report."""
         schedule, batch = replace(self.core.schedule, recursions=policy.recursions), packing.root()
-        run = Pass(schedule, self.windows, self.rule, cache, CallStore(), Record(traces=traces), batch)
+        call: SlotStore = CallStore()
+        if self.rule == "refresh":
+            call = LatestVisits(call if cache is None else cache, batch)
+        run = Pass(schedule, self.windows, self.rule, cache, call, Record(traces=traces), batch)
         # Prelude and coda run once: no later recursion reads their keys.
         once = replace(run, rule="per_recursion")
         for i, step in enumerate(schedule.prelude_steps):
