@@ -117,6 +117,10 @@ def depths() -> Any:
                 "initial_bias": st.sampled_from([-2.0, 1.0]),
             },
         ),
+        section(
+            {"kind": st.just("exit_gate")},
+            {"threshold": st.sampled_from([0.2, 0.5, 1.0]), "entropy_weight": st.sampled_from([0.0, 0.1])},
+        ),
         section({"kind": st.just("random")}, gated | {"seed": st.integers(0, 5)}),
     )
 

@@ -15,10 +15,11 @@ from morex.sections.base import Section, Seed
 from morex.sections.data import DataConfig
 from morex.sections.depth import (
     DepthConfig,
+    ExitGateConfig,
     ExpertChoiceConfig,
     FixedConfig,
     GatedConfig,
-    HaltingConfig,
+    StoppingConfig,
     TokenChoiceConfig,
 )
 from morex.sections.mixers import (
@@ -98,17 +99,33 @@ class ModelConfig(Section):
             )
         if isinstance(self.depth, GatedConfig):
             self._check_capacities(self.depth, recursions)
-        if isinstance(self.depth, TokenChoiceConfig | HaltingConfig) and recursions == 1:
+        if isinstance(self.depth, TokenChoiceConfig | StoppingConfig) and recursions == 1:
             raise ValueError(
                 f"depth.kind {self.depth.kind!r} needs recursions to choose from; schedule.recursions is 1 with "
                 f"schedule.sharing {self.schedule.sharing!r}"
             )
-        if isinstance(self.depth, HaltingConfig) and self.kv == "per_recursion":
+        if isinstance(self.depth, StoppingConfig) and self.kv == "per_recursion":
             raise ValueError(
-                "depth.kind 'halting' stops tokens that later tokens still have to see, and with kv 'per_recursion' "
-                "these have no keys beyond the recursion where they stopped; use kv 'refresh' or 'shared_first'"
+                f"depth.kind {self.depth.kind!r} stops tokens that later tokens still have to see, and with kv "
+                "'per_recursion' these have no keys beyond the recursion where they stopped; use kv 'refresh' or "
+                "'shared_first'"
             )
+        if isinstance(self.depth, ExitGateConfig):
+            self._check_exits()
         return self
+
+    def _check_exits(self) -> None:
+        schedule = self.schedule.resolved
+        if schedule.coda:
+            raise ValueError(
+                "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and a coda of "
+                f"{schedule.coda} stands between; use schedule.sharing 'cycle' with schedule.coda 0"
+            )
+        if len(schedule.groups) > 1:
+            raise ValueError(
+                "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and with schedule.sharing "
+                "'sequence' other blocks come after it; use 'cycle'"
+            )
 
     def _nearest_widths(self, heads: int) -> str:
         below = self.d_model // (2 * heads) * 2 * heads

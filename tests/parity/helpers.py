@@ -37,6 +37,13 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "threshold+refresh": ("mor-threshold", ["model.kv=refresh", "model.depth.capacities=[0.75, 0.5, 0.25]"]),
     "act+refresh": ("mor-act", ["model.kv=refresh"]),
     "random+refresh": ("mor-random", ["model.kv=refresh"]),
+    "ouro+shared_first": ("ouro", ["model.kv=shared_first", "model.norm_placement=pre"]),
+    "ouro+prelude": (
+        "ouro",
+        ["model.schedule={sharing: sequence, prelude: 1, core: 1, recursions: 3}", "model.depth.threshold=0.7"],
+    ),
+    "ouro+window": ("ouro", ["model.attention={heads: 4, window: 4}", "model.step_embedding=true"]),
+    "ouro+recursive_experts": ("ouro", [EXPERTS, "model.tie_embeddings=false"]),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
@@ -197,7 +204,8 @@ def routing_splits(model: Any, tokens: Tensor) -> bool:
     with torch.no_grad():
         trace = model(tokens, return_trace=True).trace
     split = True
-    if config.depth.kind != "fixed" and config.schedule.recursions > 1:
+    all_go_on = config.depth.kind == "fixed" or (config.depth.kind == "exit_gate" and model.training)
+    if not all_go_on and config.schedule.recursions > 1:
         for active in trace.active.values():
             shares = [mask.double().mean().item() for mask in active]
             split &= any(0 < share < 1 for share in shares)

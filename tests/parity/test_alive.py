@@ -88,7 +88,8 @@ def test_what_has_a_loss_of_its_own_learns_from_it(case: str) -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-GATED = [case for case in cases("expert_choice", "threshold", "token_choice", "halting") if case != "expert+unweighted"]
+LEARNED = cases("expert_choice", "threshold", "token_choice", "halting", "exit_gate")
+GATED = [case for case in LEARNED if case != "expert+unweighted"]
 
 
 @pytest.mark.parametrize("case", GATED)

@@ -25,7 +25,7 @@ from parity.helpers import (
 
 DEPTHS: list[int | str] = ["uniform:2", "adaptive:8", "progressive:12", 1]
 RECURRENT = [case for case in CASES if config_of(case).schedule.recursions > 1]
-DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "halting", "random")
+DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "halting", "exit_gate", "random")
 ROUTED = sorted({*DEPTH_ROUTED, *cases(mixer="moe"), *cases(mixer="recursive")})
 CHUNKS: dict[str, list[list[int]]] = {
     "ones": [[1] * 14] * 3,

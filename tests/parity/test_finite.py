@@ -22,7 +22,7 @@ from parity.helpers import (
 )
 
 EXPERT_CASES = [case for case in CASES if has_experts(config_of(case))]
-LEARNED = cases("expert_choice", "token_choice", "threshold", "halting")
+LEARNED = cases("expert_choice", "token_choice", "threshold", "halting", "exit_gate")
 
 
 def router_weights(model: Any) -> list[torch.nn.Parameter]:

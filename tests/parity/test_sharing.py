@@ -99,7 +99,7 @@ def closed_form(config: ModelConfig) -> int:
         if depth.score == "unweighted":  # scores only serve to leave tokens out
             scored = sum(share < 1 for share in depth.shares(schedule.recursions))
         scorer = scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
-    if depth.kind == "halting":  # one unit with a bias, for all recursions
+    if depth.kind in ("halting", "exit_gate"):  # one unit with a bias, for all recursions
         scorer = d + 1
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
     if config.attention.positions == "learned":

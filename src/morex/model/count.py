@@ -68,6 +68,7 @@ def count(
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
     block, router = block_costs(config), router_costs(config, active, depth)
+    policy = _policy(config, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
@@ -87,6 +88,7 @@ def count(
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
     alone = visits * block.per_token_alone
+    exits = policy.recursions if ROUTERS[config.depth.kind].reads_every_state and not policy.is_forced else 1
     stopped = visits * block.per_token_stopped + groups * router.per_token_stopped
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
@@ -96,7 +98,7 @@ def count(
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
-        train_flops_per_token=3 * forward(seq_len) - stopped,
+        train_flops_per_token=3 * (forward(seq_len) + (exits - 1) * 2.0 * embedding) - stopped,
         decode_flops_per_token=forward(seq_len if context is None else context) + alone,
         kv_bytes_per_token=values * bytes_per_value,
     )
@@ -119,8 +121,7 @@ def block_costs(config: ModelConfig) -> Costs:
 
 def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = None) -> Costs:
     """Costs of one group's depth router, where `active` are the shares of the tokens at each recursion."""
-    recursions = config.schedule.recursions
-    policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
+    recursions, policy = config.schedule.recursions, _policy(config, depth)
     taken = policy.recursions if policy.is_forced else None
     options = config.depth.options(recursions)
     return ROUTERS[config.depth.kind].costs(config.d_model, recursions, taken, shares=active, **options)
@@ -129,10 +130,15 @@ def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = 
 def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> tuple[float, ...]:
     """Share of the tokens that takes recursion r = 1..R, in sequences of `seq_len`."""
     kind, recursions = ROUTERS[config.depth.kind], config.schedule.recursions
-    policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
+    policy = _policy(config, depth)
     if not policy.is_forced:
         return kind.shares(recursions, **config.depth.options(recursions))
     return tuple(_reach(policy, seq_len, r) for r in range(1, policy.recursions + 1))
+
+
+def _policy(config: ModelConfig, depth: Depth) -> DepthPolicy:
+    recursions, exit_rules = config.schedule.recursions, ROUTERS[config.depth.kind].exit_rules
+    return parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config), exit_rules)
 
 
 def _reached(config: ModelConfig, active: tuple[float, ...]) -> tuple[float, ...]:

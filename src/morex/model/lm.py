@@ -19,6 +19,7 @@ from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
 from morex.model.init import initialise
+from morex.model.losses import exit_losses, language_loss, next_tokens
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
 from morex.nn.attention import Attention, AttentionShape, Local
 from morex.nn.block import Block
@@ -94,7 +95,11 @@ class Output:
     loss: Tensor | None = None
     """Language-model loss, plus the weighted auxiliary losses in training mode."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Raw losses by name: `lm` and the routers' auxiliary losses, means over routers and recursions."""
+    """Raw losses by name: `lm` and the routers' auxiliary losses, means over routers and recursions.
+
+    `lm` is the cross-entropy of the next token under `logits`. Only where `exit_gate` trains is it the expectation over
+    all exits; the one under `logits`, the exits that its rule takes, is `lm_at_exit` then.
+    """
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Weight of each auxiliary loss in `loss`."""
     stats: RouterStats = field(default_factory=RouterStats)
@@ -143,7 +148,8 @@ class LanguageModel(nn.Module):
             document_ids: [B, T]; tokens attend only to tokens of the same document.
             cache: keys and values of what came before; it takes in this call's.
             depth: who decides how deep tokens go: None the router, an integer, 'uniform:N', 'adaptive[:SPAN]',
-                'progressive[:SPAN]', or 'oracle' (top-k of `expert_choice` in eval mode, which sees later tokens).
+                'progressive[:SPAN]', 'exit[:RULE][:THRESHOLD]' (routers with exit rules), or 'oracle' (top-k of
+                `expert_choice` in eval mode, which sees later tokens).
             logits_to_keep: keep only the last so many logits of each row, or those at these places; 0 keeps all.
             return_trace: also return what every token did.
 
@@ -164,14 +170,21 @@ class LanguageModel(nn.Module):
         if cache is not None:
             cache.advance(packing)
         kept = _kept_rows(packing, logits_to_keep)
-        all_logits = self._head(x) if labels is not None or kept is None else None
+        targets = None if labels is None else next_tokens(labels, packing, tokens.shape[1])
+        losses: dict[str, Tensor] = {}
+        all_logits = None
+        if targets is not None and record.exits is not None:
+            all_logits, losses = exit_losses(record.exits, lambda state: self._head(self.norm(state)), targets)
+        elif targets is not None or kept is None:
+            all_logits = self._head(x)
+            losses = {} if targets is None else {"lm": language_loss(all_logits, targets)}
         logits = packing.pad(all_logits) if kept is None and all_logits is not None else self._head(x[kept])
         if kept is not None:
             logits = logits.view(tokens.shape[0], -1, logits.shape[-1])
         out = Output(logits=_full_width(logits, tokens, kept), stats=record.stats, loss_weights=dict(self.loss_weights))
-        out.losses = {name: torch.stack(values).mean() for name, values in record.losses.items()}
-        if labels is not None and all_logits is not None:
-            self._add_loss(out, all_logits, labels, packing, tokens.shape[1])
+        out.losses = losses | {name: torch.stack(values).mean() for name, values in record.losses.items()}
+        if "lm" in losses:
+            out.loss = self._weighted(out.losses)
         if return_trace:
             out.trace = _full_trace(record, packing, tokens, self._num_experts)
         return out
@@ -218,26 +231,21 @@ class LanguageModel(nn.Module):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (cap * torch.tanh(wide / cap)).to(logits.dtype)
 
-    def _add_loss(self, out: Output, logits: Tensor, labels: Tensor, packing: Packing, time: int) -> None:
-        targets = labels[:, 1:]
-        if targets.shape[1] < time:
-            targets = F.pad(targets, (0, 1), value=-100)
-        wanted = packing.gather(targets.reshape(-1))
-        # The sum over a count of at least one keeps a batch without targets at zero, not NaN.
-        total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, wanted, reduction="sum")
-        language = total / (wanted != -100).sum().clamp(min=1)
-        loss = language
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        """The language-model loss, in training with the auxiliary losses."""
+        loss = losses["lm"]
         if self.training:
             for name, weight in self.loss_weights.items():
-                if name in out.losses:
-                    loss = loss + weight * out.losses[name]
-        out.loss, out.losses = loss, {"lm": language, **out.losses}
+                if name in losses:
+                    loss = loss + weight * losses[name]
+        return loss
 
     def _policy(self, depth: Depth, cache: KVCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
         assert isinstance(router, DepthRouter)
         any_depth = takes_any_depth(self.config)
-        policy = parse_depth(depth, self.config.schedule.recursions, self.config.max_seq_len, any_depth)
+        recursions, span = self.config.schedule.recursions, self.config.max_seq_len
+        policy = parse_depth(depth, recursions, span, any_depth, router.exit_rules)
         chooses = self.config.depth.kind == "expert_choice"
         if policy.kind == "oracle" and not chooses:
             raise ValueError(f"depth 'oracle' is for expert_choice; this model's router is {self.config.depth.kind!r}")

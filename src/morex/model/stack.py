@@ -16,7 +16,7 @@ from morex.depth.schedule import Group, Schedule, Step
 from morex.nn.attention import Local
 from morex.nn.block import Block
 from morex.nn.packing import Packing
-from morex.nn.signals import Choice, RouterStats, Signals
+from morex.nn.signals import Choice, Exits, RouterStats, Signals
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Record:
     groups: dict[str, GroupTrace] = field(default_factory=dict)
     choices: dict[str, list[Choice]] = field(default_factory=dict)
     """Choices of experts in the frame of the batch [B, T, ...]; -1 and NaN where a token did not come by."""
+    exits: Exits | None = None
+    """Where the loss is over all exits, what it needs."""
     traces: bool = False
 
     def add(self, name: str, signals: Signals) -> None:
@@ -47,6 +49,7 @@ class Record:
         for loss, value in signals.losses.items():
             self.losses.setdefault(loss, []).append(value)
         self.stats.include(name, signals.stats)
+        self.exits = signals.exits or self.exits
 
 
 @dataclass(frozen=True)
