@@ -167,6 +167,7 @@ def models() -> Any:
             "tie_embeddings": st.booleans(),
             "head": heads(),
             "step_embedding": st.booleans(),
+            "input_injection": st.sampled_from(["none", "none", "add", "concat"]),
             "init": st.sampled_from(["scaled", "plain"]),
             "norm": st.sampled_from(["rms", "rms", "rms_plus_one", "layer"]),
             "norm_placement": st.sampled_from(["pre", "sandwich", "pre_post"]),
@@ -326,6 +327,10 @@ def test_senseless_values_are_refused_by_name(preset: str, data: st.DataObject) 
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "an injection into no recursion": (
+        ["model.schedule={layers: 4}", "model.input_injection=add"],
+        r"input_injection 'add' .*sharing 'none'",
+    ),
     "one class": (["model.head={kind: classifier, classes: 1}"], r"model\.head\.classes .*2"),
     "a head of another kind": (["model.head={kind: regression}"], r"model\.head\.kind .*classifier"),
     "classes of a language model": (["model.head={classes: 3}"], r"model\.head"),

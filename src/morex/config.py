@@ -74,6 +74,9 @@ class ModelConfig(Section):
     """What the last states become: logits of the next token, or of the classes of a sequence."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
+    input_injection: Literal["none", "add", "concat"] = "none"
+    """How each recursion meets the core's first input e again: `add` core(H + e), `concat` core(A [H; e]) with a linear
+    map A from 2 d_model to d_model."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -90,6 +93,11 @@ class ModelConfig(Section):
                     f"{self.d_model // attention.heads}; rotary positions need an even width, use "
                     f"{self._nearest_widths(attention.heads)}"
                 )
+        if self.input_injection != "none" and self.schedule.sharing == "none":
+            raise ValueError(
+                f"input_injection {self.input_injection!r} goes into recursions, and schedule.sharing 'none' has none; "
+                "use input_injection 'none' or another sharing"
+            )
         if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
             self._check_recurring_experts(self.mixer.kind)
         if self.kv == "shared_first" and recursions > 1 and attention.global_every and attention.local_rope_base:

@@ -25,6 +25,16 @@ EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "recursive+shared_first": ("recursive", ["model.kv=shared_first"]),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
+    "recursive+add_input": ("recursive", ["model.input_injection=add", "model.kv=shared_first"]),
+    "recursive+concat_input": ("recursive", ["model.input_injection=concat", "model.step_embedding=true"]),
+    "sequence+concat_input": ("mor-token", ["model.schedule.sharing=sequence", "model.input_injection=concat"]),
+    "expert+concat_input": ("mor-expert", ["model.input_injection=concat", "model.depth.gate=delta"]),
+    "threshold+concat_input": (
+        "mor-threshold",
+        ["model.input_injection=concat", "model.kv=shared_first", "model.norm_placement=sandwich"],
+    ),
+    "act+concat_input": ("mor-act", ["model.input_injection=concat"]),
+    "random+add_input": ("mor-random", ["model.input_injection=add"]),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
     "vanilla+biases": (

@@ -23,7 +23,10 @@ STEP = 1e-5
 
 
 # Parameters of one part move together; names are searched for these in this order.
-PARTS = ["mixer.router", "router", "step_embedding", "mixer", "attention", "norm", "embedding", "position", "head"]
+PARTS = [
+    *("mixer.router", "router", "step_embedding", "injection"),
+    *("mixer", "attention", "norm", "embedding", "position", "head"),
+]
 
 
 def part_of(name: str) -> str:

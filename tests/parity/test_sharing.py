@@ -29,6 +29,9 @@ from parity.helpers import (
 )
 from parity.reference import plain_names
 
+# What makes recursions the blocks alone.
+ALIKE: dict[str, Any] = {"step_embedding": False, "input_injection": "none"}
+
 
 def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
     return validate(ModelConfig, config.model_dump() | changes)
@@ -37,7 +40,13 @@ def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
 def untied(config: ModelConfig) -> ModelConfig:
     """The dense model of the same unrolled depth."""
     schedule = {"sharing": "none", "layers": config.schedule.resolved.unrolled_depth}
-    return changed(config, schedule=schedule, depth={"kind": "fixed"}, kv="per_recursion", step_embedding=False)
+    dense = {"depth": {"kind": "fixed"}, "kv": "per_recursion"}
+    return changed(config, schedule=schedule, **dense, **ALIKE)
+
+
+def recurs_alike(config: ModelConfig) -> bool:
+    """Whether every recursion does the same, and nothing but the blocks."""
+    return all(getattr(config, option) == value for option, value in ALIKE.items())
 
 
 def visited_blocks(config: ModelConfig) -> list[int]:
@@ -116,6 +125,7 @@ def closed_form(config: ModelConfig) -> int:
     if depth.kind == "halting":  # one unit with a bias, for all recursions
         scorer = d + 1
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
+    per_group += 2 * d * d if config.input_injection == "concat" else 0
     if config.attention.positions == "learned":
         embeddings += config.max_seq_len * d
     return embeddings + blocks + of_norm * d + groups * per_group
@@ -152,7 +162,7 @@ def test_parameters_equal_the_closed_form(case: str) -> None:
         assert count == closed_form(config)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not config_of(case).step_embedding])
+@pytest.mark.parametrize("case", [case for case in CASES if recurs_alike(config_of(case))])
 def test_schedule_equals_its_untied_copy(case: str) -> None:
     """With every token in every recursion, sharing is only a matter of storage: equal to the bit."""
     config = changed(config_of(case), depth={"kind": "fixed"}, kv="per_recursion")
@@ -166,7 +176,7 @@ def test_schedule_equals_its_untied_copy(case: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case in cases("fixed") if config_of(case).schedule.recursions > 1])
 def test_shared_gradient_is_the_sum_over_its_uses(case: str) -> None:
-    config = changed(config_of(case), step_embedding=False, kv="per_recursion")
+    config = changed(config_of(case), kv="per_recursion", **ALIKE)
     shared: Any = build(config)
     plain: Any = morex.build_model(untied(config), dtype=torch.float64)
     blocks = visited_blocks(config)

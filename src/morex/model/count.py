@@ -16,6 +16,7 @@ from morex.model.heads import classifier_costs
 from morex.model.lm import attention_shape, takes_any_depth
 from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs, linear_costs
+from morex.nn.injection import injection_costs
 from morex.nn.mixers import feed_forward_costs
 from morex.nn.norm import norm_costs
 from morex.sections.head import ClassifierHeadConfig
@@ -67,7 +68,8 @@ def count(
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
-    block, router = block_costs(config), router_costs(config, active, depth)
+    block = block_costs(config)
+    router = router_costs(config, active, depth) + injection_costs(config.d_model, config.input_injection, sum(active))
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
     classifies = isinstance(config.head, ClassifierHeadConfig)

@@ -23,6 +23,7 @@ from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
 from morex.nn.attention import Attention, AttentionShape, Local
 from morex.nn.block import Block
+from morex.nn.injection import Injection
 from morex.nn.mixers import FeedForward, GatedFeedForward
 from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
@@ -335,7 +336,8 @@ def _group(config: ModelConfig) -> RoutedGroup:
     recursions = config.schedule.recursions
     router = ROUTERS[config.depth.kind](config.d_model, recursions, **config.depth.options(recursions))
     embedding = nn.Parameter(torch.empty(recursions, config.d_model)) if config.step_embedding else None
-    return RoutedGroup(router, embedding)
+    injection = None if config.input_injection == "none" else Injection(config.d_model, config.input_injection)
+    return RoutedGroup(router, embedding, injection)
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:
