@@ -22,6 +22,7 @@ from morex.sections.depth import (
     StoppingConfig,
     TokenChoiceConfig,
 )
+from morex.sections.head import HeadConfig, LanguageModelHeadConfig
 from morex.sections.mixers import (
     FeedForwardConfig,
     HuginnExpertsConfig,
@@ -43,7 +44,7 @@ class ModelConfig(Section):
     max_seq_len: PositiveInt = 1024
     """Longest sequence that the model is meant for; the span of position-based depth policies."""
     tie_embeddings: bool = True
-    """The head is the embedding matrix."""
+    """The head of a language model is the embedding matrix; a classifier has a head of its own in any case."""
     embedding_scale: bool = False
     """Multiply token embeddings by sqrt(d_model)."""
     logit_cap: PositiveFloat | None = None
@@ -71,8 +72,13 @@ class ModelConfig(Section):
     kv: Literal["per_recursion", "shared_first", "refresh"] = "per_recursion"
     """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1;
     `refresh`: each reads every token's keys of its latest recursion so far."""
+    head: HeadConfig = LanguageModelHeadConfig()
+    """What the last states become: logits of the next token, or of the classes of a sequence."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
+    input_injection: Literal["none", "add", "concat"] = "none"
+    """How each recursion meets the core's first input e again: `add` core(H + e), `concat` core(A [H; e]) with a linear
+    map A from 2 d_model to d_model."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -89,6 +95,11 @@ class ModelConfig(Section):
                     f"{self.d_model // attention.heads}; rotary positions need an even width, use "
                     f"{self._nearest_widths(attention.heads)}"
                 )
+        if self.input_injection != "none" and self.schedule.sharing == "none":
+            raise ValueError(
+                f"input_injection {self.input_injection!r} goes into recursions, and schedule.sharing 'none' has none; "
+                "use input_injection 'none' or another sharing"
+            )
         if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
             self._check_recurring_experts(self.mixer.kind)
         if self.kv != "per_recursion" and recursions > 1 and attention.global_every and attention.local_rope_base:
@@ -116,6 +127,11 @@ class ModelConfig(Section):
 
     def _check_exits(self) -> None:
         schedule = self.schedule.resolved
+        if self.head.kind != "lm":
+            raise ValueError(
+                f"depth.kind 'exit_gate' learns from the next token's loss at every exit, and head.kind is "
+                f"{self.head.kind!r}; use head.kind 'lm' or another router, such as 'halting'"
+            )
         if schedule.coda:
             raise ValueError(
                 "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and a coda of "

@@ -57,6 +57,8 @@ class Reference:
         names = plain_names(weights)
         self.weights = {names[name]: weight.detach().double() for name, weight in weights.items()}
         self.record = Record()
+        self.inputs: dict[int, States] = {}
+        """group -> the states at its entrance."""
         self.forced: Sequence[int] | None = None
         """Recursions of the token at each position, where the caller fixes them; known to `halting` alone."""
         schedule, attention = config["schedule"], config["attention"]
@@ -239,6 +241,7 @@ class Reference:
     def group(self, index: int, blocks: list[int], states: States) -> States:
         kind = self.config["depth"]["kind"]
         kept: dict[int, States] = {}
+        self.inputs[index] = states
         if kind == "fixed":
             for recursion in range(1, self.recursions + 1):
                 states = self.pass_core(index, blocks, recursion, states, kept)
@@ -257,6 +260,12 @@ class Reference:
         `kept` holds the key sources of each block: those of recursion 1 for `shared_first`, of each token's latest
         visit for `refresh`.
         """
+        given = self.inputs[index]
+        if self.config["input_injection"] == "add":
+            states = {t: x + given[t] for t, x in states.items()}
+        elif self.config["input_injection"] == "concat":
+            adapter = self.weights[f"stack.groups.{index}.injection.adapter"]
+            states = {t: adapter @ torch.cat([x, given[t]]) for t, x in states.items()}
         name = f"stack.groups.{index}.step_embedding"
         if name in self.weights:
             states = {t: x + self.weights[name][recursion - 1] for t, x in states.items()}

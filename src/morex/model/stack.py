@@ -15,6 +15,7 @@ from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step
 from morex.nn.attention import Local
 from morex.nn.block import Block
+from morex.nn.injection import Injection
 from morex.nn.packing import Packing
 from morex.nn.signals import Choice, Exits, RouterStats, Signals
 
@@ -116,10 +117,21 @@ class RoutedGroup(nn.Module):
     router: DepthRouter
     step_embedding: nn.Parameter | None
 
-    def __init__(self, router: DepthRouter, step_embedding: nn.Parameter | None) -> None:
+    def __init__(self, router: DepthRouter, step_embedding: nn.Parameter | None, injection: Injection | None) -> None:
         super().__init__()
-        self.router = router
+        self.router, self.injection = router, injection
         self.register_parameter("step_embedding", step_embedding)
+
+    def prepare(self, h: Tensor) -> Tensor | None:
+        """From the group's input [N, D], what is injected into each recursion [N, D]."""
+        return None if self.injection is None else self.injection.prepare(h)
+
+    def enter(self, h: Tensor, injected: Tensor | None, packing: Packing, r: int) -> Tensor:
+        """The input of the core at recursion r for the packing's tokens [M, D], from the states of all [N, D]."""
+        y = packing.gather(h)
+        if self.injection is not None and injected is not None:
+            y = self.injection(y, packing.gather(injected))
+        return y if self.step_embedding is None else y + self.step_embedding[r - 1]
 
 
 class Core(nn.Module):
@@ -143,14 +155,13 @@ class Core(nn.Module):
     ) -> Tensor:
         if run.rule == "refresh" and run.cache is None and own.router.takes_all(policy):
             run = replace(run, rule="per_recursion")  # the latest visit is the one in hand, and that is faster
+        injected = own.prepare(h)
         h, routing = own.router.begin(h, packing, policy)
         states = []
         for r, steps in enumerate(group.recursions, start=1):
             visit = own.router.visit(h, routing, r)
             if visit is not None:
-                y = visit.packing.gather(h)
-                if own.step_embedding is not None:
-                    y = y + own.step_embedding[r - 1]
+                y = own.enter(h, injected, visit.packing, r)
                 for step in steps:
                     index = step.block - self.schedule.prelude
                     path = f"stack.core.blocks.{index}"
