@@ -31,6 +31,7 @@ class ExitReference(Reference):
     """Threshold at call time."""
 
     def group(self, index: int, blocks: list[int], states: States) -> States:
+        self.inputs[index] = states
         self.exits = {t: Exit([], [], 0) for t in states}
         running, result = dict(states), dict(states)
         left = dict.fromkeys(states, 1.0)
