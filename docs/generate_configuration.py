@@ -74,7 +74,8 @@ def _homes(path: str, section: Schema, definitions: Schema) -> dict[tuple[str, .
         found += [_homes(place, definitions[target], definitions) for target in targets]
         for union, where in (item for one in found for item in one.items()):
             homes[union] = min(homes.get(union, where), where, key=lambda at: at.count("."))
-    return homes
+    wider = {small: large for small in homes for large in homes if set(small) < set(large)}
+    return homes | {small: homes[large] for small, large in wider.items()}
 
 
 def _walk(path: str, variant: str, section: Schema, definitions: Schema, parts: dict[str, str], homes: Homes) -> None:
@@ -112,8 +113,9 @@ def _kinds(section: Schema) -> list[str]:
 
 def _targets(field: Schema) -> list[str]:
     """Names of the sections that a field may hold."""
-    options = [field, *field.get("oneOf", []), *field.get("anyOf", []), *field.get("allOf", [])]
-    return [option["$ref"].rsplit("/", 1)[-1] for option in options if "$ref" in option]
+    own = [field["$ref"].rsplit("/", 1)[-1]] if "$ref" in field else []
+    options = (option for key in ("oneOf", "anyOf", "allOf") for option in field.get(key, []))
+    return [*own, *(target for option in options for target in _targets(option))]
 
 
 def _type(field: Schema, definitions: Schema) -> str:

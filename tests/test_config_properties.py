@@ -117,6 +117,10 @@ def depths() -> Any:
                 "initial_bias": st.sampled_from([-2.0, 1.0]),
             },
         ),
+        section(
+            {"kind": st.just("exit_gate")},
+            {"threshold": st.sampled_from([0.2, 0.5, 1.0]), "entropy_weight": st.sampled_from([0.0, 0.1])},
+        ),
         section({"kind": st.just("random")}, gated | {"seed": st.integers(0, 5)}),
     )
 
@@ -145,6 +149,12 @@ def projections() -> Any:
     )
 
 
+def heads() -> Any:
+    """Mostly language models, of which more can be checked."""
+    classifiers = [{"kind": "classifier", "pooling": pooling} for pooling in ("last", "mean")]
+    return st.sampled_from([*[{"kind": "lm"}] * 3, *classifiers])
+
+
 def models() -> Any:
     """Model sections, of which many do not fit together."""
     return section(
@@ -155,11 +165,13 @@ def models() -> Any:
             "mixer": mixers(),
             "schedule": schedules(),
             "depth": depths(),
-            "kv": st.sampled_from(["per_recursion", "shared_first"]),
+            "kv": st.sampled_from(["per_recursion", "shared_first", "refresh"]),
         },
         {
             "tie_embeddings": st.booleans(),
+            "head": heads(),
             "step_embedding": st.booleans(),
+            "input_injection": st.sampled_from(["none", "none", "add", "concat"]),
             "init": st.sampled_from(["scaled", "plain"]),
             "norm": st.sampled_from(["rms", "rms", "rms_plus_one", "layer"]),
             "norm_placement": st.sampled_from(["pre", "sandwich", "pre_post"]),
@@ -208,7 +220,8 @@ def check_model(config: ModelConfig) -> None:
     move(model, 0.3, generator)
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator)
     lengths = torch.tensor([LENGTH, 3])
-    out = model.train()(tokens, labels=tokens, lengths=lengths)
+    classifies = config.head.kind == "classifier"
+    out = model.train()(tokens, labels=tokens[:, 0] % 4 if classifies else tokens, lengths=lengths)
     assert torch.isfinite(out.loss)
     out.loss.backward()
     check_gradients(model)
@@ -226,6 +239,10 @@ def check_model(config: ModelConfig) -> None:
     changed[:, 4:] = (changed[:, 4:] + 1) % VOCABULARY
     with torch.no_grad():
         first, second = model(tokens).logits, model(changed).logits
+        if classifies:
+            ended = [model(row, lengths=torch.tensor([4, 4])).logits for row in (tokens, changed)]
+            assert (ended[0] - ended[1]).abs().max() <= 1e-9
+            return
         assert (first[:, :4] - second[:, :4]).abs().max() <= 1e-9
         cache = model.new_cache(2)
         parts = [model(tokens[:, :5], cache=cache).logits, model(tokens[:, 5:], cache=cache).logits]
@@ -314,6 +331,13 @@ def test_senseless_values_are_refused_by_name(preset: str, data: st.DataObject) 
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "an injection into no recursion": (
+        ["model.schedule={layers: 4}", "model.input_injection=add"],
+        r"input_injection 'add' .*sharing 'none'",
+    ),
+    "one class": (["model.head={kind: classifier, classes: 1}"], r"model\.head\.classes .*2"),
+    "a head of another kind": (["model.head={kind: regression}"], r"model\.head\.kind .*classifier"),
+    "classes of a language model": (["model.head={classes: 3}"], r"model\.head"),
     "layers that do not divide": (
         ["model.schedule={sharing: cycle, layers: 8, recursions: 3}"],
         r"layers 8 .*6 and 9",
@@ -355,7 +379,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["model.schedule={sharing: cycle, layers: 2, recursions: 1}", "model.depth.kind=halting"],
         r"halting.*recursions is 1",
     ),
-    "no keys of halted tokens": (["model.depth.kind=halting"], r"halting.*per_recursion.*use kv 'shared_first'"),
+    "no keys of halted tokens": (
+        ["model.depth.kind=halting"],
+        r"halting.*per_recursion.*use kv 'refresh' or 'shared_first'",
+    ),
     "no capacities": (["model.depth={kind: expert_choice, capacities: []}"], r"capacities .*0 entries .*recursions 3"),
     "a threshold router without a gradient": (
         ["model.depth={kind: threshold, score: unweighted}"],
@@ -388,6 +415,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "keys that are turned in two ways": (
         ["model.attention={heads: 4, window: 3, global_every: 3, local_rope_base: 9}", "model.kv=shared_first"],
         r"shared_first.*local_rope_base.*per_recursion",
+    ),
+    "turned keys of the latest visit": (
+        ["model.attention={heads: 4, window: 3, global_every: 3, local_rope_base: 9}", "model.kv=refresh"],
+        r"refresh.*local_rope_base.*per_recursion",
     ),
     "biases in recursive experts": (
         ["model.mixer={kind: recursive}", "model.attention.bias=true"],

@@ -14,10 +14,12 @@ from morex.sections.base import Section, Seed
 from morex.sections.data import DataConfig
 from morex.sections.depth import (
     DepthConfig,
+    ExitGateConfig,
     FixedConfig,
     GatedConfig,
-    HaltingConfig,
+    StoppingConfig,
 )
+from morex.sections.head import HeadConfig, LanguageModelHeadConfig
 from morex.sections.mixers import (
     FeedForwardConfig,
     HuginnExpertsConfig,
@@ -39,7 +41,7 @@ class ModelConfig(Section):
     max_seq_len: PositiveInt = 1024
     """Longest sequence that the model is meant for; the span of position-based depth policies."""
     tie_embeddings: bool = True
-    """The head is the embedding matrix."""
+    """The head of a language model is the embedding matrix; a classifier has a head of its own in any case."""
     embedding_scale: bool = False
     """Multiply token embeddings by sqrt(d_model)."""
     logit_cap: PositiveFloat | None = None
@@ -64,10 +66,16 @@ class ModelConfig(Section):
     schedule: ScheduleConfig
     depth: DepthConfig = FixedConfig()
     """Router that decides which tokens take which recursions."""
-    kv: Literal["per_recursion", "shared_first"] = "per_recursion"
-    """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1."""
+    kv: Literal["per_recursion", "shared_first", "refresh"] = "per_recursion"
+    """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1;
+    `refresh`: each reads every token's keys of its latest recursion so far."""
+    head: HeadConfig = LanguageModelHeadConfig()
+    """What the last states become: logits of the next token, or of the classes of a sequence."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
+    input_injection: Literal["none", "add", "concat"] = "none"
+    """How each recursion meets the core's first input e again: `add` core(H + e), `concat` core(A [H; e]) with a linear
+    map A from 2 d_model to d_model."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -84,23 +92,49 @@ class ModelConfig(Section):
                     f"{self.d_model // attention.heads}; rotary positions need an even width, use "
                     f"{self._nearest_widths(attention.heads)}"
                 )
+        if self.input_injection != "none" and self.schedule.sharing == "none":
+            raise ValueError(
+                f"input_injection {self.input_injection!r} goes into recursions, and schedule.sharing 'none' has none; "
+                "use input_injection 'none' or another sharing"
+            )
         if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
             self._check_recurring_experts(self.mixer.kind)
-        if self.kv == "shared_first" and recursions > 1 and attention.global_every and attention.local_rope_base:
+        if self.kv != "per_recursion" and recursions > 1 and attention.global_every and attention.local_rope_base:
             raise ValueError(
-                "kv 'shared_first' reads keys as recursion 1 has turned them, and with attention.local_rope_base a "
-                "block may turn otherwise where it recurs; leave attention.local_rope_base or attention.global_every "
-                "out, or use kv 'per_recursion'"
+                f"kv {self.kv!r} reads keys as an earlier recursion has turned them, and with "
+                "attention.local_rope_base a block may turn otherwise where it recurs; leave "
+                "attention.local_rope_base or attention.global_every out, or use kv 'per_recursion'"
             )
         self.depth.check(recursions, "depth", "schedule.recursions")
         if isinstance(self.depth, GatedConfig) and self.kv == "shared_first" and recursions > 1:
             self._check_first_keys(self.depth.shares(recursions)[0])
-        if isinstance(self.depth, HaltingConfig) and self.kv == "per_recursion":
+        if isinstance(self.depth, StoppingConfig) and self.kv == "per_recursion":
             raise ValueError(
-                "depth.kind 'halting' stops tokens that later tokens still have to see, and with kv 'per_recursion' "
-                "these have no keys beyond the recursion where they stopped; use kv 'shared_first'"
+                f"depth.kind {self.depth.kind!r} stops tokens that later tokens still have to see, and with kv "
+                "'per_recursion' these have no keys beyond the recursion where they stopped; use kv 'refresh' or "
+                "'shared_first'"
             )
+        if isinstance(self.depth, ExitGateConfig):
+            self._check_exits()
         return self
+
+    def _check_exits(self) -> None:
+        schedule = self.schedule.resolved
+        if self.head.kind != "lm":
+            raise ValueError(
+                f"depth.kind 'exit_gate' learns from the next token's loss at every exit, and head.kind is "
+                f"{self.head.kind!r}; use head.kind 'lm' or another router, such as 'halting'"
+            )
+        if schedule.coda:
+            raise ValueError(
+                "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and a coda of "
+                f"{schedule.coda} stands between; use schedule.sharing 'cycle' with schedule.coda 0"
+            )
+        if len(schedule.groups) > 1:
+            raise ValueError(
+                "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and with schedule.sharing "
+                "'sequence' other blocks come after it; use 'cycle'"
+            )
 
     def _nearest_widths(self, heads: int) -> str:
         below = self.d_model // (2 * heads) * 2 * heads

@@ -25,7 +25,37 @@ EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3
 # What no preset covers: name -> (preset, overrides on its tiny form).
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "recursive+shared_first": ("recursive", ["model.kv=shared_first"]),
+    "recursive+refresh": ("recursive", ["model.kv=refresh"]),
+    "expert+refresh": ("mor-expert", ["model.kv=refresh"]),
+    "expert+refresh+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.kv=refresh"]),
+    "expert+refresh+window": (
+        "mor-expert",
+        ["model.attention={heads: 4, window: 4, global_every: 4}", "model.kv=refresh"],
+    ),
+    "expert+refresh+recursive_experts": ("mor-expert", [EXPERTS, "model.kv=refresh"]),
+    "token+refresh": ("mor-token", ["model.kv=refresh", "model.schedule.sharing=sequence"]),
+    "token+refresh+recursive_experts": ("mor-token", [EXPERTS, "model.kv=refresh"]),
+    "threshold+refresh": ("mor-threshold", ["model.kv=refresh", "model.depth.capacities=[0.75, 0.5, 0.25]"]),
+    "act+refresh": ("mor-act", ["model.kv=refresh"]),
+    "random+refresh": ("mor-random", ["model.kv=refresh"]),
+    "ouro+shared_first": ("ouro", ["model.kv=shared_first", "model.norm_placement=pre"]),
+    "ouro+prelude": (
+        "ouro",
+        ["model.schedule={sharing: sequence, prelude: 1, core: 1, recursions: 3}", "model.depth.threshold=0.7"],
+    ),
+    "ouro+window": ("ouro", ["model.attention={heads: 4, window: 4}", "model.step_embedding=true"]),
+    "ouro+recursive_experts": ("ouro", [EXPERTS, "model.tie_embeddings=false"]),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
+    "recursive+add_input": ("recursive", ["model.input_injection=add", "model.kv=shared_first"]),
+    "recursive+concat_input": ("recursive", ["model.input_injection=concat", "model.step_embedding=true"]),
+    "sequence+concat_input": ("mor-token", ["model.schedule.sharing=sequence", "model.input_injection=concat"]),
+    "expert+concat_input": ("mor-expert", ["model.input_injection=concat", "model.depth.gate=delta"]),
+    "threshold+concat_input": (
+        "mor-threshold",
+        ["model.input_injection=concat", "model.kv=shared_first", "model.norm_placement=sandwich"],
+    ),
+    "act+concat_input": ("mor-act", ["model.input_injection=concat"]),
+    "random+add_input": ("mor-random", ["model.input_injection=add"]),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
     "vanilla+biases": (
@@ -110,9 +140,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "alone+random_steps": ("more-tuned", ["model.mixer.depth.kind=random", "model.mixer.attention_scope=token"]),
     "expert+halting_steps": ("mor-expert", [EXPERTS, "model.mixer.depth.kind=halting"]),
     "tuned+grouped_heads": ("more-tuned", ["model.attention={heads: 4, kv_heads: 2}"]),
+    "classifier+mean": ("mor-act", ["model.head={kind: classifier, classes: 3, pooling: mean}"]),
+    "classifier+experts": ("more-tuned", ["model.head={kind: classifier, classes: 5}", "model.logit_cap=4.0"]),
 }
 PRESETS = morex.presets()
 CASES = [*PRESETS, *VARIANTS]
+"""Of all models; `LM_CASES`, further down, are those that give logits for every token and decode."""
 
 
 @cache
@@ -130,12 +163,17 @@ def load(case: str, *overrides: str) -> Config:
     return config
 
 
-def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None) -> list[str]:
-    """Cases whose depth router is of one of these kinds (all when none is named), with this KV rule and mixer."""
+LM_CASES = [case for case in CASES if config_of(case).head.kind == "lm"]
+CLASSIFIER_CASES = [case for case in CASES if config_of(case).head.kind == "classifier"]
+
+
+def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None, head: str | None = None) -> list[str]:
+    """Cases whose depth router is of one of these kinds (all when none is named), with this KV rule, mixer and head."""
     found = []
     for case in CASES:
         config = config_of(case)
-        fits = not depth_kinds or config.depth.kind in depth_kinds
+        fits = head is None or config.head.kind == head
+        fits &= not depth_kinds or config.depth.kind in depth_kinds
         fits &= kv is None or config.kv == kv
         fits &= mixer is None or config.mixer.kind == mixer
         if fits:
@@ -202,7 +240,8 @@ def routing_splits(model: Any, tokens: Tensor) -> bool:
     with torch.no_grad():
         trace = model(tokens, return_trace=True).trace
     split = True
-    if config.depth.kind != "fixed" and config.schedule.recursions > 1:
+    all_go_on = config.depth.kind == "fixed" or (config.depth.kind == "exit_gate" and model.training)
+    if not all_go_on and config.schedule.recursions > 1:
         for active in trace.active.values():
             shares = [mask.double().mean().item() for mask in active]
             split &= any(0 < share < 1 for share in shares)
@@ -248,6 +287,17 @@ def labels_of(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
     if lengths is not None:
         labels[torch.arange(tokens.shape[1]) >= lengths[:, None]] = -100
     return labels
+
+
+def labels_for(case: str, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Labels that the case's head learns: the tokens themselves, or a class for each row, from its own tokens."""
+    labels, head = labels_of(tokens, lengths), config_of(case).head
+    return labels if head.kind == "lm" else labels.clamp(min=0).sum(1) % head.classes
+
+
+def row_logits(logits: Tensor, length: int) -> Tensor:
+    """What a model says about one row of a batch: logits of its real tokens, or those of its class."""
+    return logits if logits.dim() == 1 else logits[:length]
 
 
 def tensors_in(stats: Any) -> Iterator[Tensor]:

@@ -57,6 +57,8 @@ class Reference:
         names = plain_names(weights)
         self.weights = {names[name]: weight.detach().double() for name, weight in weights.items()}
         self.record = Record()
+        self.inputs: dict[int, States] = {}
+        """group -> the states at its entrance."""
         self.forced: Sequence[int] | None = None
         """Recursions of the token at each position, where the caller fixes them; known to `halting` alone."""
         schedule, attention = config["schedule"], config["attention"]
@@ -98,17 +100,20 @@ class Reference:
     def block(self, index: int, place: int, states: States, sources: States | None = None) -> tuple[States, States]:
         """One block over the states given, as the step at this place, from 0.
 
-        Keys and values come from `sources` (normed states) where given. Returns the new states and the normed states
-        from which this block's own keys and values are made.
+        Keys and values come from `sources` (normed states) where given; under `refresh` with the block's own on top of
+        them. Returns the new states and the normed states from which this block's own keys and values are made.
         """
         name = f"stack.blocks.{index}."
         normed = {t: self.norm(name + "norm1", x) for t, x in states.items()}
+        if self.config["kv"] == "refresh" and sources is not None:
+            sources = normed = {**sources, **normed}
         own = {
             rest: weight
             for full, weight in self.weights.items()
             if (rest := full.removeprefix(name + "attention.")) != full
         }
-        attended = self.attention(normed, normed if sources is None else sources, own, place)
+        queries = {t: normed[t] for t in states}
+        attended = self.attention(queries, normed if sources is None else sources, own, place)
         states = {t: self.join(name + "norm1_after", x, attended[t]) for t, x in states.items()}
         mixed = self.mixer(index, {t: self.norm(name + "norm2", x) for t, x in states.items()})
         return {t: self.join(name + "norm2_after", x, mixed[t]) for t, x in states.items()}, normed
@@ -236,6 +241,7 @@ class Reference:
     def group(self, index: int, blocks: list[int], states: States) -> States:
         kind = self.config["depth"]["kind"]
         kept: dict[int, States] = {}
+        self.inputs[index] = states
         if kind == "fixed":
             for recursion in range(1, self.recursions + 1):
                 states = self.pass_core(index, blocks, recursion, states, kept)
@@ -249,16 +255,28 @@ class Reference:
     def pass_core(
         self, index: int, blocks: list[int], recursion: int, states: States, kept: dict[int, States]
     ) -> States:
-        """core(H) over the states given; `kept` holds the key sources of recursion 1 for `shared_first`."""
+        """core(H) over the states given.
+
+        `kept` holds the key sources of each block: those of recursion 1 for `shared_first`, of each token's latest
+        visit for `refresh`.
+        """
+        given = self.inputs[index]
+        if self.config["input_injection"] == "add":
+            states = {t: x + given[t] for t, x in states.items()}
+        elif self.config["input_injection"] == "concat":
+            adapter = self.weights[f"stack.groups.{index}.injection.adapter"]
+            states = {t: adapter @ torch.cat([x, given[t]]) for t, x in states.items()}
         name = f"stack.groups.{index}.step_embedding"
         if name in self.weights:
             states = {t: x + self.weights[name][recursion - 1] for t, x in states.items()}
         for block in blocks:
-            first = kept.get(block) if self.config["kv"] == "shared_first" else None
+            earlier = None if self.config["kv"] == "per_recursion" else kept.get(block)
             core = self.recursions * (block - self.prelude) + recursion - 1
             if self.config["schedule"]["sharing"] != "sequence":
                 core = self.core * (recursion - 1) + block - self.prelude
-            states, sources = self.block(block, self.prelude + core, states, first)
+            states, sources = self.block(block, self.prelude + core, states, earlier)
+            if self.config["kv"] == "refresh":
+                kept[block] = sources
             kept.setdefault(block, sources)
         return states
 

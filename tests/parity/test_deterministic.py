@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import morex
+from parity.detectors import count_nodes
 from parity.helpers import (
     CASES,
     config_of,
     eval_model,
     fresh_model,
-    labels_of,
+    labels_for,
     pad,
     ragged_rows,
     random_tokens,
@@ -29,7 +30,7 @@ def train(case: str, steps: int = 2, seed: int = 7) -> tuple[list[float], dict[s
     losses = []
     for step in range(1, steps + 1):
         tokens = torch.randint(97, (2, 16))
-        first, second = (model(half, labels=half) for half in tokens.chunk(2))
+        first, second = (model(half, labels=labels_for(case, half)) for half in tokens.chunk(2))
         (0.5 * (first.loss + second.loss)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -79,7 +80,7 @@ def test_forward_writes_no_state(case: str, mode: str) -> None:
     """Neither weights nor buffers, registered or not, nor attributes that hold tensors."""
     model = fresh_model(case).train(mode == "train")
     tokens, lengths = pad(ragged_rows(case, [16, 5]))
-    model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
+    model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
 
     def everything() -> dict[str, torch.Tensor]:
         found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -92,7 +93,7 @@ def test_forward_writes_no_state(case: str, mode: str) -> None:
 
     before = everything()
     attributes = {path: set(vars(module)) for path, module in model.named_modules()}
-    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths, return_trace=True)
+    out = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths, return_trace=True)
     if mode == "train":
         out.loss.backward()
     assert same(everything(), before)
@@ -104,7 +105,7 @@ def test_update_routers_writes_buffers_only(case: str) -> None:
     model = fresh_model(case)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = random_tokens(case)
-    model.update_routers(model(tokens, labels=tokens).stats, 1)
+    model.update_routers(model(tokens, labels=labels_for(case, tokens)).stats, 1)
     assert same({name: p.detach() for name, p in model.named_parameters()}, weights)
 
 
@@ -120,7 +121,7 @@ def test_nothing_grows_from_step_to_step(case: str) -> None:
     nodes, numbers, alive = [], [], []
     gc.freeze()  # what lives already is not looked at again
     for step in range(1, 7):
-        out = model(tokens, labels=tokens)
+        out = model(tokens, labels=labels_for(case, tokens))
         nodes.append(count_nodes(out.loss))
         numbers.append(sum(tensor.numel() for tensor in tensors_in(out.stats)))
         assert not any(tensor.requires_grad for tensor in tensors_in(out.stats))
@@ -137,14 +138,3 @@ def test_nothing_grows_from_step_to_step(case: str) -> None:
     assert nodes[-1] == nodes[2]
     assert numbers[-1] == numbers[2]
     assert alive[1] <= alive[0]
-
-
-def count_nodes(loss: torch.Tensor) -> int:
-    seen: set[Any] = set()
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(parent for parent, _ in node.next_functions)
-    return len(seen)

@@ -1,6 +1,7 @@
 """Adaptive computation time beyond its formulas: saturated units, depths that the caller fixes, and what it learns."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 import morex
 from morex.config import ModelConfig
 from morex.loading import validate
-from parity.helpers import build, cases, config_of, fresh_model, labels_of, largest_change, load, random_tokens
+from parity.helpers import (
+    build,
+    cases,
+    config_of,
+    fresh_model,
+    labels_for,
+    labels_of,
+    largest_change,
+    load,
+    random_tokens,
+)
 
 CASES = cases("halting")
 
@@ -34,7 +45,7 @@ def test_saturated_halting_is_finite(case: str, bias: float, taken: int, dtype: 
     """p = 1 stops every token after recursion 1, p = 0 none before R: the output is that state, and nothing is NaN."""
     model = with_units(build(config_of(case), dtype), 0.0, bias)
     tokens = random_tokens(case)
-    out = model(tokens, labels=tokens, return_trace=True)
+    out = model(tokens, labels=labels_for(case, tokens), return_trace=True)
     assert all(torch.stack(masks).sum(0).unique().tolist() == [taken] for masks in out.trace.active.values())
     assert out.losses["ponder"].item() == taken + 1
     out.loss.backward()
@@ -45,10 +56,11 @@ def test_saturated_halting_is_finite(case: str, bias: float, taken: int, dtype: 
         assert unit.bias.grad.item() == 0.0
     model.eval()
     plain: Any = morex.build_model(as_fixed(config_of(case)), dtype=dtype).eval()
-    plain.load_state_dict(
-        {name: w for name, w in model.state_dict().items() if ".groups." not in name or "step" in name}
-    )
-    assert largest_change(model(tokens).logits, plain(tokens, depth=taken).logits) <= 1e-9
+    weights = model.state_dict().items()
+    plain.load_state_dict({name: w for name, w in weights if not re.search(r"groups\.\d+\.router", name)})
+    # Under `refresh` a depth that is known beforehand may take the fast attention.
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    assert largest_change(model(tokens).logits, plain(tokens, depth=taken).logits) <= tolerance
 
 
 def as_fixed(config: ModelConfig) -> ModelConfig:

@@ -27,6 +27,7 @@ IN_SEQUENCE = {"schedule": {"sharing": "sequence", "prelude": 1, "core": 2, "cod
 ONCE = {"schedule": {"sharing": "cycle", "core": 2, "recursions": 1}}
 ONE_LAYER = {"schedule": {"sharing": "none", "layers": 1}}
 SHARED_FIRST = {"kv": "shared_first"}
+REFRESH = {"kv": "refresh"}
 WINDOW: dict[str, Any] = {"attention": {"heads": 2, "window": 3, "global_every": 3, "local_rope_base": 20.0}}
 
 
@@ -81,6 +82,14 @@ CASES: dict[str, dict[str, Any]] = {
     "cycle": RECURRING,
     "sequence": IN_SEQUENCE,
     "step embedding": {**RECURRING, "step_embedding": True},
+    "input added": {**RECURRING, "input_injection": "add"},
+    "input beside the state": {**RECURRING, "input_injection": "concat"},
+    "input beside the state, sequence": {**IN_SEQUENCE, "input_injection": "concat", "step_embedding": True},
+    "expert choice, input added": {**routed("expert_choice"), "input_injection": "add"},
+    "expert choice, input beside the state": {**routed("expert_choice", gate="delta"), "input_injection": "concat"},
+    "token choice, input beside the state": {**routed("token_choice"), **IN_SEQUENCE, "input_injection": "concat"},
+    "threshold, input beside the state": {**routed("threshold"), **SHARED_FIRST, "input_injection": "concat"},
+    "halting, input beside the state": {**routed("halting"), **SHARED_FIRST, "input_injection": "concat"},
     "fixed, shared first": {**RECURRING, **SHARED_FIRST},
     "expert choice": routed("expert_choice"),
     "expert choice, delta": routed("expert_choice", gate="delta", alpha=0.7),
@@ -115,6 +124,23 @@ CASES: dict[str, dict[str, Any]] = {
     "halting, sequence": {**routed("halting"), **IN_SEQUENCE, **SHARED_FIRST},
     "halting, step embedding": {**routed("halting"), **SHARED_FIRST, "step_embedding": True},
     "halting of recursive experts": {**routed("halting"), **SHARED_FIRST, **experts("recursive")},
+    "fixed, refresh": {**RECURRING, **REFRESH},
+    "expert choice, refresh": {**routed("expert_choice"), **REFRESH},
+    "expert choice, refresh, all candidates": {
+        **routed("expert_choice", hierarchical=False, capacities=[0.5, 0.25, 0.75]),
+        **REFRESH,
+    },
+    "expert choice, refresh, window": {
+        **routed("expert_choice"),
+        **REFRESH,
+        "attention": {"heads": 2, "window": 3, "global_every": 3},
+    },
+    "token choice, refresh, each": {**routed("token_choice", gate="each"), **REFRESH},
+    "token choice, refresh, sequence": {**routed("token_choice"), **IN_SEQUENCE, **REFRESH},
+    "threshold, refresh, capacities": {**routed("threshold", capacities=[0.8, 0.8, 0.3]), **REFRESH},
+    "halting, refresh": {**routed("halting"), **REFRESH},
+    "halting, refresh, sequence": {**routed("halting", epsilon=0.3), **IN_SEQUENCE, **REFRESH},
+    "expert choice, refresh, of recursive experts": {**routed("expert_choice"), **experts("recursive"), **REFRESH},
     "moe, one": experts("moe", 1, expert={"kind": "relu", "d_ff": 10}),
     "moe, two": experts("moe", 2, expert={"kind": "swiglu", "d_ff": 10}),
     "moe, geglu": experts("moe", 2, expert={"kind": "geglu", "d_ff": 10}),

@@ -16,8 +16,21 @@ from morex.sections.mixers import (
     MoEConfig,
     SharedRecurrentConfig,
 )
-from parity.helpers import CASES, build, cases, config_of, eval_model, largest_change, load, random_tokens
+from parity.helpers import (
+    CASES,
+    build,
+    cases,
+    config_of,
+    eval_model,
+    labels_for,
+    largest_change,
+    load,
+    random_tokens,
+)
 from parity.reference import plain_names
+
+# What makes recursions the blocks alone.
+ALIKE: dict[str, Any] = {"step_embedding": False, "input_injection": "none"}
 
 
 def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
@@ -27,7 +40,13 @@ def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
 def untied(config: ModelConfig) -> ModelConfig:
     """The dense model of the same unrolled depth."""
     schedule = {"sharing": "none", "layers": config.schedule.resolved.unrolled_depth}
-    return changed(config, schedule=schedule, depth={"kind": "fixed"}, kv="per_recursion", step_embedding=False)
+    dense = {"depth": {"kind": "fixed"}, "kv": "per_recursion"}
+    return changed(config, schedule=schedule, **dense, **ALIKE)
+
+
+def recurs_alike(config: ModelConfig) -> bool:
+    """Whether every recursion does the same, and nothing but the blocks."""
+    return all(getattr(config, option) == value for option, value in ALIKE.items())
 
 
 def visited_blocks(config: ModelConfig) -> list[int]:
@@ -62,7 +81,7 @@ def scorer_of(depth: Any, recursions: int, d: int) -> int:
         if depth.score == "unweighted":  # scores only serve to leave tokens out
             scored = sum(share < 1 for share in depth.shares(recursions))
         return scored * d if depth.router == "linear" else 2 * d * d + 2 * d * scored
-    return d + 1 if depth.kind == "halting" else 0  # one unit with a bias, for all recursions
+    return d + 1 if depth.kind in ("halting", "exit_gate") else 0  # one unit with a bias, for all recursions
 
 
 def closed_form(config: ModelConfig) -> int:
@@ -101,10 +120,15 @@ def closed_form(config: ModelConfig) -> int:
     heads += d * config.attention.output_bias + 2 * of_norm * head_dim * config.attention.qk_norm
     norms = (2 if config.norm_placement == "pre" else 4) * of_norm * d
     blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + norms)
-    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    embeddings = config.vocab_size * d
+    if config.head.kind == "classifier":
+        embeddings += config.head.classes * (d + 1)
+    elif not config.tie_embeddings:
+        embeddings += config.vocab_size * d
     groups = 1 if schedule.order == "cycle" else schedule.core
     scorer = scorer_of(config.depth, schedule.recursions, d)
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
+    per_group += 2 * d * d if config.input_injection == "concat" else 0
     if config.attention.positions == "learned":
         embeddings += config.max_seq_len * d
     return embeddings + blocks + of_norm * d + groups * per_group
@@ -122,7 +146,8 @@ def test_sharing_is_real(case: str) -> None:
     names = plain_names(state).values()
     blocks = {int(name.split(".")[2]) for name in names if name.startswith("stack.blocks.")}
     assert blocks == set(range(config_of(case).schedule.resolved.num_blocks))
-    assert ("head.weight" in state) != config_of(case).tie_embeddings
+    tied = config_of(case).tie_embeddings and config_of(case).head.kind == "lm"
+    assert ("head.weight" in state) != tied
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,7 +165,7 @@ def test_parameters_equal_the_closed_form(case: str) -> None:
         assert count == closed_form(config)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not config_of(case).step_embedding])
+@pytest.mark.parametrize("case", [case for case in CASES if recurs_alike(config_of(case))])
 def test_schedule_equals_its_untied_copy(case: str) -> None:
     """With every token in every recursion, sharing is only a matter of storage: equal to the bit."""
     config = changed(config_of(case), depth={"kind": "fixed"}, kv="per_recursion")
@@ -154,14 +179,14 @@ def test_schedule_equals_its_untied_copy(case: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case in cases("fixed") if config_of(case).schedule.recursions > 1])
 def test_shared_gradient_is_the_sum_over_its_uses(case: str) -> None:
-    config = changed(config_of(case), step_embedding=False, kv="per_recursion")
+    config = changed(config_of(case), kv="per_recursion", **ALIKE)
     shared: Any = build(config)
     plain: Any = morex.build_model(untied(config), dtype=torch.float64)
     blocks = visited_blocks(config)
     copy_weights(shared, plain, blocks)
     tokens = random_tokens(case)
     for model in (shared, plain):
-        model(tokens, labels=tokens).loss.backward()
+        model(tokens, labels=labels_for(case, tokens)).loss.backward()
     parameters = dict(plain.named_parameters())
     names = plain_names(parameters)
     unshared = {names[name]: parameter for name, parameter in parameters.items()}

@@ -21,6 +21,7 @@ def is_dense(model: ModelConfig) -> bool:
         and isinstance(model.depth, FixedConfig)
         and model.schedule.sharing == "none"
         and not model.step_embedding
+        and model.input_injection == "none"
     )
 
 

@@ -25,7 +25,7 @@ from train.helpers import KINDS, QUIET, checkpoint_bytes, configure, run, state_
 TRAINING_KEYS = {
     "kind", "step", "tokens", "loss", "lr", "tokens_per_s", "flops_per_s", "grad_norm", "seconds", "memory_bytes",
     "losses", "active_share", "expert_load", "expert_balance", "expert_z", "router_entropy", "mean_updates",
-    "remainder", "ponder", "router_state",
+    "remainder", "ponder", "exit_probability", "router_state",
 }  # fmt: skip
 SUMMARY_KEYS = {
     "steps", "tokens", "seconds", "train_flops", "final_train_loss", "val_loss", "perplexity", "bits_per_byte",

@@ -20,6 +20,7 @@ class _Rows:
     time: Tensor
     lengths: Tensor
     longest: int = 0
+    count: int = 0
 
 
 class ContiguousCache(KVCache):
@@ -32,6 +33,7 @@ class ContiguousCache(KVCache):
         """
         self.batch_size, self.room = batch_size, room
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.num_seen = 0
         self._slots: dict[Slot, _Rows] = {}
 
     @torch.no_grad()
@@ -49,6 +51,7 @@ class ContiguousCache(KVCache):
         rows.v[packing.row, entry] = v.to(rows.v.dtype)
         rows.time[packing.row, entry] = packing.time
         rows.lengths, rows.longest = lengths, longest
+        rows.count += packing.num_tokens
         return fresh
 
     def read(self, slot: Slot) -> Keys:
@@ -56,7 +59,11 @@ class ContiguousCache(KVCache):
         end = max(rows.longest, 1)
         return Keys(rows.k[:, :end], rows.v[:, :end], rows.time[:, :end])
 
+    def num_entries(self, slot: Slot) -> int:
+        return self._slots[slot].count if slot in self._slots else 0
+
     def advance(self, packing: Packing) -> None:
+        self.num_seen += packing.num_tokens
         self.seen = lengths_of(self.seen, packing)
 
     def bytes(self) -> int:

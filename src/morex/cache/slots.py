@@ -2,7 +2,9 @@
 
 A cache holds one entry per visit: slot (block, recursion), or (block, recursion, expert, step) inside an expert. Under
 `per_recursion` a token writes and reads the slot of each recursion that it takes; under `shared_first` only
-recursion 1 writes, and later recursions read its slot. The stack asks for a view per step and hands it to the block.
+recursion 1 writes, and later recursions read its slot; under `refresh` a token writes as under `per_recursion`, and a
+query reads each token's latest visit (`morex.cache.latest`). The stack asks for a view per step and hands it to the
+block.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +18,7 @@ from morex.depth.schedule import Slot, Step
 from morex.nn.attention import NEVER, Keys, KeyView
 from morex.nn.packing import Packing
 
-KVRule = Literal["per_recursion", "shared_first"]
+KVRule = Literal["per_recursion", "shared_first", "refresh"]
 
 
 class SlotStore(ABC):
@@ -29,6 +31,10 @@ class SlotStore(ABC):
     @abstractmethod
     def read(self, slot: Slot) -> Keys:
         """All keys and values of a slot, right-padded."""
+
+    @abstractmethod
+    def num_entries(self, slot: Slot) -> int:
+        """Entries of a slot, over all rows; 0 where nobody came by."""
 
 
 @dataclass
@@ -67,15 +73,15 @@ def views_of(step: Step, rule: KVRule, cache: SlotStore | None, call: SlotStore)
         step: entry of the schedule.
         rule: how recursions share keys.
         cache: the cache that outlives the call, if any.
-        call: store of this forward pass, which `shared_first` uses where there is no cache.
+        call: store of this forward pass: what `shared_first` uses where there is no cache, and `refresh` always.
 
     Returns:
         None where attention needs nothing but the tokens in hand.
     """
     if rule == "per_recursion" and cache is None:
         return None
-    store = call if cache is None else cache
-    if rule == "per_recursion":
+    store = call if cache is None or rule == "refresh" else cache
+    if rule != "shared_first":
         return StepViews(SlotView(store, step.slot), cache, step.slot)
     first = SlotView(store, Slot(step.block, 1), writes=step.recursion == 1)
     return StepViews(first, cache, step.slot)
@@ -100,12 +106,17 @@ class CallStore(SlotStore):
             self._padded[slot] = Keys(packing.pad(k), packing.pad(v), packing.pad(packing.time, NEVER), documents)
         return self._padded[slot]
 
+    def num_entries(self, slot: Slot) -> int:
+        return self._slots[slot][2].num_tokens if slot in self._slots else 0
+
 
 class KVCache(SlotStore):
     """A cache that outlives a forward pass and serves B sequences."""
 
     seen: Tensor
     """Tokens of each sequence that the model has taken in [B]."""
+    num_seen: int
+    """Their sum."""
 
     @abstractmethod
     def advance(self, packing: Packing) -> None:

@@ -48,7 +48,8 @@ Depth = Annotated[
     typer.Option(
         "--depth",
         metavar="POLICY",
-        help="Depth at call time: a number of recursions, uniform:N, adaptive[:SPAN] or progressive[:SPAN].",
+        help="Depth at call time: a number of recursions, uniform:N, adaptive[:SPAN], progressive[:SPAN] or "
+        "exit[:RULE][:THRESHOLD].",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from morex.depth.policy import DepthPolicy
-from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, replace_rows, score_costs
+from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, put_rows, score_costs
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
@@ -74,16 +74,16 @@ class HaltingRouter(DepthRouter):
             p = torch.sigmoid(self.score(y).squeeze(1).to(spent.dtype) + self.bias)
             going = self._goes_on(spent + p, routing, visit)
             weight, halted = torch.where(going, torch.minimum(p, left), left), left.masked_fill(going, 0)
-            routing.spent = _put(routing.spent, index, spent + p)
-            routing.going = _put(torch.zeros_like(routing.active), index, going)
-            routing.scores[-1] = _put(routing.scores[-1], index, p.detach())
+            routing.spent = put_rows(routing.spent, index, spent + p)
+            routing.going = put_rows(torch.zeros_like(routing.active), index, going)
+            routing.scores[-1] = put_rows(routing.scores[-1], index, p.detach())
         routing.remainder = routing.remainder + halted.sum()
         part = weight.to(y.dtype).unsqueeze(1) * y
         if routing.output is None:
             routing.output = part
         else:
             routing.output = routing.output + part if index is None else add_rows(routing.output, index, part)
-        return _put(h, index, y)
+        return put_rows(h, index, y)
 
     def finish(self, h: Tensor, routing: Routing) -> tuple[Tensor, Signals]:
         assert isinstance(routing, Halting) and routing.output is not None
@@ -111,8 +111,3 @@ class HaltingRouter(DepthRouter):
         unit = score_costs(d_model, 1, "linear")
         # The tokens of the last recursion are not asked: they stop in any case.
         return Costs(unit.parameters + 1, unit.per_token * sum(shares[:-1]))
-
-
-def _put(x: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
-    """x [N, ...] with the rows at `index` [M], or all of them, replaced by `rows` [M, ...]."""
-    return rows if index is None else replace_rows(x, index, rows)

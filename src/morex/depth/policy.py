@@ -3,8 +3,12 @@
 Besides a router's own decision (None) and the oracle's, a caller can fix the depth of each token as a function of its
 absolute position t: `uniform:N` gives N everywhere, `adaptive:span` gives 1 + floor((R - 1) min(1, t / span)), and
 `progressive:span` gives R equal steps over the span.
+
+With `exit:RULE:THRESHOLD` each token leaves as soon as a rule says so. Which rules there are depends on the router. The
+rule may be left out for the router's first one, and the threshold for its default.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,18 +16,23 @@ import torch
 from torch import Tensor
 
 Depth = int | str | None
-EXAMPLES = "an integer, 'uniform:N', 'adaptive', 'adaptive:SPAN', 'progressive', 'progressive:SPAN' or 'oracle'"
+EXIT_RULES = ("gate",)
+EXAMPLES = "an integer, 'uniform:N', 'adaptive[:SPAN]', 'progressive[:SPAN]', 'exit[:RULE][:THRESHOLD]' or 'oracle'"
 
 
 @dataclass(frozen=True)
 class DepthPolicy:
     """A parsed `depth=`; `kind` 'router' leaves the decision to the router."""
 
-    kind: Literal["router", "oracle", "uniform", "adaptive", "progressive"] = "router"
+    kind: Literal["router", "oracle", "uniform", "adaptive", "progressive", "exit"] = "router"
     recursions: int = 1
     """Recursions that are run at most."""
     span: int = 1
     """Positions over which `adaptive` and `progressive` go from 1 to R."""
+    rule: str | None = None
+    """By which rule tokens leave."""
+    threshold: float | None = None
+    """Threshold of the rule; None: its default."""
 
     @property
     def is_forced(self) -> bool:
@@ -40,7 +49,9 @@ class DepthPolicy:
         return 1 + (self.recursions * position // self.span).clamp(max=reach)
 
 
-def parse_depth(depth: Depth, recursions: int, span: int, any_depth: bool) -> DepthPolicy:
+def parse_depth(
+    depth: Depth, recursions: int, span: int, any_depth: bool, exit_rules: tuple[str, ...] = ()
+) -> DepthPolicy:
     """Reads `depth=`.
 
     Args:
@@ -48,9 +59,10 @@ def parse_depth(depth: Depth, recursions: int, span: int, any_depth: bool) -> De
         recursions: R of the model.
         span: default span of the position-based policies.
         any_depth: whether more than R recursions make sense.
+        exit_rules: exit rules that the model knows, its own one first.
 
     Raises:
-        ValueError: it is none of these, or N is out of range.
+        ValueError: it is none of these, or N is out of range, or the model does not know the rule.
     """
     if depth is None:
         return DepthPolicy("router", recursions)
@@ -68,4 +80,25 @@ def parse_depth(depth: Depth, recursions: int, span: int, any_depth: bool) -> De
     if name in ("adaptive", "progressive") and (not argument or (argument.isdigit() and int(argument) > 0)):
         kind: Literal["adaptive", "progressive"] = "adaptive" if name == "adaptive" else "progressive"
         return DepthPolicy(kind, recursions, int(argument or span))
+    if name == "exit":
+        return _parse_exit(str(depth), argument, recursions, exit_rules)
     raise ValueError(f"depth {depth!r} is not understood; use {EXAMPLES}")
+
+
+def _parse_exit(depth: str, argument: str, recursions: int, exit_rules: tuple[str, ...]) -> DepthPolicy:
+    """Reads what stands after `exit:`."""
+    if not exit_rules:
+        raise ValueError(f"depth {depth!r} is for routers with exit rules (exit_gate), and this model's has none")
+    rule, _, number = argument.partition(":")
+    if rule not in EXIT_RULES and not number:
+        rule, number = "", rule
+    rule = rule or exit_rules[0]
+    if rule not in exit_rules:
+        raise ValueError(f"depth {depth!r} names an exit rule that this model has not; use {' or '.join(exit_rules)}")
+    try:
+        threshold = float(number) if number else None
+    except ValueError:
+        threshold = -1.0
+    if threshold is not None and not 0 < threshold < math.inf:
+        raise ValueError(f"depth {depth!r} needs a threshold above 0, such as exit:{rule}:0.5")
+    return DepthPolicy("exit", recursions, rule=rule, threshold=threshold)

@@ -68,6 +68,10 @@ class DepthRouter(nn.Module):
 
     any_depth = False
     """Whether the group can recur more often than in training."""
+    exit_rules: tuple[str, ...] = ()
+    """Rules by which tokens can leave at call time (`depth="exit:..."`)."""
+    reads_every_state = False
+    """Whether the loss of training reads norm and head on the state of every recursion."""
     is_causal = True
     """Whether eval mode has a rule that sees no later token."""
 
@@ -79,6 +83,10 @@ class DepthRouter(nn.Module):
         super().__init__()
         self.recursions = recursions
         self.loss_weights: dict[str, float] = {}
+
+    def takes_all(self, policy: DepthPolicy) -> bool:
+        """Whether every token takes every recursion, known before any is run."""
+        return policy.kind == "uniform"
 
     def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
         """Starts a forward pass over the group's input h [N, D]."""
@@ -115,7 +123,7 @@ class DepthRouter(nn.Module):
 
     def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
         """Brings the core's output y [M, D] for the visiting tokens back into h [N, D]."""
-        return y if visit.packing.index is None else replace_rows(h, visit.packing.index, y)
+        return put_rows(h, visit.packing.index, y)
 
     def finish(self, h: Tensor, routing: Routing) -> tuple[Tensor, Signals]:
         """Ends the pass: the group's output and the router's report."""
@@ -183,6 +191,11 @@ def score_costs(d_model: int, outputs: int, kind: str) -> Costs:
 def replace_rows(h: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """h [N, D] with the rows at `index` [M] replaced by `rows` [M, D]."""
     return h.index_copy(0, index, rows.to(h.dtype))
+
+
+def put_rows(h: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
+    """`replace_rows`, or all rows where there is no index."""
+    return rows if index is None else replace_rows(h, index, rows)
 
 
 def add_rows(h: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The depth routers by `kind`."""
 
+from morex.depth.exit_gate import ExitGateRouter
 from morex.depth.expert_choice import ExpertChoiceRouter
 from morex.depth.fixed import FixedRouter
 from morex.depth.halting import HaltingRouter
@@ -14,5 +15,6 @@ ROUTERS: dict[str, type[DepthRouter]] = {
     "token_choice": TokenChoiceRouter,
     "threshold": ThresholdRouter,
     "halting": HaltingRouter,
+    "exit_gate": ExitGateRouter,
     "random": RandomRouter,
 }

@@ -8,6 +8,7 @@ kept in use by the loss R * sum f_i P_i or, loss-free, by a bias on the choice.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from morex.depth.policy import DepthPolicy
@@ -88,8 +89,8 @@ class TokenChoiceRouter(DepthRouter):
 
     def _balance(self, logits: Tensor, scores: Tensor, choice: Tensor, routing: Routing) -> None:
         counts = torch.bincount(choice, minlength=self.recursions)
-        # Sigmoid scores of a token do not sum to 1 by themselves.
-        probabilities = scores / scores.sum(-1, keepdim=True)
+        # Sigmoid scores of a token do not sum to 1 by themselves; their logarithms are finite where all of them vanish.
+        probabilities = scores if self.activation == "softmax" else F.logsigmoid(logits).softmax(-1)
         routing.stats["chosen"] = counts
         routing.stats["entropy"] = torch.special.entr(probabilities.detach()).sum()
         if "depth_balance" in self.loss_weights:

@@ -6,17 +6,22 @@ multiply-add is two; training is three forward passes (Kaplan et al. 2020, secti
 full square, the causal half and what a window hides included.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import mul
 
 from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
+from morex.model.heads import classifier_costs
 from morex.model.lm import attention_shape, takes_any_depth
 from morex.nn.attention import attention_costs
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, linear_costs
+from morex.nn.injection import injection_costs
 from morex.nn.mixers import feed_forward_costs
 from morex.nn.norm import norm_costs
+from morex.sections.head import ClassifierHeadConfig
 from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
 
 
@@ -27,7 +32,7 @@ class Count:
     parameters: int
     """All parameters, each shared one once."""
     unique_non_embedding: int
-    """Parameters without the embeddings of tokens and positions and an untied head."""
+    """Parameters without the embeddings of tokens and positions and a head of its own weights."""
     unrolled_depth: int
     """Blocks that a token passes when it takes every recursion."""
     forward_flops_per_token: float
@@ -35,9 +40,9 @@ class Count:
     train_flops_per_token: float
     """Forward and backward FLOPs of a token in a sequence of `seq_len`."""
     decode_flops_per_token: float
-    """FLOPs of one decoded token with `context` tokens in the cache."""
+    """FLOPs of one decoded token with `context` tokens in the cache; 0 for a classifier, which does not decode."""
     kv_bytes_per_token: float
-    """Bytes of keys and values that a token leaves in the cache, in the model's fp32."""
+    """Bytes of keys and values that a token leaves in the cache, in the model's fp32; 0 for a classifier."""
 
 
 def count(
@@ -67,36 +72,42 @@ def count(
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
-    block, router = block_costs(config, step_shares), router_costs(config, active, depth)
+    block, policy = block_costs(config, step_shares), _policy(config, depth)
+    router = router_costs(config, active, depth) + injection_costs(config.d_model, config.input_injection, sum(active))
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
+    classifies = isinstance(config.head, ClassifierHeadConfig)
+    head = head_costs(config)
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
     last = norm_costs(config.norm, config.d_model).parameters
     unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + last
+
+    met = {"per_recursion": active, "shared_first": (active[0],) * len(active), "refresh": _reached(config, active)}
 
     def forward(tokens: int) -> float:
         """Forward FLOPs of a token among `tokens`."""
         flops = (schedule.prelude + schedule.coda) * _visit(block, 1.0, 1.0, tokens, rereads=False)
         for r, share in enumerate(active, start=1):
             rereads = config.kv == "shared_first" and r > 1
-            flops += schedule.core * _visit(block, share, active[0] if rereads else share, tokens, rereads)
-        return flops + groups * router.per_token + 2.0 * embedding
+            flops += schedule.core * _visit(block, share, met[config.kv][r - 1], tokens, rereads)
+        return flops + groups * router.per_token + (head.per_token / tokens if classifies else head.per_token)
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
     alone = visits * block.per_token_alone
+    exits = policy.recursions if ROUTERS[config.depth.kind].reads_every_state and not policy.is_forced else 1
     stopped = visits * block.per_token_stopped + groups * router.per_token_stopped
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
     return Count(
-        parameters=unique + embedding * (1 if config.tie_embeddings else 2) + positions,
+        parameters=unique + embedding + head.parameters + positions,
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
-        train_flops_per_token=3 * forward(seq_len) - stopped,
-        decode_flops_per_token=forward(seq_len if context is None else context) + alone,
-        kv_bytes_per_token=values * bytes_per_value,
+        train_flops_per_token=3 * (forward(seq_len) + (exits - 1) * head.per_token) - stopped,
+        decode_flops_per_token=0.0 if classifies else forward(seq_len if context is None else context) + alone,
+        kv_bytes_per_token=0.0 if classifies else values * bytes_per_value,
     )
 
 
@@ -121,10 +132,17 @@ def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = Non
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **options)
 
 
+def head_costs(config: ModelConfig) -> Costs:
+    """Costs of the head, its weights left out where they are the embedding's; a classifier runs once a sequence."""
+    if isinstance(config.head, ClassifierHeadConfig):
+        return classifier_costs(config.d_model, config.head.classes)
+    own = linear_costs(config.d_model, config.vocab_size)
+    return replace(own, parameters=0) if config.tie_embeddings else own
+
+
 def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = None) -> Costs:
     """Costs of one group's depth router, where `active` are the shares of the tokens at each recursion."""
-    recursions = config.schedule.recursions
-    policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
+    recursions, policy = config.schedule.recursions, _policy(config, depth)
     taken = policy.recursions if policy.is_forced else None
     options = config.depth.options(recursions)
     return ROUTERS[config.depth.kind].costs(config.d_model, recursions, taken, shares=active, **options)
@@ -133,10 +151,26 @@ def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = 
 def expected_shares(config: ModelConfig, seq_len: int, depth: Depth = None) -> tuple[float, ...]:
     """Share of the tokens that takes recursion r = 1..R, in sequences of `seq_len`."""
     kind, recursions = ROUTERS[config.depth.kind], config.schedule.recursions
-    policy = parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config))
+    policy = _policy(config, depth)
     if not policy.is_forced:
         return kind.shares(recursions, **config.depth.options(recursions))
     return tuple(_reach(policy, seq_len, r) for r in range(1, policy.recursions + 1))
+
+
+def _policy(config: ModelConfig, depth: Depth) -> DepthPolicy:
+    recursions, exit_rules = config.schedule.recursions, ROUTERS[config.depth.kind].exit_rules
+    return parse_depth(depth, recursions, config.max_seq_len, takes_any_depth(config), exit_rules)
+
+
+def _reached(config: ModelConfig, active: tuple[float, ...]) -> tuple[float, ...]:
+    """Share of the tokens that have taken a recursion r' <= r, for each r.
+
+    Where active sets are not nested, and not all tokens take recursion 1, as if each recursion chose by itself.
+    """
+    if getattr(config.depth, "hierarchical", True):
+        return tuple(accumulate(active, max))
+    missed = accumulate((1 - share for share in active), mul)
+    return tuple(1 - share for share in missed)
 
 
 def _reach(policy: DepthPolicy, seq_len: int, r: int) -> float:

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from morex.cache.latest import LatestVisits
 from morex.cache.slots import CallStore, KVCache, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step
 from morex.nn.attention import Local
 from morex.nn.block import Block
+from morex.nn.injection import Injection
 from morex.nn.packing import Packing
-from morex.nn.signals import Choice, RouterStats, Signals, loss_name
+from morex.nn.signals import Choice, Exits, RouterStats, Signals, loss_name
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Record:
     groups: dict[str, GroupTrace] = field(default_factory=dict)
     choices: dict[str, list[Choice]] = field(default_factory=dict)
     """Choices of experts in the frame of the batch [B, T, ...]; -1 and NaN where a token did not come by."""
+    exits: Exits | None = None
+    """Where the loss is over all exits, what it needs."""
     traces: bool = False
 
     def add(self, name: str, signals: Signals) -> None:
@@ -46,6 +50,7 @@ class Record:
         for loss, value in signals.losses.items():
             self.losses.setdefault(loss_name(name, loss), []).append(value)
         self.stats.include(name, signals.stats)
+        self.exits = signals.exits or self.exits
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Pass:
     def run(self, block: nn.Module, step: Step, x: Tensor, packing: Packing, name: str, counts: bool = True) -> Tensor:
         """One step: a block on the packed tokens x [M, D]."""
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
-        x, reports = block(x, packing, views_of(step, self.rule, self.cache, self.call), local)
+        # What does not count leaves no key behind.
+        views = views_of(step, self.rule, self.cache, self.call) if counts else None
+        x, reports = block(x, packing, views, local)
         for part, signals in reports.items() if counts else ():
             path = f"{name}.mixer.{part}"
             self.record.add(path, signals)
@@ -111,10 +118,21 @@ class RoutedGroup(nn.Module):
     router: DepthRouter
     step_embedding: nn.Parameter | None
 
-    def __init__(self, router: DepthRouter, step_embedding: nn.Parameter | None) -> None:
+    def __init__(self, router: DepthRouter, step_embedding: nn.Parameter | None, injection: Injection | None) -> None:
         super().__init__()
-        self.router = router
+        self.router, self.injection = router, injection
         self.register_parameter("step_embedding", step_embedding)
+
+    def prepare(self, h: Tensor) -> Tensor | None:
+        """From the group's input [N, D], what is injected into each recursion [N, D]."""
+        return None if self.injection is None else self.injection.prepare(h)
+
+    def enter(self, h: Tensor, injected: Tensor | None, packing: Packing, r: int) -> Tensor:
+        """The input of the core at recursion r for the packing's tokens [M, D], from the states of all [N, D]."""
+        y = packing.gather(h)
+        if self.injection is not None and injected is not None:
+            y = self.injection(y, packing.gather(injected))
+        return y if self.step_embedding is None else y + self.step_embedding[r - 1]
 
 
 class Core(nn.Module):
@@ -136,14 +154,15 @@ class Core(nn.Module):
     def _recur(
         self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass, group: Group, own: RoutedGroup, name: str
     ) -> Tensor:
+        if run.rule == "refresh" and run.cache is None and own.router.takes_all(policy):
+            run = replace(run, rule="per_recursion")  # the latest visit is the one in hand, and that is faster
+        injected = own.prepare(h)
         h, routing = own.router.begin(h, packing, policy)
         states = []
         for r, steps in enumerate(group.recursions, start=1):
             visit = own.router.visit(h, routing, r)
             if visit is not None:
-                y = visit.packing.gather(h)
-                if own.step_embedding is not None:
-                    y = y + own.step_embedding[r - 1]
+                y = own.enter(h, injected, visit.packing, r)
                 for step in steps:
                     index = step.block - self.schedule.prelude
                     path = f"stack.core.blocks.{index}"
@@ -175,7 +194,10 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, Record]:
         """x [N, D], the batch's real tokens -> [N, D] and what the routers report."""
         schedule, batch = replace(self.core.schedule, recursions=policy.recursions), packing.root()
-        run = Pass(schedule, self.windows, self.rule, cache, CallStore(), Record(traces=traces), batch)
+        call: SlotStore = CallStore()
+        if self.rule == "refresh":
+            call = LatestVisits(call if cache is None else cache, batch)
+        run = Pass(schedule, self.windows, self.rule, cache, call, Record(traces=traces), batch)
         # Prelude and coda run once: no later recursion reads their keys.
         once = replace(run, rule="per_recursion")
         for i, step in enumerate(schedule.prelude_steps):

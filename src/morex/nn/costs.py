@@ -18,7 +18,7 @@ class AttentionCosts:
     key_values: float = 0.0
     """Values cached per token."""
     rereads: bool = True
-    """Whether `kv: shared_first` lets later recursions read the keys of recursion 1."""
+    """Whether a later recursion may read keys of earlier ones (`kv: shared_first`, `refresh`)."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,18 @@ class Choice:
     """Steps that each token took in each of its experts [N, K], where a depth router decides."""
 
 
+@dataclass(frozen=True)
+class Exits:
+    """Where tokens may leave the recursions, for a loss over all exits."""
+
+    states: list[Tensor]
+    """State after each of the R recursions [N, D]."""
+    log_probabilities: Tensor
+    """ln of the probability of each exit [N, R]."""
+    taken: Tensor
+    """Exit that inference takes, from 0 [N]."""
+
+
 @dataclass
 class Signals:
     """One router's report on one call: raw auxiliary losses, statistics that add up, and decisions for the trace."""
@@ -39,6 +51,7 @@ class Signals:
     """Statistics; fields that begin with `samples` are lists of values, all others are sums."""
     choices: list[Choice] = field(default_factory=list)
     """Choices of experts, in their order."""
+    exits: Exits | None = None
 
     @staticmethod
     def join(reports: "Sequence[Signals]") -> "Signals":

@@ -148,7 +148,19 @@ class ThresholdConfig(LearnedGateConfig):
     """Share of the old threshold that is kept at each update."""
 
 
-class HaltingConfig(ChoosingConfig):
+class StoppingConfig(ChoosingConfig):
+    """What routers share that let a token stop by a probability, which one unit gives after each recursion."""
+
+    initial_bias: float | None = None
+    """Bias of the unit before training; default -ln(R - 1): a probability of 1/R after each recursion."""
+
+    def options(self, recursions: int) -> dict[str, Any]:
+        # One recursion is refused by the model, after it has asked for nothing here.
+        bias = -math.log(max(1, recursions - 1)) if self.initial_bias is None else self.initial_bias
+        return super().options(recursions) | {"initial_bias": bias}
+
+
+class HaltingConfig(StoppingConfig):
     """Adaptive computation time: a token recurs until its halting probabilities sum to 1 - epsilon."""
 
     kind: Literal["halting"]
@@ -156,14 +168,16 @@ class HaltingConfig(ChoosingConfig):
     """A token stops where its halting probabilities sum to 1 - epsilon or more."""
     ponder_weight: NonNegative = 0.01
     """Weight of the ponder cost, the mean of recursions taken plus remainder."""
-    initial_bias: float | None = None
-    """Bias of the halting unit before training; default -ln(R - 1): p = 1/R, so all states weigh alike and nobody stops
-    early."""
 
-    def options(self, recursions: int) -> dict[str, Any]:
-        # One recursion is refused by the model, after it has asked for nothing here.
-        bias = -math.log(max(1, recursions - 1)) if self.initial_bias is None else self.initial_bias
-        return super().options(recursions) | {"initial_bias": bias}
+
+class ExitGateConfig(StoppingConfig):
+    """Exit gate of Ouro: the loss is expected over all exits, and in inference a token leaves at a likely one."""
+
+    kind: Literal["exit_gate"]
+    threshold: Share = 0.5
+    """In inference a token leaves where its exit probabilities sum to this or more; 1 hardly lets any leave early."""
+    entropy_weight: NonNegative = 0.1
+    """Weight beta of the entropy of the exit distribution, which the loss rewards."""
 
 
 class RandomConfig(GatedConfig):
@@ -174,7 +188,8 @@ class RandomConfig(GatedConfig):
     """Seed of the hash."""
 
 
-DepthConfig = Annotated[
+StepsRouterConfig = Annotated[
     FixedConfig | ExpertChoiceConfig | TokenChoiceConfig | ThresholdConfig | HaltingConfig | RandomConfig,
     Field(discriminator="kind"),
 ]
+DepthConfig = Annotated[StepsRouterConfig | ExitGateConfig, Field(discriminator="kind")]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from morex.sections.base import NonNegative, Section
-from morex.sections.depth import DepthConfig, ExpertChoiceConfig, FixedConfig
+from morex.sections.depth import ExpertChoiceConfig, FixedConfig, StepsRouterConfig
 
 
 class FeedForwardConfig(Section):
@@ -49,7 +49,10 @@ class ExpertRouterConfig(Section):
     @model_validator(mode="after")
     def _chosen(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts there are")
+            raise ValueError(
+                f"top_k {self.top_k} is more than the {self.experts} experts there are; use at most {self.experts}, or "
+                "more experts"
+            )
         return self
 
 
@@ -76,7 +79,7 @@ class RecursiveExpertsConfig(Section):
     router: ExpertRouterConfig = ExpertRouterConfig()
     steps: PositiveInt = 3
     """Times S that an expert loops; its weights are shared over the steps."""
-    depth: DepthConfig = FixedConfig()
+    depth: StepsRouterConfig = FixedConfig()
     """Router that decides how many of the steps a token takes in an expert; one for each layer."""
     d_ff: PositiveInt = 256
     """Hidden width of an expert's swiglu."""

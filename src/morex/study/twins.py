@@ -63,6 +63,7 @@ def unrolled(model: ModelConfig) -> ModelConfig:
             "depth": FixedConfig(),
             "kv": "per_recursion",
             "step_embedding": False,
+            "input_injection": "none",
         }
     )
 

@@ -142,9 +142,10 @@ def router_report(stats: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[s
         expert_balance, expert_z: raw balance loss and z-loss of each expert router.
         router_entropy: mean entropy of a token's probabilities in nats, of each router that has a distribution.
         mean_updates, remainder, ponder: mean N, mean remainder and their sum, of each halting router.
+        exit_probability: mean probability of leaving after recursions 1..R, of each exit gate.
     """
     of_experts = ("expert_load", "expert_balance", "expert_z")
-    names = ("active_share", *of_experts, "router_entropy", "mean_updates", "remainder", "ponder")
+    names = ("active_share", *of_experts, "router_entropy", "mean_updates", "remainder", "ponder", "exit_probability")
     report: dict[str, dict[str, Any]] = {name: {} for name in names}
     for name, fields in stats.items():
         tokens = max(float(fields["tokens"]), 1.0)
@@ -157,6 +158,8 @@ def router_report(stats: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[s
             report["expert_z"][name] = float(fields["z"]) / tokens
         if "entropy" in fields:
             report["router_entropy"][name] = float(fields["entropy"]) / tokens
+        if "exits" in fields:
+            report["exit_probability"][name] = (fields["exits"].double() / tokens).tolist()
         if "remainder" in fields:
             report["mean_updates"][name] = float(fields["active"].sum()) / tokens
             report["remainder"][name] = float(fields["remainder"]) / tokens
