@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 import morex
+from morex.cache.contiguous import ContiguousCache
 from morex.config import ModelConfig
 from morex.loading import ConfigError, validate
+from morex.nn.attention import Attention
+from morex.sections.depth import FixedConfig
 from parity.detectors import future_leak, not_finite
 from parity.drawing import Option, draw, options, sections
 from parity.helpers import build, labels_in, largest_change
@@ -116,3 +119,23 @@ def test_every_kind_and_choice_is_drawn() -> None:
     kinds = {section for section in sections(ModelConfig) if "kind" in section.model_fields}
     assert {section.__name__ for section in kinds} <= asked
     assert asked >= NEVER.keys()
+
+
+def test_a_broken_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of each combination is not empty: a cache that nothing reads, and a loss that is no number."""
+    (config, *_) = drawn(Option(FixedConfig))
+    keeps_the_invariants(config)
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        own = ContiguousCache.append
+        patched.setattr(ContiguousCache, "append", lambda *arguments: bool(own(*arguments)) or True)
+        keeps_the_invariants(config)
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        forward = Attention.forward
+        patched.setattr(Attention, "forward", lambda *arguments: forward(*arguments) / 0.0)
+        keeps_the_invariants(config)
+
+
+def test_a_refusal_without_a_remedy_is_found() -> None:
+    for message in ("model.depth is bad luck today", "please use something else here", "depth: a\nb; use c"):
+        with pytest.raises(AssertionError):
+            is_refused_in_words(ConfigError(message))
