@@ -16,19 +16,26 @@ from torch import Tensor
 import morex
 from morex.depth.token_choice import TokenChoiceRouter
 from morex.experts.router import ExpertRouter
-from parity.helpers import labels_of, largest_change, pad, tensors_in
+from parity.helpers import labels_in, largest_change, pad, row_logits, tensors_in
 
 
 def future_leak(model: Any, tokens: Tensor, places: Sequence[int] = (0, 6, 11), **options: Any) -> float:
-    """How far logits at or before a place move when every later token becomes another one."""
+    """How far logits, of a classifier states, at or before a place move when every later token becomes another one."""
+
+    def by_token(given: Tensor) -> Tensor:
+        out = model(given, return_trace=model.config.head.kind != "lm", **options)
+        if out.trace is None:
+            return out.logits.transpose(0, 1)
+        return torch.stack([state.transpose(0, 1) for states in out.trace.states.values() for state in states], 1)
+
     with torch.no_grad():
-        logits, leak = model(tokens, **options).logits, 0.0
+        before, leak = by_token(tokens), 0.0
         for t in places:
             changed = tokens.clone()
             changed[:, t + 1 :] = (changed[:, t + 1 :] + 1) % model.config.vocab_size
-            moved = model(changed, **options).logits
-            leak = max(leak, largest_change(moved[:, : t + 1], logits[:, : t + 1]))
-            assert not torch.equal(moved[:, t + 1 :], logits[:, t + 1 :]), "the changed tokens are not seen at all"
+            moved = by_token(changed)
+            leak = max(leak, largest_change(moved[: t + 1], before[: t + 1]))
+            assert not torch.equal(moved[t + 1 :], before[t + 1 :]), "the changed tokens are not seen at all"
     return leak
 
 
@@ -44,7 +51,7 @@ def batch_dependence(model: Any, rows: Sequence[Tensor]) -> float:
     with torch.no_grad():
         together = model(tokens, lengths=lengths).logits
         alone = [model(row[None]).logits[0] for row in rows]
-    return max(largest_change(own, shared[: len(own)]) for own, shared in zip(alone, together, strict=True))
+    return max(largest_change(own, row_logits(shared, len(own))) for own, shared in zip(alone, together, strict=True))
 
 
 def void_entropies(model: Any, tokens: Tensor) -> list[str]:
@@ -61,7 +68,7 @@ def void_entropies(model: Any, tokens: Tensor) -> list[str]:
             for name, parameter in scaled.named_parameters():
                 if name.rpartition(".router.")[0] and not name.endswith(".bias"):
                     parameter.mul_(factor)
-        stats = scaled(tokens, labels=tokens).stats
+        stats = scaled(tokens, labels=labels_in(model.config, tokens)).stats
         told = {name: fields for name, fields in stats.items() if "entropy" in fields}
         return {name: float(fields["entropy"]) / int(fields["tokens"]) for name, fields in told.items()}
 
@@ -91,7 +98,7 @@ def not_finite(model: Any, tokens: Tensor, lengths: Tensor | None = None) -> lis
     mixer = model.config.mixer
     unused = (".mixer.q", ".mixer.k") if getattr(mixer, "keep_unused_qk", False) else ()
     model.zero_grad(set_to_none=True)
-    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
+    out = model(tokens, labels=labels_in(model.config, tokens, lengths), lengths=lengths)
     out.loss.backward()
     found = {"logits": out.logits, "loss": out.loss, **out.losses}
     found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if not n.endswith(unused)}
@@ -107,7 +114,7 @@ def growth(model: Any, shapes: Sequence[tuple[int, int]]) -> list[str]:
         sizes = {}
         for step, (batch, length) in enumerate(shapes):
             tokens = torch.randint(model.config.vocab_size, (batch, length), generator=_generator(step))
-            out = model(tokens, labels=tokens)
+            out = model(tokens, labels=labels_in(model.config, tokens))
             sizes[f"graph of the loss on {batch} x {length}"] = count_nodes(out.loss)
             out.loss.backward()
             model.zero_grad(set_to_none=True)
@@ -149,7 +156,7 @@ def fault_of_checkpoint(model: Any, shapes: Sequence[tuple[int, int]], folder: P
     """Why a model that has trained on batches of these shapes is not what its saved weights make of a new one."""
     for step, (batch, length) in enumerate(shapes, start=1):
         tokens = torch.randint(model.config.vocab_size, (batch, length), generator=_generator(step))
-        model.update_routers(model(tokens, labels=tokens).stats, step)
+        model.update_routers(model(tokens, labels=labels_in(model.config, tokens)).stats, step)
     save_file(model.state_dict(), folder / "model.safetensors")
     other: Any = morex.build_model(model.config, dtype=model.embedding.weight.dtype)
     try:

@@ -291,7 +291,12 @@ def labels_of(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 def labels_for(case: str, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Labels that the case's head learns: the tokens themselves, or a class for each row, from its own tokens."""
-    labels, head = labels_of(tokens, lengths), config_of(case).head
+    return labels_in(config_of(case), tokens, lengths)
+
+
+def labels_in(config: ModelConfig, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Labels that a model of this config learns, as `labels_for` those of a case."""
+    labels, head = labels_of(tokens, lengths), config.head
     return labels if head.kind == "lm" else labels.clamp(min=0).sum(1) % head.classes
 
 

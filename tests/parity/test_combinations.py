@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 import morex
+from morex.cache.contiguous import ContiguousCache
 from morex.config import ModelConfig
 from morex.loading import ConfigError, validate
+from morex.nn.attention import Attention
+from morex.sections.depth import FixedConfig
 from parity.detectors import future_leak, not_finite
 from parity.drawing import Option, draw, options, sections
-from parity.helpers import build, largest_change
+from parity.helpers import build, labels_in, largest_change
 
 MODELS, DRAWS = 3, 400
 """Valid configs of each option that are built, and how many are drawn for them at most."""
@@ -79,7 +82,7 @@ def keeps_the_invariants(config: ModelConfig) -> None:
     tokens = torch.randint(config.vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
     lengths = torch.tensor([LENGTH, LENGTH - 4])
     assert not not_finite(model, tokens, lengths)
-    out = model(tokens, labels=tokens)
+    out = model(tokens, labels=labels_in(config, tokens))
     model.update_routers(out.stats, 1)
     model.eval()
     depth = causal_depth(model)
@@ -87,7 +90,11 @@ def keeps_the_invariants(config: ModelConfig) -> None:
         logits = model(tokens, depth=depth).logits
         size = max(1.0, logits.abs().max().item())
         assert future_leak(model, tokens, places=(0, 3, 6), depth=depth) <= 1e-9 * size
-        assert largest_change(cached(model, tokens, depth), logits) <= 1e-9 * size
+        if config.head.kind == "lm":
+            assert largest_change(cached(model, tokens, depth), logits) <= 1e-9 * size
+        else:
+            with pytest.raises(ValueError, match="does not decode"):
+                model.new_cache(ROWS)
 
 
 def causal_depth(model: Any) -> str | None:
@@ -112,3 +119,23 @@ def test_every_kind_and_choice_is_drawn() -> None:
     kinds = {section for section in sections(ModelConfig) if "kind" in section.model_fields}
     assert {section.__name__ for section in kinds} <= asked
     assert asked >= NEVER.keys()
+
+
+def test_a_broken_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of each combination is not empty: a cache that nothing reads, and a loss that is no number."""
+    (config, *_) = drawn(Option(FixedConfig))
+    keeps_the_invariants(config)
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        own = ContiguousCache.append
+        patched.setattr(ContiguousCache, "append", lambda *arguments: bool(own(*arguments)) or True)
+        keeps_the_invariants(config)
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        forward = Attention.forward
+        patched.setattr(Attention, "forward", lambda *arguments: forward(*arguments) / 0.0)
+        keeps_the_invariants(config)
+
+
+def test_a_refusal_without_a_remedy_is_found() -> None:
+    for message in ("model.depth is bad luck today", "please use something else here", "depth: a\nb; use c"):
+        with pytest.raises(AssertionError):
+            is_refused_in_words(ConfigError(message))

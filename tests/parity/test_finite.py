@@ -142,7 +142,7 @@ def test_finite_where_every_depth_scores_nothing(dtype: torch.dtype) -> None:
     out = model(tokens, return_trace=True)
     assert all((score == 0).all() for scores in out.trace.scores.values() for score in scores)
     assert not any(torch.isnan(statistic).any() for statistic in tensors_in(out.stats))
-    assert_finite_step(model, tokens)
+    assert_finite_step("mor-token", model, tokens)
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES)
