@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morex.data import readers
-from morex.data.readers import format_of, read_jsonl, read_text
+from morex.data.formats import files
+from morex.data.formats.files import decoded
+from morex.data.formats.json_files import read_jsonl
+from morex.data.formats.kinds import format_of
 
 Refused = Callable[..., str]
 
@@ -19,17 +21,17 @@ def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
     text = "first\r\nsecond\n\n  naïve café \U0001f989\tend \n"
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    assert "".join(read_text(path)) == text
+    assert "".join(decoded(path)) == text
 
 
 def test_long_text_comes_in_pieces_and_characters_survive_their_borders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 5)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 5)
     text = "aé\U0001f989ß" * 20
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    pieces = list(read_text(path))
+    pieces = list(decoded(path))
     assert "".join(pieces) == text
     assert len(pieces) > 20 and all(pieces)
 
@@ -38,7 +40,7 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_bytes(b"\xef\xbb\xbfhello")
     lines.write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
-    assert list(read_text(text)) == ["hello"]
+    assert list(decoded(text)) == ["hello"]
     assert list(read_jsonl(lines, "text")) == ["hello"]
 
 
@@ -46,7 +48,7 @@ def test_gzip_reads_like_the_file_itself(tmp_path: Path) -> None:
     text, lines = tmp_path / "a.txt.gz", tmp_path / "a.jsonl.gz"
     text.write_bytes(gzip.compress("größe".encode()))
     lines.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}'))
-    assert list(read_text(text)) == ["größe"]
+    assert list(decoded(text)) == ["größe"]
     assert list(read_jsonl(lines, "text")) == ["one", "two"]
 
 
@@ -75,7 +77,7 @@ def test_blank_lines_and_empty_texts_are_passed_over(tmp_path: Path) -> None:
 def test_empty_text_is_refused(tmp_path: Path, refused: Refused, content: bytes) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    refused(lambda: list(read_text(path)), str(path), "empty")
+    refused(lambda: list(decoded(path)), str(path), "empty")
 
 
 def test_empty_json_lines_are_refused(tmp_path: Path, refused: Refused) -> None:
@@ -98,10 +100,10 @@ def test_empty_json_lines_are_refused(tmp_path: Path, refused: Refused) -> None:
 def test_binary_and_foreign_encodings_are_refused_with_the_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, content: bytes, place: int, word: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    refused(lambda: list(read_text(path)), str(path), word, f"byte {place} ")
+    refused(lambda: list(decoded(path)), str(path), word, f"byte {place} ")
 
 
 def test_json_lines_report_bytes_of_the_whole_file(tmp_path: Path, refused: Refused) -> None:
@@ -146,11 +148,11 @@ def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
 def test_damaged_gzip_is_refused(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"some text " * 100)[:-12])
-    refused(lambda: list(read_text(path)), str(path), "gzip")
+    refused(lambda: list(decoded(path)), str(path), "gzip")
     path.write_bytes(b"no gzip at all")
-    refused(lambda: list(read_text(path)), str(path), "gzip")
+    refused(lambda: list(decoded(path)), str(path), "gzip")
 
 
 def test_missing_file_is_refused(tmp_path: Path, refused: Refused) -> None:
-    refused(lambda: list(read_text(tmp_path / "gone.txt")), "gone.txt", "does not exist")
-    refused(lambda: list(read_text(tmp_path)), str(tmp_path), "cannot be read")
+    refused(lambda: list(decoded(tmp_path / "gone.txt")), "gone.txt", "does not exist")
+    refused(lambda: list(decoded(tmp_path)), str(tmp_path), "cannot be read")
