@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from morex.data.corpus import Corpus, FileCorpus
+from morex.data.corpus import Corpus, FileCorpus, SeparateCorpora
 from morex.data.split import Piece, pieces, stretches, survey
 
 Refused = Callable[..., str]
@@ -146,3 +146,35 @@ def test_stretches_end_where_a_word_begins() -> None:
     assert list(stretches([text[:9], text[9:]], 12)) == ["some words,", " and more", " words to", " come"]
     assert list(stretches(["one   two   three"], 6)) == ["one", "   two", "   thr", "ee"]
     assert list(stretches(["没有空格的文字"], 3)) == ["没有空", "格的文", "字"]
+
+
+@given(DOCUMENTS, DOCUMENTS, st.integers(1, 7))
+@settings(max_examples=80, deadline=None)
+def test_a_corpus_of_its_own_is_held_out_whole(
+    tmp_path_factory: pytest.TempPathFactory, train: list[str], val: list[str], size: int
+) -> None:
+    corpora = SeparateCorpora(
+        corpus_of(tmp_path_factory.mktemp("train"), train), corpus_of(tmp_path_factory.mktemp("val"), val)
+    )
+    split = survey(corpora, 0.5, 0)
+    sides = by_side(list(pieces(corpora, split, size)))
+    assert split.by == "corpus" and split.documents == len(train) + len(val)
+    assert sides == {"val": val, "train": [text for text in train if text not in set(val)]}
+
+
+def test_content_tells_what_is_held_out(tmp_path: Path) -> None:
+    corpora = []
+    for name, texts in (("a", ["one", "two"]), ("b", ["three"]), ("all", ["three", "one", "two"])):
+        (tmp_path / name).mkdir()
+        corpora.append(corpus_of(tmp_path / name, texts))
+    one, other, both = corpora
+    held_out = [survey(SeparateCorpora(*pair), 0.5, 0).content for pair in ((one, other), (other, one))]
+    assert len({*held_out, survey(both, 0.5, 0).content}) == 3
+
+
+def test_an_empty_corpus_that_is_held_out_is_named(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    empty = FileCorpus("empty", (tmp_path / "empty.jsonl",), option="data.val_corpus")
+    refused(
+        lambda: survey(SeparateCorpora(corpus_of(tmp_path, ["a"]), empty), 0.1, 0), "data.val_corpus 'empty'", "empty"
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from morex.data.formats import files
 from morex.data.formats.files import decoded
-from morex.data.formats.json_files import read_jsonl
+from morex.data.formats.json_files import read_json, read_jsonl
 from morex.data.formats.kinds import format_of
 
 Refused = Callable[..., str]
@@ -156,3 +156,49 @@ def test_damaged_gzip_is_refused(tmp_path: Path, refused: Refused) -> None:
 def test_missing_file_is_refused(tmp_path: Path, refused: Refused) -> None:
     refused(lambda: list(decoded(tmp_path / "gone.txt")), "gone.txt", "does not exist")
     refused(lambda: list(decoded(tmp_path)), str(tmp_path), "cannot be read")
+
+
+def write_array(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_arrays_are_read_however_they_are_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
+    texts = ["one", "größe, ]}", 'a "quote"\n', "x" * 50, "\U0001f989"]
+    for indent, escaped in ((None, True), (2, False)):
+        content = json.dumps(
+            [{"text": text, "more": {"n": [1, 2]}} for text in texts], indent=indent, ensure_ascii=escaped
+        )
+        path = write_array(tmp_path / "a.json", f"\n {content} \n")
+        assert list(read_json(path, "text")) == texts
+    assert list(read_json(write_array(path, "[ ]"), "text")) == []
+
+
+def test_a_json_file_of_lines_is_read_as_such(tmp_path: Path, refused: Refused) -> None:
+    path = write_array(tmp_path / "a.json", '\n{"text": "one"}\n{"text": "two"}\n')
+    assert list(read_json(path, "text")) == ["one", "two"]
+    write_array(path, '{\n "text": "one"\n}\n')
+    refused(lambda: list(read_json(path, "text")), f"{path}:1: ", "not JSON")
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("", ("element 1 is followed by the end of the file",)),
+        (' {"text": "b"}]', ("element 1 is followed by '{'",)),
+        (", ]", ("element 2 is not JSON",)),
+        (', {"text": "cut', ("element 2 is not JSON",)),
+        (', "text"]', ("element 2 is text",)),
+        (', {"text": 3}]', ("element 2: column 'text' holds a number",)),
+        (', {"text": "a\\ud800b"}]', ("element 2: column 'text' holds \\ud800",)),
+        ("] []", ("goes on with '['",)),
+        (", " + "[" * 100_000, ("element 2 is not JSON", "nested too deeply")),
+    ],
+)
+def test_elements_that_cannot_be_used_are_named_by_number(
+    tmp_path: Path, refused: Refused, rest: str, words: tuple[str, ...]
+) -> None:
+    path = write_array(tmp_path / "a.json", '[{"text": "a"}' + rest)
+    refused(lambda: list(read_json(path, "text")), str(path), *words)

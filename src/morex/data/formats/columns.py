@@ -10,9 +10,9 @@ SHOWN_CHARACTERS = 200
 
 def missing_column(where: str, column: str, there: Iterable[str]) -> DataError:
     """The fault of a record, or of a whole table, without the column; names those that are there."""
-    names = ", ".join(f"'{name}'" for name in there) or "none"
+    names = " ".join((", ".join(f"'{name}'" for name in there) or "none").split())
     if len(names) > SHOWN_CHARACTERS:
-        names = names[:SHOWN_CHARACTERS] + " ..."
+        names = f"{names[:SHOWN_CHARACTERS]} and more"
     return DataError(f"{where}: there is no column '{column}'; set data.column to one of those there are: {names}")
 
 
