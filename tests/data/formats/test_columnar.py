@@ -1,5 +1,7 @@
 """Parquet and Arrow files: types of text, and every fault with its row."""
 
+import hashlib
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,18 @@ def test_both_kinds_of_arrow_file_are_read(tmp_path: Path) -> None:
         with writer(tmp_path / name, table.schema) as file:
             file.write_table(table, max_chunksize=90)
         assert list(read_arrow(tmp_path / name, "text")) == table["text"].to_pylist()
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    """Halfway through a row group of 20 MB, pyarrow holds a page of it and what was read of the file for the next."""
+    texts = [f"{i} " + hashlib.shake_256(str(i).encode()).hexdigest(1000) for i in range(10_000)]
+    path = parquet_of(tmp_path / "a.parquet", texts, compression="none", use_dictionary=False)
+    assert parquet.ParquetFile(path).num_row_groups == 1 and path.stat().st_size > 20_000_000
+    before = pyarrow.total_allocated_bytes()
+    documents = read_parquet(path, "text")
+    assert list(itertools.islice(documents, 5000)) == texts[:5000]
+    assert pyarrow.total_allocated_bytes() - before < 6_000_000
+    assert list(documents) == texts[5000:]
 
 
 def test_nulls_are_named_by_row(tmp_path: Path, refused: Refused) -> None:

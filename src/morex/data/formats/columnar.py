@@ -28,10 +28,11 @@ def read_parquet(path: Path, column: str) -> Iterator[str]:
     with _faults(path, "Parquet"):
         from pyarrow import parquet
 
-        # Without a buffer a whole column of a row group would be read at once.
-        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+        # With its own settings pyarrow would read the column of a row group, often that of the whole file, at once.
+        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             check_column(file.schema_arrow, column, f"file '{path}'")
-            yield from texts_of(file.iter_batches(BATCH_ROWS, columns=[column]), column, str(path))
+            batches = file.iter_batches(BATCH_ROWS, columns=[column], use_threads=False)
+            yield from texts_of(batches, column, str(path))
 
 
 def read_arrow(path: Path, column: str) -> Iterator[str]:
