@@ -36,6 +36,7 @@ def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
         ("1,a, b\n", 2, ("3 fields", "the header has 2")),
         ('1,a\n2,"never\nclosed\n', 3, ("unexpected end of data", "quotes")),
         ('1,"closed" early\n', 2, ("quotes",)),
+        ("1,a\r2,b\r", 2, ("new-line character", "line ends")),
     ],
 )
 def test_rows_that_cannot_be_used_are_named_by_line(

@@ -41,7 +41,7 @@ def _rows(path: Path, column: str, delimiter: str) -> Iterator[str]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{path}:{line}: the row cannot be read ({error}); check its quotes and line ends") from None
+            raise DataError(f"{path}:{line}: this is no row ({error}); check its quotes and line ends") from None
         if not row:
             pass
         elif header is None:
