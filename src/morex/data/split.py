@@ -62,7 +62,7 @@ class Piece(NamedTuple):
 
 
 def survey(corpus: Corpus, val_fraction: float, seed: int) -> Survey:
-    """Reads the corpus once and splits it; memory grows by one byte a document, and 16 for each of a held-out corpus.
+    """Reads the corpus once and splits it; memory grows by a byte a document, a hundred for one of a held-out corpus.
 
     Raises:
         DataError: any fault of the files, or no text at all.
