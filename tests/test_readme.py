@@ -1,6 +1,7 @@
 """Every command and every example of the README and of the first pages runs, at tiny sizes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_configuration_page_works(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_data_page_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("datasets", reason="the package datasets of the extra `data` is not installed")
+    assert run_page(ROOT / "docs" / "data.md", folder)
+    token_files = re.findall(r"^Token files: (.*)$", capsys.readouterr().out, re.M)
+    assert token_files[1] == token_files[2] == token_files[4]
+    assert {"texts", "masked", "random"} == {path.name for path in (folder / "runs").iterdir()}
+
+
+@pytest.mark.slow
 def test_speed_page_works(folder: Path) -> None:
     assert run_page(ROOT / "docs" / "speed.md", folder)
     assert_benchmark(folder / "speed.json")
@@ -63,7 +73,7 @@ def test_every_page_with_commands_is_run_by_a_test() -> None:
     runnable = {page.name for page in pages if any(block.commands for block in code_blocks(page))}
     studies = {page.name for page in (ROOT / "docs" / "studies").iterdir()}
     elsewhere = {"adding-a-router.md"}  # in test_docs.py; coming-from.md has its commands in tables
-    here = {"README.md", "CONTRIBUTING.md", "getting-started.md", "configuration.md", "speed.md"} | studies
+    here = {"README.md", "CONTRIBUTING.md", "getting-started.md", "configuration.md", "data.md", "speed.md"} | studies
     assert runnable == here | elsewhere
 
 

@@ -90,6 +90,15 @@ def test_data_describes_the_corpus(shell: Shell) -> None:
     assert f"{described['train']['tokens']:,}" in table and "byte" in table
 
 
+def test_data_says_what_is_left_out_of_training(shell: Shell) -> None:
+    lines = [json.dumps({"body": f"the story of number {i} " * 20}) for i in range(20)]
+    Path("train.jsonl").write_text("\n".join(lines))
+    Path("held-out.jsonl").write_text("\n".join(lines[:3]))
+    words = ["data", "vanilla", "--set", "data.corpus=train.jsonl", "--set", "data.val_corpus=held-out.jsonl"]
+    words += ["--set", "data.column=body", "--set", "data.tokenizer.kind=byte", "--set", "train.seq_len=64"]
+    assert "Left out of training: 3 documents" in shell.succeeds(*words).out
+
+
 # train, eval, generate
 
 
@@ -97,6 +106,19 @@ def test_train_leaves_a_run_folder(trained: Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "summary.json", "env.json"} <= set(contents(trained))
     assert json.loads((trained / "summary.json").read_text())["steps"] == 3
     assert morex.load_config(trained / "config.yaml").model.d_model == 32
+
+
+def test_a_run_finds_its_corpora_from_everywhere(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("held-out.txt").write_text("another text, which no model has seen. " * 20)
+    shell.succeeds("train", "vanilla", "--out", "run", *TINY, "--set", "data.val_corpus=held-out.txt")
+    run = Path("run").absolute()
+    config = morex.load_config(run / "config.yaml")
+    assert config.data.corpus == str(Path(CORPUS).absolute())
+    assert config.data.val_corpus == str(Path("held-out.txt").absolute())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loss = shell.succeeds("eval", str(run), "--json").json["loss"]
+    assert loss == pytest.approx(json.loads((run / "summary.json").read_text())["val_loss"], rel=1e-5)
 
 
 def test_train_names_the_folder_by_preset_and_date(shell: Shell) -> None:

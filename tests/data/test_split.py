@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from morex.data.corpus import Corpus
+from morex.data.corpus import Corpus, FileCorpus, SeparateCorpora
 from morex.data.split import Piece, pieces, stretches, survey
 
 Refused = Callable[..., str]
@@ -18,7 +18,7 @@ DOCUMENTS = st.lists(st.text("abc de\né", min_size=1, max_size=12), min_size=1,
 def corpus_of(folder: Path, texts: list[str]) -> Corpus:
     path = folder / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return Corpus("test", (path,))
+    return FileCorpus("test", (path,))
 
 
 def by_side(stream: list[Piece]) -> dict[str, list[str]]:
@@ -80,7 +80,7 @@ def test_the_seed_changes_the_split_and_nothing_else(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [f"document {i}" for i in range(100)])
     first, again, other = survey(corpus, 0.3, 1), survey(corpus, 0.3, 1), survey(corpus, 0.3, 2)
     assert first == again
-    assert first.held_out != other.held_out
+    assert first.sides != other.sides
     assert first.content == other.content
 
 
@@ -88,9 +88,11 @@ def test_content_follows_the_text_and_not_its_files(tmp_path: Path) -> None:
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / f"{name}.txt").write_text(text)
     files = [tmp_path / f"{name}.txt" for name in "abc"]
-    contents = [survey(Corpus("x", order), 0.5, 0).content for order in ((files[0], files[1]), (files[2], files[1]))]
+    contents = [
+        survey(FileCorpus("x", order), 0.5, 0).content for order in ((files[0], files[1]), (files[2], files[1]))
+    ]
     assert contents[0] == contents[1]
-    assert survey(Corpus("x", (files[1], files[0])), 0.5, 0).content != contents[0]
+    assert survey(FileCorpus("x", (files[1], files[0])), 0.5, 0).content != contents[0]
     joined = corpus_of(tmp_path, ["onetwo"])
     assert survey(joined, 0.5, 0).content != contents[0]
 
@@ -98,9 +100,9 @@ def test_content_follows_the_text_and_not_its_files(tmp_path: Path) -> None:
 def test_where_chance_leaves_a_side_empty_the_nearest_size_is_held_out(tmp_path: Path) -> None:
     texts = ["long " * 100, "short", "middle " * 10, "short", "long too " * 90]
     split = survey(corpus_of(tmp_path, texts), 0.0001, 0)
-    assert list(split.held_out) == [0, 1, 0, 1, 0]
+    assert list(split.sides) == [0, 1, 0, 1, 0]
     split = survey(corpus_of(tmp_path, texts), 0.9999, 0)
-    assert 0 < sum(split.held_out) < len(texts)
+    assert 0 < sum(split.sides) < len(texts)
 
 
 def test_counts(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_counts(tmp_path: Path) -> None:
 def test_no_text_at_all_is_refused(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": ""}\n\n')
-    refused(lambda: survey(Corpus("test", (path,)), 0.1, 0), "data.corpus 'test'", "empty")
+    refused(lambda: survey(FileCorpus("test", (path,)), 0.1, 0), "data.corpus 'test'", "empty")
 
 
 @pytest.mark.parametrize("later", [["one", "two"], ["one", "two", "three", "four"], ["one", "two", "threee"]])
@@ -144,3 +146,35 @@ def test_stretches_end_where_a_word_begins() -> None:
     assert list(stretches([text[:9], text[9:]], 12)) == ["some words,", " and more", " words to", " come"]
     assert list(stretches(["one   two   three"], 6)) == ["one", "   two", "   thr", "ee"]
     assert list(stretches(["没有空格的文字"], 3)) == ["没有空", "格的文", "字"]
+
+
+@given(DOCUMENTS, DOCUMENTS, st.integers(1, 7))
+@settings(max_examples=80, deadline=None)
+def test_a_corpus_of_its_own_is_held_out_whole(
+    tmp_path_factory: pytest.TempPathFactory, train: list[str], val: list[str], size: int
+) -> None:
+    corpora = SeparateCorpora(
+        corpus_of(tmp_path_factory.mktemp("train"), train), corpus_of(tmp_path_factory.mktemp("val"), val)
+    )
+    split = survey(corpora, 0.5, 0)
+    sides = by_side(list(pieces(corpora, split, size)))
+    assert split.by == "corpus" and split.documents == len(train) + len(val)
+    assert sides == {"val": val, "train": [text for text in train if text not in set(val)]}
+
+
+def test_content_tells_what_is_held_out(tmp_path: Path) -> None:
+    corpora = []
+    for name, texts in (("a", ["one", "two"]), ("b", ["three"]), ("all", ["three", "one", "two"])):
+        (tmp_path / name).mkdir()
+        corpora.append(corpus_of(tmp_path / name, texts))
+    one, other, both = corpora
+    held_out = [survey(SeparateCorpora(*pair), 0.5, 0).content for pair in ((one, other), (other, one))]
+    assert len({*held_out, survey(both, 0.5, 0).content}) == 3
+
+
+def test_an_empty_corpus_that_is_held_out_is_named(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    empty = FileCorpus("empty", (tmp_path / "empty.jsonl",), option="data.val_corpus")
+    refused(
+        lambda: survey(SeparateCorpora(corpus_of(tmp_path, ["a"]), empty), 0.1, 0), "data.val_corpus 'empty'", "empty"
+    )

@@ -103,6 +103,8 @@ def _print_description(description: Mapping[str, Any], train: "TrainConfig") -> 
     tokenizer = description["tokenizer"]
     print(f"Tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} ids.")
     print(f"Split: by {description['split']}.")
+    if description["left_out"]:
+        print(f"Left out of training: {description['left_out']:,} documents that are held out.")
     print(
         f"Training: {train.steps:,} steps of {train.batch_size} x {train.seq_len} tokens see the training text "
         f"{description['epochs']:.2f} times."

@@ -3,8 +3,8 @@
 from itertools import islice
 from typing import Any
 
-from morex.data.corpus import open_corpus
 from morex.data.prepare import prepare
+from morex.data.sources import open_corpus
 from morex.data.stream import TokenStream
 from morex.sections.data import DataConfig
 
@@ -15,10 +15,10 @@ def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
     """Documents, bytes and tokens of both sides of the split, the tokenizer, and how the text begins.
 
     Returns:
-        corpus, split (`document` or `position`), documents, bytes, tokens, bytes_per_token, tokenizer {kind,
-        vocab_size, eos_id}, train and val {documents, bytes, tokens, bytes_per_token, windows, share}, sample (the
-        first 200 characters), folder (of the token files). `share` is that of the bytes; `windows` are of `seq_len`
-        tokens.
+        corpus, split (`document`, `position` or `corpus`), documents, left_out (documents that are on neither side,
+        because they are held out as well), bytes, tokens, bytes_per_token, tokenizer {kind, vocab_size, eos_id}, train
+        and val {documents, bytes, tokens, bytes_per_token, windows, share}, sample (the first 200 characters), folder
+        (of the token files). `share` is that of the bytes; `windows` are of `seq_len` tokens.
 
     Raises:
         DataError: as `prepare`.
@@ -27,11 +27,13 @@ def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
     sides = {"train": prepared.train, "val": prepared.val}
     num_bytes = sum(stream.num_bytes for stream in sides.values())
     num_tokens = sum(stream.num_tokens for stream in sides.values())
+    on_a_side = sum(stream.num_documents for stream in sides.values())
     document = next(open_corpus(data.corpus, data.column).documents())
     return {
         "corpus": data.corpus,
         "split": prepared.split,
         "documents": prepared.documents,
+        "left_out": 0 if prepared.split == "position" else prepared.documents - on_a_side,
         "bytes": num_bytes,
         "tokens": num_tokens,
         "bytes_per_token": num_bytes / num_tokens,

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from morex.data import subword
 from morex.data.cache import building, cache_folder, discard, key_of, read_json, write_file
 from morex.data.characters import ByteTokenizer, CharTokenizer, characters_of
-from morex.data.corpus import Corpus, open_corpus
+from morex.data.corpus import Corpus, SeparateCorpora
 from morex.data.encoding import Tokenizer
 from morex.data.errors import DataError
 from morex.data.progress import Progress
-from morex.data.split import SIDES, Piece, Side, Survey, pieces, survey
+from morex.data.sources import open_data
+from morex.data.split import SIDES, By, Piece, Side, Survey, pieces, survey
 from morex.data.stream import StreamWriter, TokenStream, open_stream
 from morex.data.tokenizer import load_tokenizer
 from morex.sections.data import DataConfig
@@ -46,10 +47,10 @@ class PreparedData:
     tokenizer: Tokenizer
     train: TokenStream
     val: TokenStream
-    split: Literal["document", "position"]
-    """Whole documents are held out, or the end of the one text there is."""
+    split: By
+    """Whole documents are held out, or the end of the one text there is, or a corpus of its own."""
     documents: int
-    """Documents of the corpus; one that is cut by position counts once."""
+    """Documents of the corpus or of both corpora; one that is cut by position counts once."""
     content: str
     """Digest of the text: two runs with equal digests saw the same corpus."""
     folder: Path
@@ -77,7 +78,7 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, tokenizer: Tokenize
             f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} token ids but model.vocab_size is "
             f"{vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more, or choose another data.tokenizer"
         )
-    key = key_of(FORMAT, source.content, data.val_fraction, data.seed, tokenizer.fingerprint)
+    key = key_of(FORMAT, source.content, *source.split_settings, tokenizer.fingerprint)
     folder = cache_folder() / "tokens" / key
     prepared = _opened(folder, tokenizer)
     if prepared is None:
@@ -92,11 +93,16 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, tokenizer: Tokenize
 
 
 class _Source:
-    """A corpus with its split, read only when something has to be made from it."""
+    """A corpus, or two of which one is held out, with its split; read only when something has to be made from it."""
 
     def __init__(self, data: DataConfig) -> None:
         self.data = data
-        self.corpus: Corpus = open_corpus(data.corpus, data.column)
+        self.corpus: Corpus = open_data(data)
+
+    @property
+    def split_settings(self) -> tuple[Any, Any]:
+        """What decides, beside the content, which text is held out."""
+        return (None, None) if isinstance(self.corpus, SeparateCorpora) else (self.data.val_fraction, self.data.seed)
 
     @cached_property
     def survey(self) -> Survey:
@@ -104,16 +110,16 @@ class _Source:
 
     @cached_property
     def content(self) -> str:
-        """Digest of the text; taken from a record in the cache while the files stay untouched."""
-        files = self.corpus.state_of_files()
-        record = cache_folder() / "corpora" / f"{key_of(FORMAT, files, self.corpus.column)}.json"
+        """Digest of the text; taken from a record in the cache while the corpus stays untouched."""
+        identity = self.corpus.identity()
+        record = cache_folder() / "corpora" / f"{key_of(FORMAT, identity, self.data.column)}.json"
         known = (read_json(record) or {}).get("content")
         if isinstance(known, str):
             return known
         began = time.time_ns()
         content = self.survey.content
-        settled = all(max(modified, changed) < began - SETTLED_NANOSECONDS for _, _, modified, changed in files)
-        if settled and files == self.corpus.state_of_files():
+        settled = self.corpus.touched_at() < began - SETTLED_NANOSECONDS
+        if settled and identity == self.corpus.identity():
             # Without the record the corpus is read once more next time; a cache that is only read still serves.
             with suppress(DataError):
                 write_file(record, json.dumps({"content": content}).encode())
@@ -125,7 +131,7 @@ class _Source:
 
 def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
     """The tokenizer that the config asks for: made at once, or trained on the corpus and kept in the cache."""
-    wanted, data = source.data.tokenizer, source.data
+    wanted = source.data.tokenizer
     if wanted.kind == "byte":
         return ByteTokenizer()
     if wanted.kind == "char":
@@ -140,7 +146,7 @@ def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
             f"data.tokenizer.vocab_size {size} is more than model.vocab_size {vocab_size}; lower the first or raise "
             "the second"
         )
-    key = key_of(FORMAT, "bpe", source.content, data.val_fraction, data.seed, size)
+    key = key_of(FORMAT, "bpe", source.content, *source.split_settings, size)
     return _cached_tokenizer(key, lambda: subword.train_bpe(_training_text(source), size))
 
 
@@ -229,9 +235,15 @@ def _check_windows(prepared: PreparedData, data: DataConfig, seq_len: int) -> No
     sides: Mapping[str, TokenStream] = {"training": prepared.train, "held-out": prepared.val}
     for name, stream in sides.items():
         if stream.num_tokens < seq_len + 1:
-            other = "raise" if name == "held-out" else "lower"
+            if prepared.split != "corpus":
+                change = "raise" if name == "held-out" else "lower"
+                remedy = f"lower train.seq_len or {change} data.val_fraction {data.val_fraction:g}"
+            elif name == "training":
+                remedy = "lower train.seq_len, or hold other text out: documents that are held out do not train"
+            else:
+                remedy = "lower train.seq_len or name another data.val_corpus"
             raise DataError(
                 f"the {name} side of data.corpus '{data.corpus}' has {stream.num_tokens} tokens, fewer than the "
-                f"{seq_len + 1} of one window (train.seq_len {seq_len} and the token after it); give more text, lower "
-                f"train.seq_len or {other} data.val_fraction {data.val_fraction:g}"
+                f"{seq_len + 1} of one window (train.seq_len {seq_len} and the token after it); give more text, "
+                f"{remedy}"
             )

@@ -4,6 +4,8 @@ A document is held out when a keyed hash of its text falls below `val_fraction`:
 text and the seed, so equal texts are always on the same side and a document stays on its side when others are added.
 Where that leaves a side empty, the text whose size comes nearest to the wished share is held out. A corpus with one
 distinct text is cut by position instead: its last `val_fraction` of characters is held out.
+
+Where a corpus of its own is held out, all of it is, and documents of the other with a text that is in it are left out.
 """
 
 import hashlib
@@ -11,12 +13,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from morex.data.corpus import Corpus
+from morex.data.corpus import Corpus, SeparateCorpora
 from morex.data.errors import DataError
 from morex.data.progress import Progress
 
 Side = Literal["train", "val"]
 SIDES: tuple[Side, Side] = ("train", "val")
+By = Literal["document", "position", "corpus"]
+# In place of the index of a side: a document to train on that is held out too.
+LEFT_OUT = 2
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,20 @@ class Survey:
     characters: int
     num_bytes: int
     """UTF-8 bytes of the text."""
-    held_out: bytes
-    """One byte a document, 1 where it is held out; unused where the corpus is cut."""
-    cut: int | None
+    by: By
+    """Whole documents are held out, or the end of the one text there is, or a corpus of its own."""
+    sides: bytes
+    """One byte a document, its index in SIDES or LEFT_OUT; unused where the corpus is cut."""
+    cut: int | None = None
     """Where the corpus has one distinct text: characters that train, counted over all documents."""
 
-    @property
-    def by(self) -> Literal["document", "position"]:
-        return "document" if self.cut is None else "position"
-
     def side(self, document: int) -> Side:
-        """Side of a whole document of a corpus that is split by document."""
-        return SIDES[self.held_out[document]]
+        """Side of a whole document of a corpus that is not cut."""
+        return SIDES[self.sides[document]]
+
+    def leaves_out(self, document: int) -> bool:
+        """Whether a document is on neither side."""
+        return self.sides[document] == LEFT_OUT
 
 
 class Piece(NamedTuple):
@@ -55,16 +62,18 @@ class Piece(NamedTuple):
 
 
 def survey(corpus: Corpus, val_fraction: float, seed: int) -> Survey:
-    """Reads the corpus once and splits it; memory grows by one byte a document.
+    """Reads the corpus once and splits it; memory grows by a byte a document, a hundred for one of a held-out corpus.
 
     Raises:
         DataError: any fault of the files, or no text at all.
     """
+    if isinstance(corpus, SeparateCorpora):
+        return _survey_separate(corpus)
     whole, first = hashlib.sha256(), b""
     characters = num_bytes = 0
     distinct = False
     flags = bytearray()
-    with Progress("Reading", corpus.num_file_bytes()) as progress:
+    with Progress("Reading", corpus.num_bytes()) as progress:
         for digest, length, size in _digests(corpus):
             first = first or digest
             distinct = distinct or digest != first
@@ -74,13 +83,38 @@ def survey(corpus: Corpus, val_fraction: float, seed: int) -> Survey:
             flags.append(_place(digest, seed) < val_fraction)
             progress.advance(size)
     if not flags:
-        raise DataError(f"data.corpus '{corpus.name}' is empty: there is no text in it")
-    cut = None
+        raise _no_text(corpus)
+    counts = (whole.hexdigest()[:32], len(flags), characters, num_bytes)
     if not distinct:
         cut = min(max(int((1 - val_fraction) * characters), 1), max(characters - 1, 1))
-    elif not 0 < sum(flags) < len(flags):
+        return Survey(*counts, "position", bytes(flags), cut)
+    if not 0 < sum(flags) < len(flags):
         flags = _nearest(corpus, val_fraction * num_bytes, seed, len(flags))
-    return Survey(whole.hexdigest()[:32], len(flags), characters, num_bytes, bytes(flags), cut)
+    return Survey(*counts, "document", bytes(flags))
+
+
+def _survey_separate(corpora: SeparateCorpora) -> Survey:
+    """Reads what is held out and then what trains; the content of both and which is which make the digest."""
+    whole = hashlib.sha256()
+    characters = num_bytes = 0
+    sides, held_out = bytearray(), set[bytes]()
+    with Progress("Reading", corpora.num_bytes()) as progress:
+        for side, corpus in (("val", corpora.val), ("train", corpora.train)):
+            before = len(sides)
+            for digest, length, size in _digests(corpus):
+                if side == "val":
+                    held_out.add(digest)
+                    sides.append(SIDES.index("val"))
+                else:
+                    sides.append(LEFT_OUT if digest in held_out else SIDES.index("train"))
+                whole.update(digest)
+                characters += length
+                num_bytes += size
+                progress.advance(size)
+            if len(sides) == before:
+                raise _no_text(corpus)
+            whole.update(side.encode())
+    return Survey(whole.hexdigest()[:32], len(sides), characters, num_bytes, "corpus", bytes(sides))
 
 
 def pieces(corpus: Corpus, split: Survey, size: int) -> Iterator[Piece]:
@@ -94,6 +128,9 @@ def pieces(corpus: Corpus, split: Survey, size: int) -> Iterator[Piece]:
         if index >= split.documents:
             raise _changed(corpus)
         documents += 1
+        if split.leaves_out(index):
+            characters += sum(map(len, document))
+            continue
         for piece in _parts(index, document, split, size):
             characters += len(piece.text)
             yield piece
@@ -215,5 +252,9 @@ def _word_end(text: str, low: int, high: int) -> int:
     return high
 
 
+def _no_text(corpus: Corpus) -> DataError:
+    return DataError(f"{corpus.title} is empty: there is no text in it")
+
+
 def _changed(corpus: Corpus) -> DataError:
-    return DataError(f"data.corpus '{corpus.name}' changed while it was read; run again when its files are at rest")
+    return DataError(f"{corpus.title} changed while it was read; run again when its files are at rest")

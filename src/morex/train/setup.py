@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from morex.config import Config
-from morex.data.corpus import lasting_name
 from morex.data.loader import Loader
 from morex.data.prepare import PreparedData, prepare
+from morex.data.sources import lasting_name
 from morex.data.tokenizer import load_tokenizer
 from morex.files import write_json
 from morex.loading import ConfigError, validate
@@ -169,7 +169,9 @@ def _resolved(config: Config, stored: Config | None) -> Config:
         precision = stored.train.precision if stored is not None else train.precision
         train = train.model_copy(update={"precision": precision})
     name = resolve_precision(train.precision, resolve_device(train.device), config.model.d_model)
-    data = config.data.model_copy(update={"corpus": lasting_name(config.data.corpus)})
+    held_out = config.data.val_corpus
+    located = {"corpus": lasting_name(config.data.corpus), "val_corpus": held_out and lasting_name(held_out)}
+    data = config.data.model_copy(update=located)
     return config.model_copy(update={"train": train.model_copy(update={"precision": name}), "data": data})
 
 

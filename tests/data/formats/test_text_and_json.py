@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morex.data import readers
-from morex.data.readers import format_of, read_jsonl, read_text
+from morex.data.formats import files
+from morex.data.formats.files import decoded
+from morex.data.formats.json_files import read_json, read_jsonl
+from morex.data.formats.kinds import format_of
 
 Refused = Callable[..., str]
 
@@ -19,17 +21,17 @@ def test_text_is_kept_as_it_is(tmp_path: Path) -> None:
     text = "first\r\nsecond\n\n  naïve café \U0001f989\tend \n"
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    assert "".join(read_text(path)) == text
+    assert "".join(decoded(path)) == text
 
 
 def test_long_text_comes_in_pieces_and_characters_survive_their_borders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 5)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 5)
     text = "aé\U0001f989ß" * 20
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    pieces = list(read_text(path))
+    pieces = list(decoded(path))
     assert "".join(pieces) == text
     assert len(pieces) > 20 and all(pieces)
 
@@ -38,7 +40,7 @@ def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_bytes(b"\xef\xbb\xbfhello")
     lines.write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
-    assert list(read_text(text)) == ["hello"]
+    assert list(decoded(text)) == ["hello"]
     assert list(read_jsonl(lines, "text")) == ["hello"]
 
 
@@ -46,7 +48,7 @@ def test_gzip_reads_like_the_file_itself(tmp_path: Path) -> None:
     text, lines = tmp_path / "a.txt.gz", tmp_path / "a.jsonl.gz"
     text.write_bytes(gzip.compress("größe".encode()))
     lines.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}'))
-    assert list(read_text(text)) == ["größe"]
+    assert list(decoded(text)) == ["größe"]
     assert list(read_jsonl(lines, "text")) == ["one", "two"]
 
 
@@ -75,7 +77,7 @@ def test_blank_lines_and_empty_texts_are_passed_over(tmp_path: Path) -> None:
 def test_empty_text_is_refused(tmp_path: Path, refused: Refused, content: bytes) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    refused(lambda: list(read_text(path)), str(path), "empty")
+    refused(lambda: list(decoded(path)), str(path), "empty")
 
 
 def test_empty_json_lines_are_refused(tmp_path: Path, refused: Refused) -> None:
@@ -98,10 +100,10 @@ def test_empty_json_lines_are_refused(tmp_path: Path, refused: Refused) -> None:
 def test_binary_and_foreign_encodings_are_refused_with_the_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused, content: bytes, place: int, word: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    refused(lambda: list(read_text(path)), str(path), word, f"byte {place} ")
+    refused(lambda: list(decoded(path)), str(path), word, f"byte {place} ")
 
 
 def test_json_lines_report_bytes_of_the_whole_file(tmp_path: Path, refused: Refused) -> None:
@@ -146,11 +148,57 @@ def test_whole_surrogate_pairs_are_text(tmp_path: Path) -> None:
 def test_damaged_gzip_is_refused(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"some text " * 100)[:-12])
-    refused(lambda: list(read_text(path)), str(path), "gzip")
+    refused(lambda: list(decoded(path)), str(path), "gzip")
     path.write_bytes(b"no gzip at all")
-    refused(lambda: list(read_text(path)), str(path), "gzip")
+    refused(lambda: list(decoded(path)), str(path), "gzip")
 
 
 def test_missing_file_is_refused(tmp_path: Path, refused: Refused) -> None:
-    refused(lambda: list(read_text(tmp_path / "gone.txt")), "gone.txt", "does not exist")
-    refused(lambda: list(read_text(tmp_path)), str(tmp_path), "cannot be read")
+    refused(lambda: list(decoded(tmp_path / "gone.txt")), "gone.txt", "does not exist")
+    refused(lambda: list(decoded(tmp_path)), str(tmp_path), "cannot be read")
+
+
+def write_array(path: Path, content: str) -> Path:
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_arrays_are_read_however_they_are_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
+    texts = ["one", "größe, ]}", 'a "quote"\n', "x" * 50, "\U0001f989"]
+    for indent, escaped in ((None, True), (2, False)):
+        content = json.dumps(
+            [{"text": text, "more": {"n": [1, 2]}} for text in texts], indent=indent, ensure_ascii=escaped
+        )
+        path = write_array(tmp_path / "a.json", f"\n {content} \n")
+        assert list(read_json(path, "text")) == texts
+    assert list(read_json(write_array(path, "[ ]"), "text")) == []
+
+
+def test_a_json_file_of_lines_is_read_as_such(tmp_path: Path, refused: Refused) -> None:
+    path = write_array(tmp_path / "a.json", '\n{"text": "one"}\n{"text": "two"}\n')
+    assert list(read_json(path, "text")) == ["one", "two"]
+    write_array(path, '{\n "text": "one"\n}\n')
+    refused(lambda: list(read_json(path, "text")), f"{path}:1: ", "not JSON")
+
+
+@pytest.mark.parametrize(
+    ("rest", "words"),
+    [
+        ("", ("element 1 is followed by the end of the file",)),
+        (' {"text": "b"}]', ("element 1 is followed by '{'",)),
+        (", ]", ("element 2 is not JSON",)),
+        (', {"text": "cut', ("element 2 is not JSON",)),
+        (', "text"]', ("element 2 is text",)),
+        (', {"text": 3}]', ("element 2: column 'text' holds a number",)),
+        (', {"text": "a\\ud800b"}]', ("element 2: column 'text' holds \\ud800",)),
+        ("] []", ("goes on with '['",)),
+        (", " + "[" * 100_000, ("element 2 is not JSON", "nested too deeply")),
+    ],
+)
+def test_elements_that_cannot_be_used_are_named_by_number(
+    tmp_path: Path, refused: Refused, rest: str, words: tuple[str, ...]
+) -> None:
+    path = write_array(tmp_path / "a.json", '[{"text": "a"}' + rest)
+    refused(lambda: list(read_json(path, "text")), str(path), *words)
