@@ -14,7 +14,7 @@ forward pass: they return statistics, and `update` moves biases, thresholds and 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,10 @@ from morex.depth.policy import DepthPolicy
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
+
+ScoreKind = Literal["logits", "halting", "depths"] | None
+"""`logits`: of going on at recursion r; `halting`: probability of stopping after it; `depths`: score of the depth r,
+one decision for all; None: there are none."""
 
 
 @dataclass
@@ -70,6 +74,8 @@ class DepthRouter(nn.Module):
     """Whether the group can recur more often than in training."""
     is_causal = True
     """Whether eval mode has a rule that sees no later token."""
+    scores_are: ClassVar[ScoreKind] = None
+    """What the scores of a trace mean, for those that read them."""
 
     def __init__(self, d_model: int, recursions: int) -> None:
         """Args:
