@@ -11,6 +11,7 @@ import torch
 
 from morex.analysis.drift import drift
 from morex.analysis.health import judge
+from morex.analysis.pictures import write_pictures
 from morex.analysis.records import Analysis, LossReport, Missing
 from morex.analysis.tally import AgreementTally, Tally
 from morex.analysis.trace import Decisions, decisions, join, load_trace, write_trace
@@ -27,7 +28,7 @@ from morex.model.lm import LanguageModel, build_model
 from morex.sections.depth import ExpertChoiceConfig
 from morex.sections.mixers import FeedForwardConfig
 from morex.train.checkpoint import checkpoint_of, read_state
-from morex.train.opening import OpenRun, open_run
+from morex.train.opening import OpenRun, open_run, run_of
 from morex.train.precision import autocast_dtype
 from morex.train.setup import cpu_threads
 
@@ -119,18 +120,24 @@ def analyze_trace(path: str | Path) -> Analysis:
     return replace(found, health=judge(found))
 
 
-def write(analysis: Analysis, folder: str | Path) -> list[Path]:
+def write(analysis: Analysis, folder: str | Path, figures: bool = True) -> list[Path]:
     """Writes analysis.json and the figures into a folder, which is made where it is missing; returns what it wrote.
 
     Raises:
-        ConfigError: matplotlib is missing; analysis.json is written all the same.
+        ConfigError: there shall be figures, and matplotlib is missing; analysis.json is written all the same.
     """
-    from morex.analysis.pictures import write_pictures
-
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "analysis.json", to_dict(analysis))
-    return [place / "analysis.json", *write_pictures(analysis, place)]
+    return [place / "analysis.json", *(write_pictures(analysis, place) if figures else [])]
+
+
+def folder_for(path: Path) -> Path:
+    """Where the analysis of a run goes by default: `analysis` in its folder; of a checkpoint, a folder in that."""
+    if path.is_file():
+        return path.with_name(f"{path.stem}-analysis")
+    run = run_of(path).path
+    return run / "analysis" if run == path else run / "analysis" / path.resolve().name
 
 
 def to_dict(analysis: Analysis) -> dict[str, Any]:

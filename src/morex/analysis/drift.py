@@ -39,7 +39,7 @@ def drift(lines: Sequence[Mapping[str, Any]], config: ModelConfig) -> Drift | Mi
         mean_depth=_series(kept, "active_share", lambda _, shares: sum(shares)) if routed else {},
         load_cv=_series(kept, "expert_load", lambda _, load: load_cv(load)),
         effective_experts=_series(kept, "expert_load", lambda _, load: effective_experts(load)),
-        entropy_share={name: values for name, values in _series(kept, "router_entropy", share, has_choice).items()},
+        entropy_share=_series(kept, "router_entropy", share, has_choice),
     )
     if not (found.mean_depth or found.load_cv or found.entropy_share):
         return Missing("no router decides anything in this model")

@@ -10,6 +10,8 @@ DEAD = 0.01
 """An expert below this share of an even load is dead."""
 HOT = 2.0
 """An expert above so many even loads is hot."""
+ROOM = 0.01
+"""What may be missing where a quantity should not fall below zero: less is chance."""
 Values = Mapping[str, float | Missing]
 
 
@@ -29,7 +31,7 @@ class Range:
     def __str__(self) -> str:
         if self.low == self.high:
             return f"healthy at {self.low:g}"
-        if not self.low and self.high is not None:
+        if self.low is None:
             return f"healthy up to {self.high:g}"
         return f"healthy from {self.low:g}" + ("" if self.high is None else f" to {self.high:g}")
 
@@ -76,7 +78,7 @@ def _line(quantity: Quantity, values: Values) -> Health:
     reasons = list(dict.fromkeys(value.missing for value in values.values() if isinstance(value, Missing)))
     if not numbers:
         why = "; ".join(reasons) or "nothing to look at"
-        return Health(quantity.name, "none", f"{quantity.name}: not computed ({why})")
+        return Health(quantity.name, "none", f"{quantity.name}: not computed ({why})", reason=why)
 
     def said(value: float) -> str:
         return f"{value:.0f}" if quantity.is_count else f"{value:.3g}"
@@ -87,7 +89,7 @@ def _line(quantity: Quantity, values: Values) -> Health:
         text = f"{quantity.name} {said(numbers[high])} in {high}"
         if numbers[low] != numbers[high]:
             text = f"{quantity.name} {said(numbers[low])} in {low} to {text.removeprefix(f'{quantity.name} ')}"
-        return Health(quantity.name, "info", text, numbers[high], high, places=len(numbers))
+        return Health(quantity.name, "info", text, value=numbers[high], where=high, places=len(numbers))
     worst = max(numbers, key=lambda w: healthy.distance(numbers[w]))
     outside = sum(healthy.distance(value) > 1e-9 for value in numbers.values())
     counted = f"; {outside} of {len(numbers)} outside" if outside else ""
@@ -95,12 +97,12 @@ def _line(quantity: Quantity, values: Values) -> Health:
         quantity.name,
         "warn" if outside else "ok",
         f"{quantity.name} {said(numbers[worst])} in {worst} ({healthy}{counted})",
-        numbers[worst],
-        worst,
-        healthy.low,
-        healthy.high,
-        outside,
-        len(numbers),
+        value=numbers[worst],
+        where=worst,
+        low=healthy.low,
+        high=healthy.high,
+        outside=outside,
+        places=len(numbers),
     )
 
 
@@ -111,7 +113,7 @@ def _of_layers(analysis: Analysis, measure: Callable[[tuple[float, ...]], float]
     found: dict[str, float | Missing] = {}
     for layer in analysis.layers:
         for call in layer.calls:
-            where = _place(layer, call.recursion, call.step)
+            where = place(layer, call.recursion, call.step)
             if layer.experts == 1:
                 found[where] = Missing("there is one expert, and nothing to choose")
             else:
@@ -119,7 +121,7 @@ def _of_layers(analysis: Analysis, measure: Callable[[tuple[float, ...]], float]
     return found
 
 
-def _place(layer: LayerReport, recursion: int, step: int) -> str:
+def place(layer: LayerReport, recursion: int, step: int) -> str:
     """`core.blocks.0`, and where a layer chooses several times, when."""
     name = short(layer.name)
     if max(call.recursion for call in layer.calls) > 1:
@@ -144,7 +146,7 @@ def _expert_entropy(kind_recurs: bool) -> Callable[[Analysis], Values]:
         found: dict[str, float | Missing] = {}
         for layer in analysis.layers:
             for call in layer.calls:
-                where, entropy = _place(layer, call.recursion, call.step), call.entropy
+                where, entropy = place(layer, call.recursion, call.step), call.entropy
                 if layer.experts == 1:
                     found[where] = Missing("there is one expert, and nothing to choose")
                 else:
@@ -252,7 +254,8 @@ def _change(analysis: Analysis) -> Values:
         if len(group.change) == 1:
             found[short(group.name)] = Missing("there is one recursion")
         else:
-            found |= dict(_recursions(group, group.change))
+            # What recursion 1 changes depends on the scale of the embeddings where there is no prelude.
+            found |= dict(list(_recursions(group, group.change))[1:])
     return found
 
 
@@ -260,7 +263,7 @@ def _step_change(analysis: Analysis) -> Values:
     if not analysis.layers:
         return {"": Missing("this model has no experts")}
     return {
-        _place(layer, call.recursion, call.step): call.change.mean if isinstance(call.change, Spread) else call.change
+        place(layer, call.recursion, call.step): call.change.mean if isinstance(call.change, Spread) else call.change
         for layer in analysis.layers
         for call in layer.calls
     }
@@ -289,29 +292,27 @@ def _last_loss(steps: bool) -> Callable[[Analysis], Values]:
 
 
 QUANTITIES = (
-    Quantity("expert load CV", lambda a: _of_layers(a, load_cv), Range(0, 0.3)),
-    Quantity("busiest expert over an even share", lambda a: _of_layers(a, lambda x: max(x) * len(x)), Range(0.8, 1.5)),
-    Quantity("idlest expert over an even share", lambda a: _of_layers(a, lambda x: min(x) * len(x)), Range(0.5, 1.2)),
-    Quantity(
-        "effective experts over E", lambda a: _of_layers(a, lambda x: effective_experts(x) / len(x)), Range(0.75, 1)
-    ),
+    Quantity("expert load CV", lambda a: _of_layers(a, load_cv), Range(high=0.3)),
+    Quantity("busiest expert over an even share", lambda a: _of_layers(a, lambda x: max(x) * len(x)), Range(high=1.5)),
+    Quantity("idlest expert over an even share", lambda a: _of_layers(a, lambda x: min(x) * len(x)), Range(0.5)),
+    Quantity("effective experts over E", lambda a: _of_layers(a, lambda x: effective_experts(x) / len(x)), Range(0.75)),
     Quantity("dead experts", lambda a: _of_layers(a, lambda x: len(dead_experts(x))), Range(0, 0), is_count=True),
     Quantity("hot experts", lambda a: _of_layers(a, lambda x: len(hot_experts(x))), Range(0, 0), is_count=True),
-    Quantity("expert router entropy over ln E", _expert_entropy(False), Range(0.72, 1)),
-    Quantity("recurring expert router entropy over ln E", _expert_entropy(True), Range(0.58, 1)),
-    Quantity("rise of confidence over expert steps", _confidence_rise, Range(0, 0.3)),
+    Quantity("expert router entropy over ln E", _expert_entropy(False), Range(0.72)),
+    Quantity("recurring expert router entropy over ln E", _expert_entropy(True), Range(0.58)),
+    Quantity("rise of confidence over expert steps", _confidence_rise, Range(-ROOM, 0.3)),
     Quantity("depth router entropy over the largest", _router_entropy),
     Quantity("gate", _gates),
-    Quantity("active share off its capacity", _off_capacity, Range(0, 0.1)),
+    Quantity("active share off its capacity", _off_capacity, Range(high=0.1)),
     Quantity("depths in use", _depths_in_use, Range(2), is_count=True),
     Quantity("mean depth", _mean_depth),
     Quantity("mean depth by class", _class_depths(False)),
     Quantity("mean depth by rarity", _class_depths(True)),
-    Quantity("agreement of the causal rule with top-k", _agreement, Range(0.9, 1)),
-    Quantity("change of the state by a recursion", _change, Range(0.1, 2)),
+    Quantity("agreement of the causal rule with top-k", _agreement, Range(0.9)),
+    Quantity("change of the state by a later recursion", _change, Range(0.1, 2)),
     Quantity("change of the state by an expert step", _step_change, Range(0.1, 2)),
     Quantity("last recursion's share of the path", _last_share, Range(0.05, 0.5)),
-    Quantity("loss that the last recursion takes off", _last_loss(False), Range(0)),
-    Quantity("loss that the last expert step takes off", _last_loss(True), Range(0)),
+    Quantity("loss that the last recursion takes off", _last_loss(False), Range(-ROOM)),
+    Quantity("loss that the last expert step takes off", _last_loss(True), Range(-ROOM)),
 )
 """Everything that is judged, in the order of the report."""

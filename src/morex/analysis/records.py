@@ -154,7 +154,9 @@ class Health:
     text: str
     """A sentence for people, with the value that is worst."""
     value: float | None = None
-    """The worst value."""
+    """The worst value; for `info` the largest."""
+    reason: str | None = None
+    """Why there is no value."""
     where: str | None = None
     """Router, recursion or class that it belongs to."""
     low: float | None = None
