@@ -27,7 +27,6 @@ from morex.loading import ConfigError, is_depth_routed
 from morex.model.lm import LanguageModel, build_model
 from morex.sections.depth import ExpertChoiceConfig
 from morex.sections.mixers import FeedForwardConfig
-from morex.train.checkpoint import checkpoint_of, read_state
 from morex.train.opening import OpenRun, open_run, run_of
 from morex.train.precision import autocast_dtype
 from morex.train.setup import cpu_threads
@@ -66,25 +65,34 @@ def analyze(
     """
     if tokens < 1:
         raise ConfigError(f"tokens {tokens} must be 1 or more")
-    path = Path(run)
-    opened = open_run(path, overrides, device)
-    config, model = opened.config, opened.model
+    return analyze_opened(open_run(Path(run), overrides, device), str(run), tokens, depth, trace, console)
+
+
+def analyze_opened(
+    opened: OpenRun,
+    source: str,
+    tokens: int = TOKENS,
+    depth: Depth = None,
+    trace: str | Path | None = None,
+    console: "Console | None" = None,
+) -> Analysis:
+    """Analyses a run that is open; `source` is its name, all else as in `analyze`."""
+    config = opened.config
     seq_len = config.train.seq_len
-    wanted = -(-tokens // seq_len) * seq_len
-    stream = opened.data.val.head(wanted + 1)
+    stream = opened.data.val.head(-(-tokens // seq_len) * seq_len + 1)
     with cpu_threads(config.train.threads):
         tally, agreement, policy = _trace(opened, stream, depth, trace, console)
         losses = _losses(opened, stream, depth, console)
     found = Analysis(
-        source=str(path),
-        step=int(read_state(checkpoint_of(path)[0])["step"]),
+        source=source,
+        step=opened.step,
         tokens=tally.tokens,
         windows=tally.windows,
         policy=policy,
         model=config.model.model_dump(mode="json"),
         groups=tuple(group.report() for group in tally.groups.values()),
         layers=tuple(layer.report() for layer in tally.layers.values()),
-        depth=tally.depth_report(is_depth_routed(config.model) or _is_forced(policy, model)),
+        depth=tally.depth_report(decides_depth(config.model, policy)),
         agreement=agreement if isinstance(agreement, Missing) else {n: agreement.report(n) for n in agreement.counts},
         losses=losses,
         drift=drift(opened.run.metrics("train"), config.model),
@@ -112,7 +120,7 @@ def analyze_trace(path: str | Path) -> Analysis:
         model=trace.config.model_dump(mode="json"),
         groups=tuple(group.report() for group in tally.groups.values()),
         layers=tuple(layer.report() for layer in tally.layers.values()),
-        depth=tally.depth_report(is_depth_routed(trace.config) or trace.policy not in ("router", "oracle")),
+        depth=tally.depth_report(decides_depth(trace.config, trace.policy)),
         agreement=Missing(NO_RUN),
         losses=Missing(NO_RUN),
         drift=Missing("a trace file has no training; analyse the run"),
@@ -247,9 +255,11 @@ def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
     return shallow.eval()
 
 
-def _is_forced(policy: str, model: LanguageModel) -> bool:
-    """Whether the caller's policy lets tokens go differently deep."""
-    return policy not in ("router", "oracle") and model.config.schedule.resolved.recursions > 1
+def decides_depth(config: ModelConfig, policy: str) -> bool:
+    """Whether a router or the caller lets tokens go differently deep."""
+    if policy in ("router", "oracle"):
+        return is_depth_routed(config)
+    return config.schedule.resolved.recursions > 1
 
 
 def _say(console: "Console | None", text: str) -> None:

@@ -162,14 +162,14 @@ def _confidence_rise(analysis: Analysis) -> Values:
         return {"": Missing("this model has no experts")}
     found: dict[str, float | Missing] = {}
     for layer in analysis.layers:
-        last = max(call.step for call in layer.calls)
+        last, several = max(call.step for call in layer.calls), max(call.recursion for call in layer.calls) > 1
         for r in sorted({call.recursion for call in layer.calls}):
             own = [call.confidence for call in layer.calls if call.recursion == r]
             first, end = own[0], own[-1]
             if last == 1:
                 found[short(layer.name)] = Missing("its layers choose once")
             elif isinstance(first, Spread) and isinstance(end, Spread):
-                found[f"{short(layer.name)} recursion {r}"] = end.mean - first.mean
+                found[short(layer.name) + (f" recursion {r}" if several else "")] = end.mean - first.mean
     return found or {"": Missing("no token came by")}
 
 

@@ -21,6 +21,8 @@ MOST_LINES = 10
 """Lines in a panel with a legend; more are drawn thin, without one."""
 MOST_NUMBERS = 16
 """Experts up to which the loads are written into the map."""
+LEAST_SPAN = 0.02
+"""Least span of an axis of drift, so that noise does not fill the panel."""
 HIGHEST_LOAD = 2.0
 """Even shares at which the colours of the map end."""
 
@@ -108,8 +110,8 @@ def depth_by_class(analysis: Analysis) -> "Figure | None":
             classes |= dict(reversed(found.items()))
     if not classes:
         return None
-    shares = {f"{name}, {each.tokens:,} tokens: {each.mean:.2f}": each.shares for name, each in classes.items()}
-    return depth_bars(shares, "Mean depth by what a token is, and by how often training saw it")
+    shares = {f"{name}, mean {each.mean:.2f}": each.shares for name, each in classes.items()}
+    return depth_bars(shares, "Depth by class")
 
 
 def state_change(analysis: Analysis) -> "Figure | None":
@@ -128,11 +130,8 @@ def state_change(analysis: Analysis) -> "Figure | None":
         return None
     figure, grid = new_figure(9.4, 3.6, columns=2)
     label = "recursion" if not analysis.layers else "recursion or expert step"
-    _panel(grid[0][0], changes, "Change of the state", "difference over the state before")
-    _panel(grid[0][1], cosines, "Direction of the state", "cosine with the state before")
-    for axes in grid[0]:
-        axes.set_xlabel(label)
-    grid[0][0].set_ylim(bottom=0)
+    _panel(grid[0][0], changes, "Change of the state", "difference over the state before", label)
+    _panel(grid[0][1], cosines, "Direction of the state", "cosine with the state before", label)
     _legend(figure, grid[0][0], changes)
     return figure
 
@@ -161,10 +160,10 @@ def entropy(analysis: Analysis) -> "Figure | None":
         return None
     figure, grid = new_figure(4.8 * len(panels), 3.6, columns=len(panels))
     for axes, (found, title, x) in zip(grid[0], panels, strict=True):
-        _panel(axes, found, title, "entropy over the largest")
-        axes.set_ylim(0, 1.05)
-        axes.set_xlabel(x)
-        if len(found) > 1:
+        _panel(axes, found, title, "entropy over the largest", x)
+        is_bars = not axes.lines
+        (axes.set_xlim if is_bars else axes.set_ylim)(0, 1.05)
+        if 1 < len(found) <= MOST_LINES and not is_bars:
             axes.legend(loc="lower left", fontsize=8)
     return figure
 
@@ -189,26 +188,43 @@ def drift(analysis: Analysis) -> "Figure | None":
         axes.set_ylabel(label)
         axes.set_xlabel("training step")
         axes.margins(x=0.02)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        low, high = axes.get_ylim()
+        room = max(0.0, LEAST_SPAN - (high - low)) / 2
+        axes.set_ylim(low - room, high + room)
         if 1 < len(series) <= MOST_LINES:
             axes.legend(fontsize=8)
     return figure
 
 
-def _panel(axes: "Axes", series: Series, title: str, label: str) -> None:
-    """A line for each name over 1, 2, ...; places without a value are left out."""
-    most = max(len(values) for values in series.values())
-    for number, (name, values) in enumerate(series.items()):
-        known = [(x, value) for x, value in enumerate(values, start=1) if value is not None]
+def _panel(axes: "Axes", series: Series, title: str, label: str, x_label: str) -> None:
+    """A line for each name over 1, 2, ..., places without a value left out; bars where no name has two values."""
+    axes.set_title(title)
+    known = {
+        name: [(x, value) for x, value in enumerate(values, start=1) if value is not None]
+        for name, values in series.items()
+    }
+    if all(len(points) < 2 for points in known.values()):
+        bars = {name: points[0][1] for name, points in reversed(known.items()) if points}
+        axes.barh(list(bars), list(bars.values()), height=0.6, color=HUES[0])
+        axes.grid(axis="y", visible=False)
+        room = 0.8 + max(0, 3 - len(bars)) / 2
+        axes.set_ylim(-room, len(bars) - 1 + room)
+        axes.set_xlabel(label)
+        return
+    for number, (name, points) in enumerate(known.items()):
         look = _look(number, len(series)) | {"marker": list(MARKERS.values())[number % len(MARKERS)], "markersize": 5}
-        axes.plot([x for x, _ in known], [value for _, value in known], label=name, **look)
+        axes.plot([x for x, _ in points], [value for _, value in points], label=name, **look)
+    most = max(len(values) for values in series.values())
     axes.set_xticks(range(1, most + 1))
     axes.set_xlim(0.7, most + 0.3)
-    axes.set_title(title)
     axes.set_ylabel(label)
+    axes.set_xlabel(x_label)
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _legend(figure: "Figure", axes: "Axes", series: Series) -> None:
-    if 1 < len(series) <= MOST_LINES:
+    if 1 < len(series) <= MOST_LINES and axes.lines:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
 

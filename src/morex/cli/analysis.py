@@ -94,4 +94,4 @@ def _print_health(lines: "Sequence[Health]") -> None:
         else:
             screen.print(f"{line.status:<5}{line.text}", style=COLOURS[line.status], markup=False, soft_wrap=True)
     for reason, names in reasons.items():
-        screen.print(f"none {reason}: {', '.join(names)}", style=COLOURS["none"], markup=False, soft_wrap=True)
+        screen.print(f"none {', '.join(names)}: {reason}", style=COLOURS["none"], markup=False, soft_wrap=True)

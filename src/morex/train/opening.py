@@ -9,7 +9,7 @@ from morex.data.prepare import PreparedData, prepare
 from morex.data.tokenizer import Tokenizer
 from morex.loading import ConfigError, load_config
 from morex.model.lm import LanguageModel
-from morex.train.checkpoint import load, trained_on
+from morex.train.checkpoint import checkpoint_of, load, read_state, trained_on
 from morex.train.runs import RunFolder
 
 
@@ -18,6 +18,8 @@ class OpenRun:
     """What a measurement of a run needs."""
 
     run: RunFolder
+    step: int
+    """Optimizer steps of the checkpoint."""
     config: Config
     model: LanguageModel
     """In eval mode."""
@@ -57,4 +59,4 @@ def open_run(path: Path, overrides: Sequence[str] = (), device: str = "auto") ->
             f"data.corpus '{config.data.corpus}' has changed since '{path}' was trained, and its held-out set with it; "
             f"put the old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
         )
-    return OpenRun(run, config, model, tokenizer, data)
+    return OpenRun(run, int(read_state(checkpoint_of(path)[0])["step"]), config, model, tokenizer, data)
