@@ -19,12 +19,12 @@ from morex.analysis.vocabulary import token_classes, token_rarities
 from morex.config import ModelConfig
 from morex.data.errors import DataError
 from morex.data.stream import TokenStream
-from morex.depth.policy import Depth
+from morex.depth.policy import Depth, parse_depth
 from morex.eval.loss import evaluate
 from morex.eval.traces import own_rule, traced_windows
 from morex.files import write_json
 from morex.loading import ConfigError, is_depth_routed
-from morex.model.lm import LanguageModel, build_model
+from morex.model.lm import LanguageModel, build_model, takes_any_depth
 from morex.sections.depth import ExpertChoiceConfig
 from morex.sections.mixers import FeedForwardConfig
 from morex.train.opening import OpenRun, open_run, run_of
@@ -78,6 +78,9 @@ def analyze_opened(
 ) -> Analysis:
     """Analyses a run that is open; `source` is its name, all else as in `analyze`."""
     config = opened.config
+    # A depth that is not understood is better refused before the work begins.
+    recursions, span = config.model.schedule.resolved.recursions, config.model.max_seq_len
+    parse_depth(depth, recursions, span, takes_any_depth(config.model))
     seq_len = config.train.seq_len
     stream = opened.data.val.head(-(-tokens // seq_len) * seq_len + 1)
     with cpu_threads(config.train.threads):

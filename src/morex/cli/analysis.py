@@ -63,8 +63,8 @@ def analyze(
     else:
         if trace is not None:
             check_target("--trace", trace)
-        found = analyze_run(run, tokens or TOKENS, depth, trace, device, overrides or [], said)
-    draws = find_spec("matplotlib") is not None
+        found = analyze_run(run, TOKENS if tokens is None else tokens, depth, trace, device, overrides or [], said)
+    draws = has_matplotlib()
     write(found, folder, figures=draws)
     if as_json:
         print_json(to_dict(found))
@@ -75,6 +75,14 @@ def analyze(
     if not draws:
         said.print("No figures: matplotlib is not installed; run pip install 'morex[viz]'", style="dim", markup=False)
     said.print(f"Written: {folder}", style="dim", markup=False)
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    try:
+        return find_spec("matplotlib") is not None
+    except ValueError:  # a module that was put out of the way has no spec
+        return False
 
 
 def _refuse_with_trace_file(options: Mapping[str, Any]) -> None:
