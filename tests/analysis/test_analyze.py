@@ -45,7 +45,7 @@ def test_every_preset(preset: str, tmp_path: Path) -> None:
     assert found.tokens == 7 * 16 and found.windows == 7
     plain = json.loads(json.dumps(to_dict(found), allow_nan=False))
     assert all(math.isfinite(value) for value in numbers(plain))
-    assert len(found.health) == len({line.quantity for line in found.health}) == 22
+    assert len(found.health) == len({line.quantity for line in found.health}) == 25
     assert all(line.status != "none" or line.reason for line in found.health)
     mixer, recursions = config.model.mixer, config.model.schedule.resolved.recursions
     assert bool(found.layers) == hasattr(mixer, "router")
@@ -104,6 +104,14 @@ def test_a_fixed_depth(tmp_path: Path) -> None:
     assert shallow.group(GROUP).active_share == (1.0, 1.0)
     with pytest.raises(ValueError, match="depth 'deep'"):
         analyze_opened(opened(tiny("recursive"), tmp_path), "", depth="deep")
+
+
+def test_more_recursions_than_in_training(tmp_path: Path) -> None:
+    config = tiny("recursive", "model.mixer={kind: moe, router: {experts: 3, top_k: 1}}")
+    found = analyze_opened(opened(config, tmp_path), "", tokens=32, depth=5)
+    assert len(found.group(GROUP).change) == 5
+    layer = found.layer("stack.core.blocks.0.mixer.router")
+    assert [call.recursion for call in layer.calls] == [1, 2, 3, 4, 5]
 
 
 def test_without_a_causal_rule_the_oracle_is_shown(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.helpers import GROUP, expert_trace, routed, tiny
 from morex.analysis.health import dead_experts, effective_experts, hot_experts, judge, load_cv
-from morex.analysis.records import Agreement, Analysis, Health, LossReport, Missing
+from morex.analysis.records import Agreement, Analysis, Drift, Health, LossReport, Missing
 from morex.analysis.tally import Tally
 from morex.analysis.trace import Decisions, Moves
 
@@ -71,7 +71,7 @@ def test_an_even_expert_router_is_healthy() -> None:
     logits = np.random.default_rng(0).normal(0, 0.01, (32, 256, 8))
     found = lines(analysis_of(expert_trace(logits)))
     own = [line for name, line in found.items() if "expert" in name and line.status != "none"]
-    assert len(own) == 7 and {line.status for line in own} == {"ok"}
+    assert len(own) == 8 and {line.status for line in own} <= {"ok", "info"}
     assert found["expert load CV"].text.endswith("(healthy up to 0.3)")
 
 
@@ -124,6 +124,20 @@ def test_states_that_stand_still_or_run_away() -> None:
     assert change([1.0, 0.5, 5.0])[quantity].value == pytest.approx(5)
     found = change([9.0, 0.5, 0.6])
     assert found[quantity].status == found[share].status == "ok"
+
+
+def test_late_in_training() -> None:
+    course = Drift(
+        steps=(1, 2, 3, 4, 5, 6, 7, 8),
+        mean_depth={f"{GROUP}.router": (3, 3, 3, 3, 3, 3, 2, 1)},
+        load_cv={"stack.core.blocks.1.mixer.router": (0, 0, 0, 0, 0, 0, 0.2, 0.6)},
+        effective_experts={},
+        entropy_share={},
+    )
+    found = lines(analysis_of(all_deep(tiny("mor-random").model), drift=course))
+    load, depth = found["expert load CV late in training"], found["mean depth late in training"]
+    assert (load.status, load.value, load.where) == ("warn", pytest.approx(0.4), "core.blocks.1")
+    assert (depth.status, depth.value, depth.where) == ("info", pytest.approx(1.5), "core.groups.0")
 
 
 def test_losses_and_agreement() -> None:

@@ -1,6 +1,7 @@
 """Each quantity against the same quantity written out token by token."""
 
 import math
+import pickle
 import statistics
 
 import numpy as np
@@ -183,6 +184,18 @@ def test_expert_layer(top_k: int) -> None:
     assert_spread(call.confidence, largest)
     assert_spread(call.weight, weights)
     assert isinstance(call.change, Missing)
+
+
+def test_memory_does_not_grow() -> None:
+    """A tally after many batches holds as much as after one."""
+    batch = expert_trace(np.random.default_rng(4).normal(size=(2, 5, 4)))
+
+    def held(batches: int) -> int:
+        tally = tallied(*[batch] * batches)
+        assert tally.tokens == 10 * batches
+        return len(pickle.dumps((tally.histogram, tally.by_class, tally.groups, tally.layers)))
+
+    assert held(50) <= held(1) + 200  # larger counts have more digits
 
 
 def test_agreement_of_two_rules() -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from morex.analysis.records import Analysis, GroupReport, Health, LayerReport, Missing, Spread
+from morex.analysis.records import Analysis, Drift, GroupReport, Health, LayerReport, Missing, Spread
 
 DEAD = 0.01
 """An expert below this share of an even load is dead."""
@@ -156,6 +156,33 @@ def _expert_entropy(kind_recurs: bool) -> Callable[[Analysis], Values]:
     return values
 
 
+def _expert_weight(analysis: Analysis) -> Values:
+    """Mean weight of the expert that counts most."""
+    if not analysis.layers:
+        return {"": Missing("this model has no experts")}
+    return {
+        place(layer, call.recursion, call.step): call.weight.mean if isinstance(call.weight, Spread) else call.weight
+        for layer in analysis.layers
+        for call in layer.calls
+    }
+
+
+def _late(series: Callable[[Drift], dict[str, tuple[float, ...]]], why: str) -> Callable[[Analysis], Values]:
+    """Mean of a logged series over the last quarter of the training; `why` it may be empty."""
+
+    def values(analysis: Analysis) -> Values:
+        course = analysis.drift
+        if isinstance(course, Missing):
+            return {"": course}
+        size = -(-len(course.steps) // 4)
+        found: dict[str, float | Missing] = {
+            short(name).removesuffix(".router"): sum(each[-size:]) / size for name, each in series(course).items()
+        }
+        return found or {"": Missing(why)}
+
+    return values
+
+
 def _confidence_rise(analysis: Analysis) -> Values:
     """Mean largest probability at a layer's last step minus that at its first."""
     if not analysis.layers:
@@ -300,6 +327,7 @@ QUANTITIES = (
     Quantity("hot experts", lambda a: _of_layers(a, lambda x: len(hot_experts(x))), Range(0, 0), is_count=True),
     Quantity("expert router entropy over ln E", _expert_entropy(False), Range(0.72)),
     Quantity("recurring expert router entropy over ln E", _expert_entropy(True), Range(0.58)),
+    Quantity("weight of the heaviest expert", _expert_weight),
     Quantity("rise of confidence over expert steps", _confidence_rise, Range(-ROOM, 0.3)),
     Quantity("depth router entropy over the largest", _router_entropy),
     Quantity("gate", _gates),
@@ -314,5 +342,12 @@ QUANTITIES = (
     Quantity("last recursion's share of the path", _last_share, Range(0.05, 0.5)),
     Quantity("loss that the last recursion takes off", _last_loss(False), Range(-ROOM)),
     Quantity("loss that the last expert step takes off", _last_loss(True), Range(-ROOM)),
+    Quantity(
+        "expert load CV late in training", _late(lambda a: a.load_cv, "this model has no experts"), Range(high=0.3)
+    ),
+    Quantity(
+        "mean depth late in training",
+        _late(lambda a: a.mean_depth, "every token takes every recursion; no router decides depth"),
+    ),
 )
 """Everything that is judged, in the order of the report."""

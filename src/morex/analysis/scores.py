@@ -42,6 +42,8 @@ def read_scores(group: GroupDecisions, config: ModelConfig) -> Reading:
             why = "there is one recursion, and nothing to decide"
         elif config.depth.kind == "fixed":
             why = "every token takes every recursion; there is no router"
+        elif group.scores is not None:
+            why = f"router {config.depth.kind!r} does not say what its scores are"
         else:
             why = f"router {config.depth.kind!r} scores nothing"
         return Reading(why=why, why_no_gate=why)
