@@ -75,7 +75,7 @@ class DepthRouter(nn.Module):
     is_causal = True
     """Whether eval mode has a rule that sees no later token."""
     scores_are: ClassVar[ScoreKind] = None
-    """What the scores of a trace mean, for those that read them."""
+    """What `Routing.scores` mean, for those who read them in a trace."""
 
     def __init__(self, d_model: int, recursions: int) -> None:
         """Args:
