@@ -8,7 +8,7 @@ import pytest
 
 from documents import ROOT, code_blocks, run_page
 
-COMMANDS = {"presets", "data", "train", "eval", "generate", "compare", "bench"}
+COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "compare", "bench"}
 
 
 @pytest.fixture
@@ -52,6 +52,14 @@ def test_data_page_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.slow
+def test_analysis_page_works(folder: Path) -> None:
+    commands = run_page(ROOT / "docs" / "analysis.md", folder)
+    assert {"train", "analyze"} == {command.split()[1] for command in commands}
+    assert (folder / "runs" / "routed" / "analysis" / "depth.png").is_file()
+    assert (folder / "routed.npz").is_file()
+
+
+@pytest.mark.slow
 def test_speed_page_works(folder: Path) -> None:
     assert run_page(ROOT / "docs" / "speed.md", folder)
     assert_benchmark(folder / "speed.json")
@@ -73,8 +81,8 @@ def test_every_page_with_commands_is_run_by_a_test() -> None:
     runnable = {page.name for page in pages if any(block.commands for block in code_blocks(page))}
     studies = {page.name for page in (ROOT / "docs" / "studies").iterdir()}
     elsewhere = {"adding-a-router.md"}  # in test_docs.py; coming-from.md has its commands in tables
-    here = {"README.md", "CONTRIBUTING.md", "getting-started.md", "configuration.md", "data.md", "speed.md"} | studies
-    assert runnable == here | elsewhere
+    here = {"README.md", "CONTRIBUTING.md", "analysis.md", "configuration.md", "data.md", "getting-started.md", "speed.md"}
+    assert runnable == here | studies | elsewhere
 
 
 def assert_benchmark(path: Path) -> None:

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from morex.cli import listing, run, studies
+from morex.cli import analysis, listing, run, studies
 from morex.cli.app import Settings, app
 from morex.train.errors import Interrupted, TrainingError
 
 __all__ = ["app", "main"]
-COMMANDS = (listing, run, studies)
+COMMANDS = (listing, run, analysis, studies)
 """Importing these modules adds their commands to the application, in this order."""
 
 

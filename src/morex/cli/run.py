@@ -90,30 +90,16 @@ def evaluate(
 
     Loss, perplexity and bits per byte; for expert choice by the causal rule of decoding, beside the oracle of training.
     """
-    overrides = overrides or []
-    for override in overrides:
-        if override.startswith("model."):
-            raise ConfigError(
-                f"--set {override}: the model of a run is trained as it is; set data, train or eval options"
-            )
-    config = _config_of(run, overrides)
-    from morex.data.prepare import prepare
     from morex.eval.loss import evaluate as measure
-    from morex.train.checkpoint import load, trained_on
+    from morex.train.opening import open_run
     from morex.train.precision import autocast_dtype
 
-    model, tokenizer = load(run, device)
-    seq_len = config.train.seq_len
-    prepared = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
-    if not any(override.startswith("data.") for override in overrides) and trained_on(run)["text"] != prepared.content:
-        raise ConfigError(
-            f"data.corpus '{config.data.corpus}' has changed since '{run}' was trained, and its held-out set with it; "
-            f"put the old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
-        )
+    opened = open_run(run, overrides or [], device)
+    config = opened.config
     result = measure(
-        model,
-        prepared.val,
-        seq_len,
+        opened.model,
+        opened.data.val,
+        config.train.seq_len,
         config.eval.batch_size,
         depth=depth,
         autocast=autocast_dtype(config.train.precision),
@@ -197,14 +183,6 @@ def _run_to_train(
     if resume and out is None:
         raise ConfigError("--resume needs the run to go on with: morex train --resume RUN, or --out RUN beside CONFIG")
     return config, out or Path("runs") / f"{Path(source).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _config_of(run: Path, overrides: list[str]) -> "Config":
-    """The config of a run folder or of one of its checkpoint folders."""
-    for folder in (run, run.resolve().parent.parent):
-        if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml", overrides)
-    raise ConfigError(f"'{run}' is neither a run folder nor a checkpoint folder of one: there is no config.yaml")
 
 
 def _read_lines(path: Path) -> list[str]:

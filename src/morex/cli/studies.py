@@ -1,13 +1,12 @@
 """`compare` and `bench`: several models side by side."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from morex.cli.app import Device, Overrides, app, bench, examples
-from morex.cli.terminal import console, number, print_table
+from morex.cli.terminal import check_target, console, number, print_table
 from morex.loading import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp64", "auto")
@@ -102,7 +101,7 @@ def bench_train(
         if name not in PRECISIONS:
             raise ConfigError(f"--precision '{name}' is unknown; use {', '.join(PRECISIONS)}")
     if json_file is not None:
-        _check_target(json_file)
+        check_target("--json", json_file)
     from morex.study.bench import bench_train as measure
     from morex.study.bench import write_json
 
@@ -125,16 +124,6 @@ def bench_train(
     if json_file is not None:
         write_json(json_file, rows)
         console(stderr=True).print(f"wrote {json_file}", style="dim")
-
-
-def _check_target(path: Path) -> None:
-    """Whether the file can be written is better known before the measurement."""
-    if path.is_dir():
-        raise ConfigError(f"--json '{path}' is a folder; name a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--json '{path}' cannot be written: there is no folder '{path.parent}'")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--json '{path}' cannot be written: folder '{path.parent}' is read-only")
 
 
 def _shares(text: str) -> list[float]:

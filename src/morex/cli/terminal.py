@@ -1,9 +1,13 @@
 """What commands print: tables, numbers and JSON on stdout, progress and hints on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from morex.loading import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,3 +55,13 @@ def number(value: Any, short: bool = False) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def check_target(option: str, path: Path) -> None:
+    """Refuses a file that cannot be written, which is better known before the work than after it."""
+    if path.is_dir():
+        raise ConfigError(f"{option} '{path}' is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} '{path}' cannot be written: there is no folder '{path.parent}'")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"{option} '{path}' cannot be written: folder '{path.parent}' is read-only")

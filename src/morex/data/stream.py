@@ -39,6 +39,12 @@ class TokenStream:
     def num_documents(self) -> int:
         return len(self.document_starts)
 
+    def head(self, tokens: int) -> "TokenStream":
+        """Its first tokens, all of them where there are fewer; their bytes are taken as in proportion."""
+        size = min(tokens, self.num_tokens)
+        starts = self.document_starts[: int(np.searchsorted(self.document_starts, size))]
+        return TokenStream(self.tokens[:size], starts, max(1, round(self.num_bytes * size / max(1, self.num_tokens))))
+
 
 class StreamWriter:
     """Writes the token files of one side, a piece at a time."""

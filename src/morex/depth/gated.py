@@ -46,6 +46,8 @@ class GatedRouter(DepthRouter):
 class LearnedGateRouter(GatedRouter):
     """Base of the routers that score tokens; each recursion that needs scores has a net of its own."""
 
+    scores_are = "logits"
+
     def __init__(
         self,
         d_model: int,

@@ -40,6 +40,8 @@ class Halting(Routing):
 class HaltingRouter(DepthRouter):
     """One halting unit for all recursions; the same causal rule in training and in inference."""
 
+    scores_are = "halting"
+
     def __init__(
         self, d_model: int, recursions: int, epsilon: float, ponder_weight: float, initial_bias: float
     ) -> None:

@@ -14,7 +14,7 @@ forward pass: they return statistics, and `update` moves biases, thresholds and 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,10 @@ from morex.depth.policy import DepthPolicy
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
+
+ScoreKind = Literal["logits", "halting", "depths"] | None
+"""`logits`: of going on at recursion r; `halting`: probability of stopping after it; `depths`: score of the depth r,
+one decision for all; None: there are none."""
 
 
 @dataclass
@@ -74,6 +78,8 @@ class DepthRouter(nn.Module):
     """Whether the loss of training reads norm and head on the state of every recursion."""
     is_causal = True
     """Whether eval mode has a rule that sees no later token."""
+    scores_are: ClassVar[ScoreKind] = None
+    """What `Routing.scores` mean, for those who read them in a trace."""
 
     def __init__(self, d_model: int, recursions: int) -> None:
         """Args:

@@ -23,6 +23,7 @@ DEFAULT_ALPHA = {"softmax": 1.0, "sigmoid": 0.1}
 class TokenChoiceRouter(DepthRouter):
     """One decision per token, each depth computed once for the tokens still active."""
 
+    scores_are = "depths"
     bias: Tensor
 
     def __init__(

@@ -400,6 +400,7 @@ def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: i
             [widen(mask, 0) for mask in group.active],
             [widen(score, torch.nan) for score in group.scores],
             [widen(state, 0) for state in group.states],
+            widen(group.start, 0),
         )
         for name, group in record.groups.items()
     }

@@ -30,6 +30,8 @@ class GroupTrace:
     """Scores of the candidates, NaN elsewhere; empty for routers that score nothing."""
     states: list[Tensor]
     """Hidden states after the recursion [B, T, D]."""
+    start: Tensor
+    """Hidden states before recursion 1 [B, T, D]."""
 
 
 @dataclass
@@ -158,7 +160,7 @@ class Core(nn.Module):
             run = replace(run, rule="per_recursion")  # the latest visit is the one in hand, and that is faster
         injected = own.prepare(h)
         h, routing = own.router.begin(h, packing, policy)
-        states = []
+        start, states = h.detach(), []
         for r, steps in enumerate(group.recursions, start=1):
             visit = own.router.visit(h, routing, r)
             if visit is not None:
@@ -173,7 +175,7 @@ class Core(nn.Module):
         h, signals = own.router.finish(h, routing)
         run.record.add(f"{name}.router", signals)
         if run.record.traces:
-            run.record.groups[name] = _trace(routing, states)
+            run.record.groups[name] = _trace(routing, states, packing.pad(start))
         return h
 
 
@@ -208,8 +210,8 @@ class Stack(nn.Module):
         return x, run.record
 
 
-def _trace(routing: Routing, states: list[Tensor]) -> GroupTrace:
+def _trace(routing: Routing, states: list[Tensor], start: Tensor) -> GroupTrace:
     pad = routing.packing.pad
     active = [pad(mask, False) for mask in routing.masks]
     scores = [pad(score, torch.nan) for score in routing.scores]
-    return GroupTrace(active, scores, states)
+    return GroupTrace(active, scores, states, start)

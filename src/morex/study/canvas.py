@@ -1,7 +1,11 @@
 """What every PNG has in common: fonts, colours, resolution."""
 
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from morex.loading import ConfigError
 from morex.study.series import FAINT, GRID, INK
 
 if TYPE_CHECKING:
@@ -48,3 +52,27 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1, **o
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def write_figures(drawings: Mapping[str, Callable[[], "Figure | None"]], folder: Path) -> list[Path]:
+    """Writes each drawing to `folder`/NAME.png; where it comes to nothing, a picture of that name is removed.
+
+    Raises ConfigError where matplotlib is missing.
+    """
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise ConfigError("the PNGs need matplotlib, which is not installed; run pip install 'morex[viz]'") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with rc_context(settings()), warnings.catch_warnings():
+        # Texts may hold characters of any script; those that the font lacks become boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for name, draw in drawings.items():
+            figure, path = draw(), folder / f"{name}.png"
+            if figure is None:
+                path.unlink(missing_ok=True)
+                continue
+            figure.savefig(path, dpi=DPI, facecolor="white")
+            written.append(path)
+    return written

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from morex.config import Config
-from morex.data.loader import held_out_windows
 from morex.data.prepare import PreparedData, prepare
 from morex.data.stream import TokenStream
 from morex.data.tokenizer import Tokenizer
+from morex.depth.policy import Depth
 from morex.eval.loss import evaluate
+from morex.eval.traces import own_rule, traced_windows
 from morex.loading import is_depth_routed
 from morex.model.lm import LanguageModel
-from morex.sections.depth import ExpertChoiceConfig
 from morex.sections.mixers import FeedForwardConfig
 from morex.study.records import DepthMap, Measures, Routing, Sample
 from morex.study.spec import ReportConfig, SampleConfig, StudyConfig
@@ -41,7 +41,7 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
         first, second = (None, None) if study.learning_rates is None else _half_losses(model, data, config)
         refusal = None
         sample = speed = None
-        if _has_causal_rule(config):
+        if own_rule(config.model) is None:
             sample = _sample(model, tokenizer, study.sample)
             speed = _decode_speed(model, data.val, study.report.decode_tokens)
         else:
@@ -105,11 +105,6 @@ def _half_losses(model: LanguageModel, data: PreparedData, config: Config) -> tu
     return first, second
 
 
-def _has_causal_rule(config: Config) -> bool:
-    depth = config.model.depth
-    return not (isinstance(depth, ExpertChoiceConfig) and depth.causal == "none")
-
-
 def _sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleConfig) -> Sample:
     prompt = list(tokenizer.encode(sample.prompt))
     [ids] = model.generate(
@@ -149,28 +144,17 @@ def _routing(
     experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
     if not routed and not experts:
         return None
-    depth = None if _has_causal_rule(config) else "oracle"
-    device = model.embedding.weight.device
+    depth = own_rule(config.model)
     schedule = config.model.schedule.resolved
     deepest = schedule.recursions * len(schedule.groups) if routed else 0
     histogram = torch.zeros(deepest + 1, dtype=torch.long)
     loads: dict[str, torch.Tensor] = {}
     tokens = windows = 0
-    for batch in held_out_windows(data.val, config.train.seq_len, TRACE_BATCH):
-        lengths = batch.lengths
-        out = model(
-            batch.tokens.to(device),
-            lengths=None if lengths is None else lengths.to(device),
-            depth=depth,
-            logits_to_keep=1,
-            return_trace=True,
-        )
-        real = torch.ones_like(batch.tokens, dtype=torch.bool)
-        if lengths is not None:
-            real = torch.arange(batch.tokens.shape[1])[None] < lengths[:, None]
+    for batch in traced_windows(model, data.val, config.train.seq_len, TRACE_BATCH, (depth,)):
+        (trace,), real = batch.traces, batch.real
         if routed:
-            histogram += torch.bincount(out.trace.depth.cpu()[real], minlength=deepest + 1)
-        for layer, calls in out.trace.experts.items():
+            histogram += torch.bincount(trace.depth.cpu()[real], minlength=deepest + 1)
+        for layer, calls in trace.experts.items():
             for chosen in calls:
                 ids = chosen.cpu()[real]
                 counts = torch.bincount(ids[ids >= 0], minlength=experts).double()
@@ -194,7 +178,7 @@ def _depth_map(
     tokenizer: Tokenizer,
     config: Config,
     report: ReportConfig,
-    depth: str | None,
+    depth: Depth,
 ) -> DepthMap:
     limit = min(report.map_tokens, config.train.seq_len)
     text = data.val.tokens[:limit].tolist() if report.map_text is None else list(tokenizer.encode(report.map_text))

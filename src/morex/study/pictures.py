@@ -1,12 +1,11 @@
 """The PNGs of a study, drawn by matplotlib from the same numbers and colours as the report."""
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from morex.loading import ConfigError
-from morex.study.canvas import DPI, new_figure, settings
+from morex.study.canvas import new_figure, write_figures
 from morex.study.records import Results
 from morex.study.series import (
     AXIS_TITLES,
@@ -56,24 +55,8 @@ MARKERS = {
 
 def write_pictures(results: Results, folder: Path) -> list[Path]:
     """Draws every picture that these results allow into `folder`. Raises ConfigError where matplotlib is missing."""
-    try:
-        from matplotlib import rc_context
-    except ImportError:
-        raise ConfigError("the PNGs need matplotlib, which is not installed; run pip install 'morex[viz]'") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    looks, written = styles(results.rows), []
-    with rc_context(settings()), warnings.catch_warnings():
-        # Samples may hold characters of any script; those that the font lacks become boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name, draw in PICTURES.items():
-            figure = draw(results, looks)
-            path = folder / f"{name}.png"
-            if figure is None:
-                path.unlink(missing_ok=True)
-                continue
-            figure.savefig(path, dpi=DPI, facecolor="white")
-            written.append(path)
-    return written
+    looks = styles(results.rows)
+    return write_figures({name: partial(draw, results, looks) for name, draw in PICTURES.items()}, folder)
 
 
 def _loss(results: Results, looks: Looks) -> "Figure | None":
@@ -261,6 +244,11 @@ def _depth(results: Results, looks: Looks) -> "Figure | None":
     shares = {row.name: found for row in reversed(results.finished) if (found := depth_shares(results, row))}
     if not shares:
         return None
+    return depth_bars(shares, "How deep the tokens went")
+
+
+def depth_bars(shares: Mapping[str, Sequence[float]], title: str) -> "Figure":
+    """A bar for each name, from bottom to top, of its shares at 0, 1, ... recursions."""
     deepest = max(map(len, shares.values())) - 1
     figure, grid = new_figure(8, 1.5 + 0.4 * len(shares))
     axes = grid[0][0]
@@ -285,7 +273,7 @@ def _depth(results: Results, looks: Looks) -> "Figure | None":
     axes.set_xlim(0, 100)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("share of the held-out tokens, %")
-    axes.set_title("How deep the tokens went")
+    axes.set_title(title)
     axes.legend(
         loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=10, handlelength=1.5, columnspacing=1.2, borderpad=0
     )

@@ -158,7 +158,7 @@ def load(path: str | Path, device: str = "cpu") -> tuple[LanguageModel, Tokenize
         RunFolderError: `path` is neither, or its tokenizer is missing.
         CheckpointError: the checkpoint is damaged, or the run has none yet.
     """
-    checkpoint, run = _checkpoint_of(Path(path))
+    checkpoint, run = checkpoint_of(Path(path))
     config = validate(Config, read_state(checkpoint)["config"])
     if not run.tokenizer_path.is_dir():
         raise RunFolderError(f"run folder '{run.path}' of checkpoint '{checkpoint}' has no tokenizer folder")
@@ -173,11 +173,11 @@ def load(path: str | Path, device: str = "cpu") -> tuple[LanguageModel, Tokenize
 
 def trained_on(path: str | Path) -> dict[str, str]:
     """Digests of the text and the tokenizer that a run or checkpoint folder was trained with. Raises as `load`."""
-    checkpoint, _ = _checkpoint_of(Path(path))
+    checkpoint, _ = checkpoint_of(Path(path))
     return TrainState.of(read_state(checkpoint)).data
 
 
-def _checkpoint_of(path: Path) -> tuple[Path, RunFolder]:
+def checkpoint_of(path: Path) -> tuple[Path, RunFolder]:
     """A checkpoint folder, or the newest checkpoint of a run folder, and the run."""
     if (path / STATE).is_file() or (path / CHECKSUMS).is_file():
         return path, RunFolder(path.resolve().parent.parent)

@@ -1,0 +1,285 @@
+"""An analysis of a run, or of a trace file: where its routers send the tokens, and whether that is healthy."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from morex.analysis.drift import drift
+from morex.analysis.health import judge
+from morex.analysis.pictures import write_pictures
+from morex.analysis.records import Analysis, LossReport, Missing
+from morex.analysis.tally import AgreementTally, Tally
+from morex.analysis.trace import Decisions, decisions, join, load_trace, write_trace
+from morex.analysis.vocabulary import token_classes, token_rarities
+from morex.config import ModelConfig
+from morex.data.errors import DataError
+from morex.data.stream import TokenStream
+from morex.depth.policy import Depth, parse_depth
+from morex.eval.loss import evaluate
+from morex.eval.traces import own_rule, traced_windows
+from morex.files import write_json
+from morex.loading import ConfigError, is_depth_routed
+from morex.model.lm import LanguageModel, build_model, takes_any_depth
+from morex.sections.depth import ExpertChoiceConfig
+from morex.sections.mixers import FeedForwardConfig
+from morex.train.opening import OpenRun, open_run, run_of
+from morex.train.precision import autocast_dtype
+from morex.train.setup import cpu_threads
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TOKENS = 16384
+BATCH = 8
+"""Windows that are traced at a time; their states are held, and nothing else."""
+NO_RUN = "a trace file has no weights; analyse the run"
+
+
+def analyze(
+    run: str | Path,
+    tokens: int = TOKENS,
+    depth: Depth = None,
+    trace: str | Path | None = None,
+    device: str = "auto",
+    overrides: Sequence[str] = (),
+    console: "Console | None" = None,
+) -> Analysis:
+    """Analyses a run on the first tokens of its held-out set: always the same tokens, and the same result.
+
+    Args:
+        run: a run folder (its newest checkpoint), or one of its checkpoint folders.
+        tokens: how many, rounded up to whole windows of train.seq_len, and at most the whole set.
+        depth: depth policy of `model.forward`; default: the router's own rule (the oracle's where it has no other).
+        trace: also writes the decisions of every token to this trace file; they are held in memory until then.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        overrides: `a.b=value` changes of data, train and eval options.
+        console: where to say what is under way; default: nowhere.
+
+    Raises:
+        ConfigError: there is no such run, its corpus has changed, or a value is out of range.
+    """
+    if tokens < 1:
+        raise ConfigError(f"tokens {tokens} must be 1 or more")
+    return analyze_opened(open_run(Path(run), overrides, device), str(run), tokens, depth, trace, console)
+
+
+def analyze_opened(
+    opened: OpenRun,
+    source: str,
+    tokens: int = TOKENS,
+    depth: Depth = None,
+    trace: str | Path | None = None,
+    console: "Console | None" = None,
+) -> Analysis:
+    """Analyses a run that is open; `source` is its name, all else as in `analyze`."""
+    config = opened.config
+    # A depth that is not understood is better refused before the work begins.
+    recursions, span = config.model.schedule.resolved.recursions, config.model.max_seq_len
+    parse_depth(depth, recursions, span, takes_any_depth(config.model))
+    seq_len = config.train.seq_len
+    stream = opened.data.val.head(-(-tokens // seq_len) * seq_len + 1)
+    with cpu_threads(config.train.threads):
+        tally, agreement, policy = _trace(opened, stream, depth, trace, console)
+        losses = _losses(opened, stream, depth, console)
+    found = Analysis(
+        source=source,
+        step=opened.step,
+        tokens=tally.tokens,
+        windows=tally.windows,
+        policy=policy,
+        model=config.model.model_dump(mode="json"),
+        groups=tuple(group.report() for group in tally.groups.values()),
+        layers=tuple(layer.report() for layer in tally.layers.values()),
+        depth=tally.depth_report(decides_depth(config.model, policy)),
+        agreement=agreement if isinstance(agreement, Missing) else {n: agreement.report(n) for n in agreement.counts},
+        losses=losses,
+        drift=drift(opened.run.metrics("train"), config.model),
+    )
+    return replace(found, health=judge(found))
+
+
+def analyze_trace(path: str | Path) -> Analysis:
+    """Analyses a trace file, as far as it goes: what needs weights or a training is said to be missing.
+
+    Raises:
+        DataError: it is no trace file, or is damaged.
+    """
+    trace = load_trace(path)
+    if not trace.real.any():
+        raise DataError(f"trace file '{path}' has no tokens")
+    tally = Tally(trace.config)
+    tally.add(trace)
+    found = Analysis(
+        source=str(path),
+        step=None,
+        tokens=tally.tokens,
+        windows=tally.windows,
+        policy=trace.policy,
+        model=trace.config.model_dump(mode="json"),
+        groups=tuple(group.report() for group in tally.groups.values()),
+        layers=tuple(layer.report() for layer in tally.layers.values()),
+        depth=tally.depth_report(decides_depth(trace.config, trace.policy)),
+        agreement=Missing(NO_RUN),
+        losses=Missing(NO_RUN),
+        drift=Missing("a trace file has no training; analyse the run"),
+    )
+    return replace(found, health=judge(found))
+
+
+def write(analysis: Analysis, folder: str | Path, figures: bool = True) -> list[Path]:
+    """Writes analysis.json and the figures into a folder, which is made where it is missing; returns what it wrote.
+
+    Raises:
+        ConfigError: there shall be figures, and matplotlib is missing; analysis.json is written all the same.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(place / "analysis.json", to_dict(analysis))
+    return [place / "analysis.json", *(write_pictures(analysis, place) if figures else [])]
+
+
+def folder_for(path: Path) -> Path:
+    """Where the analysis of a run goes by default: `analysis` in its folder; of a checkpoint, a folder in that."""
+    if path.is_file():
+        return path.with_name(f"{path.stem}-analysis")
+    run = run_of(path).path
+    return run / "analysis" if run == path else run / "analysis" / path.resolve().name
+
+
+def to_dict(analysis: Analysis) -> dict[str, Any]:
+    """Plain data, as written to analysis.json."""
+    return asdict(analysis)
+
+
+def _trace(
+    opened: OpenRun, stream: TokenStream, depth: Depth, file: str | Path | None, console: "Console | None"
+) -> tuple[Tally, AgreementTally | Missing, str]:
+    """Goes over the windows once, under both rules where there are two."""
+    config, model = opened.config, opened.model
+    own = own_rule(config.model) if depth is None else depth
+    policy = "router" if own is None else str(own)
+    missing = _why_no_agreement(config.model, depth)
+    rules: tuple[Depth, ...] = (own,) if missing else (own, "oracle")
+    classes = token_classes(opened.tokenizer, config.model.vocab_size)
+    rarities = token_rarities(opened.data.train, config.model.vocab_size)
+    tally, agreement, kept = Tally(config.model), AgreementTally(), list[Decisions]()
+    batches = traced_windows(
+        model,
+        stream,
+        config.train.seq_len,
+        BATCH,
+        rules,
+        autocast_dtype(config.train.precision),
+        config.data.mask_documents,
+    )
+    windows = -(-(stream.num_tokens - 1) // config.train.seq_len)
+    with _bar(console, "tracing", windows) as advance:
+        for batch in batches:
+            first, *others = (
+                decisions(trace, batch.tokens, batch.lengths, config.model, policy, classes, rarities)
+                for trace in batch.traces
+            )
+            tally.add(first)
+            for other in others:
+                agreement.add(first, other)
+            if file is not None:
+                kept.append(first)
+            advance(len(batch.tokens))
+    if file is not None:
+        write_trace(file, join(kept))
+    return tally, Missing(missing) if missing else agreement, policy
+
+
+def _why_no_agreement(config: ModelConfig, depth: Depth) -> str:
+    """Why the causal rule and top-k are not compared; empty where they are."""
+    if not isinstance(config.depth, ExpertChoiceConfig):
+        return f"depth.kind {config.depth.kind!r} trains and decodes by one rule"
+    if config.depth.causal == "none":
+        return "this model was trained with depth.causal 'none' and has no causal rule"
+    return "" if depth is None else "the caller decides the depth"
+
+
+def _losses(opened: OpenRun, stream: TokenStream, depth: Depth, console: "Console | None") -> LossReport | Missing:
+    config, model = opened.config, opened.model
+    recursions = config.model.schedule.resolved.recursions
+
+    def measure(of: LanguageModel, policy: Depth, by_depth: bool = False) -> Any:
+        return evaluate(
+            of,
+            stream,
+            config.train.seq_len,
+            config.eval.batch_size,
+            depth=policy,
+            autocast=autocast_dtype(config.train.precision),
+            by_depth=by_depth,
+            mask_documents=config.data.mask_documents,
+        )
+
+    _say(console, f"losses at {recursions} depths" if recursions > 1 else "loss")
+    whole = measure(model, depth, by_depth=True)
+    by_depth: dict[int, float] | Missing = Missing("there is one recursion")
+    if whole.by_depth is not None:
+        by_depth = whole.by_depth
+    by_steps: dict[int, float] | Missing
+    shallow = with_fewer_steps(model)
+    if isinstance(shallow, Missing):
+        by_steps = shallow
+    else:
+        _say(console, "loss with one expert step less")
+        steps = config.model.mixer.steps  # type: ignore[union-attr]
+        own = own_rule(config.model) if depth is None else depth
+        by_steps = {steps - 1: measure(shallow, own).loss, steps: whole.loss}
+    values = [whole.loss, *(v for found in (by_depth, by_steps) if isinstance(found, dict) for v in found.values())]
+    if not all(math.isfinite(value) for value in values):
+        return Missing("a loss is not finite")
+    return LossReport(whole.loss, whole.oracle_loss, by_depth, by_steps)
+
+
+def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
+    """The same weights in a model whose experts take one step less; what belongs to the last step is left out."""
+    mixer = model.config.mixer
+    if isinstance(mixer, FeedForwardConfig):
+        return Missing("this model has no experts")
+    steps = getattr(mixer, "steps", 1)
+    if steps == 1:
+        return Missing(f"mixer.kind {mixer.kind!r} has experts of one step")
+    shorter = model.config.model_copy(update={"mixer": mixer.model_copy(update={"steps": steps - 1})})
+    weight = model.embedding.weight
+    shallow = build_model(shorter, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        own = dict(model.state_dict())
+        for name, tensor in shallow.state_dict().items():
+            tensor.copy_(own[name][tuple(slice(size) for size in tensor.shape)])
+    return shallow.eval()
+
+
+def decides_depth(config: ModelConfig, policy: str) -> bool:
+    """Whether a router or the caller lets tokens go differently deep."""
+    if policy in ("router", "oracle"):
+        return is_depth_routed(config)
+    return config.schedule.resolved.recursions > 1
+
+
+def _say(console: "Console | None", text: str) -> None:
+    if console is not None:
+        console.print(f"{text} …", style="dim", highlight=False)
+
+
+@contextmanager
+def _bar(console: "Console | None", title: str, total: int) -> Iterator[Any]:
+    """A bar over windows on a terminal, a line elsewhere; yields what advances it."""
+    if console is None or not console.is_terminal:
+        _say(console, f"{title} {total:,} windows")
+        yield lambda windows: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{title} windows", total=total)
+        yield lambda windows: progress.advance(task, windows)

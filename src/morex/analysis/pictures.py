@@ -1,0 +1,241 @@
+"""The figures of an analysis, in the style of a study's."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morex.analysis.health import place, short
+from morex.analysis.records import Analysis, ClassDepth, Found, Missing, Spread
+from morex.study.canvas import new_figure, write_figures
+from morex.study.pictures import DASHES, MARKERS, depth_bars
+from morex.study.series import DEPTH_STOPS, FAINT, HUES, ink_on
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = dict[str, Sequence[float | None]]
+MOST_LINES = 10
+"""Lines in a panel with a legend; more are drawn thin, without one."""
+MOST_NUMBERS = 16
+"""Experts up to which the loads are written into the map."""
+LEAST_SPAN = 0.02
+"""Least span of an axis of drift, so that noise does not fill the panel."""
+HIGHEST_LOAD = 2.0
+"""Even shares at which the colours of the map end."""
+
+
+def write_pictures(analysis: Analysis, folder: Path) -> list[Path]:
+    """Draws every figure that there is something for. Raises ConfigError where matplotlib is missing."""
+    drawings = {
+        "expert-loads": expert_loads,
+        "depth": depth,
+        "depth-by-class": depth_by_class,
+        "state-change": state_change,
+        "entropy": entropy,
+        "drift": drift,
+    }
+    return write_figures({name: partial(draw, analysis) for name, draw in drawings.items()}, folder)
+
+
+def expert_loads(analysis: Analysis) -> "Figure | None":
+    """A map of loads: a row for each choice of each expert layer, a column for each expert."""
+    rows = [
+        (place(layer, call.recursion, call.step), call.load)
+        for layer in analysis.layers
+        for call in layer.calls
+        if call.load is not None
+    ]
+    if not rows:
+        return None
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    experts = analysis.layers[0].experts
+    loads = [[share * experts for share in load] for _, load in rows]
+    figure, grid = new_figure(min(14, 3.4 + 0.55 * experts), 1.6 + 0.3 * len(rows))
+    axes = grid[0][0]
+    stops = [(1.0, 1.0, 1.0), *(tuple(channel / 255 for channel in stop) for stop in DEPTH_STOPS[1:])]
+    colours = LinearSegmentedColormap.from_list("loads", stops)
+    image = axes.imshow(loads, cmap=colours, vmin=0, vmax=HIGHEST_LOAD, aspect="auto")
+    if experts <= MOST_NUMBERS:
+        for y, load in enumerate(loads):
+            for x, times in enumerate(load):
+                ink = ink_on(to_hex(colours(min(times / HIGHEST_LOAD, 1))))
+                axes.text(x, y, f"{times:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xticks(range(experts) if experts <= MOST_NUMBERS else range(0, experts, max(1, experts // 8)))
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("expert")
+    axes.set_title("Load of the experts")
+    bar = figure.colorbar(image, ax=axes, extend="max", aspect=30)
+    bar.outline.set_visible(False)
+    bar.set_label("even shares")
+    return figure
+
+
+def depth(analysis: Analysis) -> "Figure | None":
+    """Tokens at each depth."""
+    report = analysis.depth
+    if isinstance(report, Missing):
+        return None
+    total = sum(report.histogram)
+    first = 0 if report.histogram[0] else 1
+    levels = list(range(first, report.deepest + 1))
+    heights = [100 * report.histogram[level] / total for level in levels]
+    figure, grid = new_figure(max(4.6, 1.6 + 0.6 * len(levels)), 3.4)
+    axes = grid[0][0]
+    bars = axes.bar(levels, heights, width=0.72, color=HUES[0])
+    axes.bar_label(bars, [f"{height:.1f}" if height else "0" for height in heights], padding=3, fontsize=8.5)
+    axes.set_xticks(levels)
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.12)
+    axes.set_xlabel("recursions taken" + (", over all groups" if len(analysis.groups) > 1 else ""))
+    axes.set_ylabel("share of the tokens, %")
+    axes.set_title(f"How deep the tokens went: {report.mean:.2f} on average")
+    return figure
+
+
+def depth_by_class(analysis: Analysis) -> "Figure | None":
+    """Depths of each class of tokens, and of frequent and rare ones."""
+    report = analysis.depth
+    if isinstance(report, Missing):
+        return None
+    classes: dict[str, ClassDepth] = {}
+    for found in (report.by_rarity, report.by_class):
+        if not isinstance(found, Missing):
+            classes |= dict(reversed(found.items()))
+    if not classes:
+        return None
+    shares = {f"{name}, mean {each.mean:.2f}": each.shares for name, each in classes.items()}
+    return depth_bars(shares, "Depth by class")
+
+
+def state_change(analysis: Analysis) -> "Figure | None":
+    """How far each recursion, or expert step, moves the state, and how much it turns it."""
+    changes: Series = {}
+    cosines: Series = {}
+    for group in analysis.groups:
+        if len(group.change) > 1:
+            changes[short(group.name)], cosines[short(group.name)] = _means(group.change), _means(group.cosine)
+    for layer in analysis.layers:
+        found = [call.change for call in layer.calls]
+        if any(isinstance(one, Spread) for one in found):
+            changes[short(layer.name)] = _means(found)
+            cosines[short(layer.name)] = _means([call.cosine for call in layer.calls])
+    if not any(value is not None for values in changes.values() for value in values):
+        return None
+    figure, grid = new_figure(9.4, 3.6, columns=2)
+    label = "recursion" if not analysis.layers else "recursion or expert step"
+    _panel(grid[0][0], changes, "Change of the state", "difference over the state before", label)
+    _panel(grid[0][1], cosines, "Direction of the state", "cosine with the state before", label)
+    _legend(figure, grid[0][0], changes)
+    return figure
+
+
+def entropy(analysis: Analysis) -> "Figure | None":
+    """Entropy of every router over the largest possible, at every decision."""
+    depths: Series = {}
+    for group in analysis.groups:
+        if not isinstance(group.entropy, Missing):
+            scaled = [None if value is None else value / group.entropy_limit for value in _means(group.entropy)]
+            depths[short(group.name)] = scaled
+    experts: Series = {}
+    for layer in analysis.layers:
+        if layer.experts > 1:
+            means = _means([call.entropy for call in layer.calls])
+            experts[short(layer.name)] = [None if value is None else value / math.log(layer.experts) for value in means]
+    panels = [
+        (found, title, x)
+        for found, title, x in (
+            (depths, "Depth routers", "recursion"),
+            (experts, "Expert routers", "choice of the layer, in order"),
+        )
+        if any(value is not None for values in found.values() for value in values)
+    ]
+    if not panels:
+        return None
+    figure, grid = new_figure(4.8 * len(panels), 3.6, columns=len(panels))
+    for axes, (found, title, x) in zip(grid[0], panels, strict=True):
+        _panel(axes, found, title, "entropy over the largest", x)
+        is_bars = not axes.lines
+        (axes.set_xlim if is_bars else axes.set_ylim)(0, 1.05)
+        if 1 < len(found) <= MOST_LINES and not is_bars:
+            axes.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def drift(analysis: Analysis) -> "Figure | None":
+    """Routing over the training steps."""
+    course = analysis.drift
+    if isinstance(course, Missing):
+        return None
+    titles: dict[str, tuple[Mapping[str, Sequence[float]], str]] = {
+        "Depth": (course.mean_depth, "recursions of a token"),
+        "Expert load": (course.load_cv, "CV of the loads"),
+        "Experts in use": (course.effective_experts, "effective experts"),
+        "Router entropy": (course.entropy_share, "entropy over the largest"),
+    }
+    shown = {title: entry for title, entry in titles.items() if entry[0]}
+    figure, grid = new_figure(max(4.8, 4.2 * len(shown)), 3.6, columns=len(shown))
+    for axes, (title, (series, label)) in zip(grid[0], shown.items(), strict=True):
+        for number, (name, values) in enumerate(series.items()):
+            axes.plot(course.steps, values, label=short(name).removesuffix(".router"), **_look(number, len(series)))
+        axes.set_title(title)
+        axes.set_ylabel(label)
+        axes.set_xlabel("training step")
+        axes.margins(x=0.02)
+        axes.ticklabel_format(axis="y", useOffset=False)
+        low, high = axes.get_ylim()
+        room = max(0.0, LEAST_SPAN - (high - low)) / 2
+        axes.set_ylim(low - room, high + room)
+        if 1 < len(series) <= MOST_LINES:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _panel(axes: "Axes", series: Series, title: str, label: str, x_label: str) -> None:
+    """A line for each name over 1, 2, ..., places without a value left out; bars where no name has two values."""
+    axes.set_title(title)
+    known = {
+        name: [(x, value) for x, value in enumerate(values, start=1) if value is not None]
+        for name, values in series.items()
+    }
+    if all(len(points) < 2 for points in known.values()):
+        bars = {name: points[0][1] for name, points in reversed(known.items()) if points}
+        axes.barh(list(bars), list(bars.values()), height=0.6, color=HUES[0])
+        axes.grid(axis="y", visible=False)
+        room = 0.8 + max(0, 3 - len(bars)) / 2
+        axes.set_ylim(-room, len(bars) - 1 + room)
+        axes.set_xlabel(label)
+        return
+    for number, (name, points) in enumerate(known.items()):
+        look = _look(number, len(series)) | {"marker": list(MARKERS.values())[number % len(MARKERS)], "markersize": 5}
+        axes.plot([x for x, _ in points], [value for _, value in points], label=name, **look)
+    most = max(len(values) for values in series.values())
+    axes.set_xticks(range(1, most + 1))
+    axes.set_xlim(0.7, most + 0.3)
+    axes.set_ylabel(label)
+    axes.set_xlabel(x_label)
+    axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _legend(figure: "Figure", axes: "Axes", series: Series) -> None:
+    if 1 < len(series) <= MOST_LINES and axes.lines:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+
+
+def _look(number: int, count: int) -> dict[str, Any]:
+    """Colour and dash of a line; of many, all alike."""
+    if count > MOST_LINES:
+        return {"color": FAINT, "linewidth": 0.7, "alpha": 0.6}
+    dash = list(DASHES.values())[number // len(HUES) % len(DASHES)]
+    return {"color": HUES[number % len(HUES)], "linewidth": 1.7, "linestyle": dash}
+
+
+def _means(values: Sequence[Found]) -> list[float | None]:
+    return [value.mean if isinstance(value, Spread) else None for value in values]

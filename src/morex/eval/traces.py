@@ -1,0 +1,78 @@
+"""Traces of held-out windows: what the routers of a model did with every token, a batch at a time."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from morex.config import ModelConfig
+from morex.data.loader import held_out_windows
+from morex.data.stream import TokenStream
+from morex.depth.policy import Depth
+from morex.model.lm import LanguageModel, Trace
+from morex.sections.depth import ExpertChoiceConfig
+
+
+@dataclass(frozen=True)
+class TracedBatch:
+    """One batch of windows and its traces, all on the CPU but for the traces."""
+
+    tokens: Tensor
+    """[B, T]."""
+    lengths: Tensor
+    """True lengths of the rows [B]."""
+    traces: tuple[Trace, ...]
+    """One for each depth policy that was asked for."""
+
+    @property
+    def real(self) -> Tensor:
+        """Tokens that are no padding [B, T], bool."""
+        return torch.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
+
+
+def own_rule(config: ModelConfig) -> Depth:
+    """The depth policy that a model is used with: its router's causal rule, or the oracle's where it has none."""
+    depth = config.depth
+    return "oracle" if isinstance(depth, ExpertChoiceConfig) and depth.causal == "none" else None
+
+
+@torch.no_grad()
+def traced_windows(
+    model: LanguageModel,
+    stream: TokenStream,
+    seq_len: int,
+    batch_size: int,
+    depths: tuple[Depth, ...],
+    autocast: torch.dtype | None = None,
+    mask_documents: bool = False,
+) -> Iterator[TracedBatch]:
+    """Runs a model in eval mode over consecutive windows of a stream, once for each depth policy.
+
+    Args:
+        model: its mode is the caller's affair.
+        stream: held-out tokens.
+        seq_len: window in tokens.
+        batch_size: windows per forward call.
+        depths: depth policies of `model.forward`.
+        autocast: format that autocast computes in; None computes in the format of the weights.
+        mask_documents: tokens attend only to their own document.
+    """
+    device = next(model.parameters()).device
+    for batch in held_out_windows(stream, seq_len, batch_size):
+        rows, time = batch.tokens.shape
+        sent, traces = batch.to(device), []
+        for depth in depths:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                out = model(
+                    sent.tokens,
+                    lengths=sent.lengths,
+                    document_ids=sent.document_ids if mask_documents else None,
+                    depth=depth,
+                    logits_to_keep=1,
+                    return_trace=True,
+                )
+            assert out.trace is not None
+            traces.append(out.trace)
+        lengths = torch.full((rows,), time) if batch.lengths is None else batch.lengths
+        yield TracedBatch(batch.tokens, lengths, tuple(traces))

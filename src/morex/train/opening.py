@@ -1,0 +1,62 @@
+"""A finished run, opened to be measured: its model, its tokenizer, and the held-out set that it was trained beside."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from morex.config import Config
+from morex.data.prepare import PreparedData, prepare
+from morex.data.tokenizer import Tokenizer
+from morex.loading import ConfigError, load_config
+from morex.model.lm import LanguageModel
+from morex.train.checkpoint import checkpoint_of, load, read_state, trained_on
+from morex.train.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """What a measurement of a run needs."""
+
+    run: RunFolder
+    step: int
+    """Optimizer steps of the checkpoint."""
+    config: Config
+    model: LanguageModel
+    """In eval mode."""
+    tokenizer: Tokenizer
+    data: PreparedData
+
+
+def run_of(path: Path) -> RunFolder:
+    """The run of a run folder or of one of its checkpoint folders. Raises ConfigError where it is neither."""
+    for folder in (path, path.resolve().parent.parent):
+        if (folder / "config.yaml").is_file():
+            return RunFolder(folder)
+    raise ConfigError(f"'{path}' is neither a run folder nor a checkpoint folder of one: there is no config.yaml")
+
+
+def open_run(path: Path, overrides: Sequence[str] = (), device: str = "auto") -> OpenRun:
+    """Loads a run folder (its newest checkpoint) or a checkpoint folder, and its data.
+
+    Args:
+        overrides: `a.b=value` changes of data, train and eval options.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigError: there is no run, an override is of the model, or the corpus has changed since the training.
+    """
+    for override in overrides:
+        if override.startswith("model."):
+            raise ConfigError(
+                f"--set {override}: the model of a run is trained as it is; set data, train or eval options"
+            )
+    run = run_of(path)
+    config = load_config(run.config_path, overrides)
+    model, tokenizer = load(path, device)
+    data = prepare(config.data, config.model.vocab_size, config.train.seq_len, tokenizer=tokenizer)
+    if not any(override.startswith("data.") for override in overrides) and trained_on(path)["text"] != data.content:
+        raise ConfigError(
+            f"data.corpus '{config.data.corpus}' has changed since '{path}' was trained, and its held-out set with it; "
+            f"put the old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
+        )
+    return OpenRun(run, int(read_state(checkpoint_of(path)[0])["step"]), config, model, tokenizer, data)
