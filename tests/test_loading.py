@@ -1,6 +1,7 @@
 """Files and overrides of a config: what is read, and what is refused with one sentence."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +67,17 @@ def test_a_tiny_form_asks_for_no_tokenizer_that_it_cannot_hold(preset: str) -> N
     assert (
         load_config(preset, ["data.tokenizer={kind: bpe, vocab_size: 90}"], tiny=True).data.tokenizer.vocab_size == 90
     )
+
+
+@pytest.mark.parametrize("overrides", ["train.steps=100", {"train.steps": 100}])
+def test_overrides_that_are_no_list(overrides: Any) -> None:
+    with pytest.raises(ConfigError, match=r"overrides must be a list such as \['train.steps=100'\], not "):
+        load_config("vanilla", overrides)
+
+
+@pytest.mark.parametrize("use", [morex.build_model, morex.count])
+def test_what_is_no_config_of_a_model(use: Any) -> None:
+    with pytest.raises(TypeError, match=r"not the whole config; pass its section, config\.model"):
+        use(load_config("vanilla"))
+    with pytest.raises(TypeError, match=r"not 'vanilla'; load it first: morex\.load_config"):
+        use("vanilla")

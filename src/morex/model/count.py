@@ -8,7 +8,7 @@ full square, the causal half and what a window hides included.
 
 from dataclasses import dataclass
 
-from morex.config import ModelConfig
+from morex.config import ModelConfig, expect_model
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
@@ -59,8 +59,10 @@ def count(
         bytes_per_value: of a cached value; 4 for fp32, 2 for bf16.
 
     Raises:
+        TypeError: `config` is no ModelConfig.
         ValueError: `seq_len` or `context` is no number of tokens, or `depth` is none that the model can take.
     """
+    expect_model(config)
     if seq_len < 1 or (context is not None and context < 0):
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
