@@ -38,6 +38,12 @@ def test_a_file_starts_from_a_preset_or_another_file(tmp_path: Path) -> None:
         load_config(tmp_path / "b.yaml")
 
 
+def test_a_config_of_another_program_is_told_its_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "small_model.yaml").write_text("model: {hidden_size: 512, num_recursion_blocks: 4}")
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.hidden_size'; known: attention, "):
+        load_config(tmp_path / "small_model.yaml")
+
+
 def test_sources_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match="unknown preset 'vanila'; did you mean 'vanilla'"):
         load_config("vanila")

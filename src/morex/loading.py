@@ -272,7 +272,8 @@ def _number(text: str) -> str | float:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
-    fault = error.errors()[0]
+    # A key that is not ours says more about what went wrong than one of ours that is not there.
+    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     location, sections = _walk(kind, fault["loc"])
     dotted = ".".join([where, *location] if where else location)
     match fault["type"]:
