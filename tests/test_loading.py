@@ -1,6 +1,7 @@
 """Files and overrides of a config: what is read, and what is refused with one sentence."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,12 @@ def test_a_file_starts_from_a_preset_or_another_file(tmp_path: Path) -> None:
         load_config(tmp_path / "b.yaml")
 
 
+def test_a_config_of_another_program_is_told_its_unknown_key(tmp_path: Path) -> None:
+    (tmp_path / "small_model.yaml").write_text("model: {hidden_size: 512, num_recursion_blocks: 4}")
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.hidden_size'; known: attention, "):
+        load_config(tmp_path / "small_model.yaml")
+
+
 def test_sources_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match="unknown preset 'vanila'; did you mean 'vanilla'"):
         load_config("vanila")
@@ -66,3 +73,17 @@ def test_a_tiny_form_asks_for_no_tokenizer_that_it_cannot_hold(preset: str) -> N
     assert (
         load_config(preset, ["data.tokenizer={kind: bpe, vocab_size: 90}"], tiny=True).data.tokenizer.vocab_size == 90
     )
+
+
+@pytest.mark.parametrize("overrides", ["train.steps=100", {"train.steps": 100}])
+def test_overrides_that_are_no_list(overrides: Any) -> None:
+    with pytest.raises(ConfigError, match=r"overrides must be a list such as \['train.steps=100'\], not "):
+        load_config("vanilla", overrides)
+
+
+@pytest.mark.parametrize("use", [morex.build_model, morex.count])
+def test_what_is_no_config_of_a_model(use: Any) -> None:
+    with pytest.raises(TypeError, match=r"not the whole config; pass its section, config\.model"):
+        use(load_config("vanilla"))
+    with pytest.raises(TypeError, match=r"not 'vanilla'; load it first: morex\.load_config"):
+        use("vanilla")

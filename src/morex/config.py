@@ -182,3 +182,11 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as written to a run's config.yaml."""
         return self.model_dump(mode="json")
+
+
+def expect_model(config: object) -> None:
+    """Raises TypeError, with what to pass, where something else stands in for a model's config."""
+    if not isinstance(config, ModelConfig):
+        given = "the whole config; pass its section, config.model" if isinstance(config, Config) else f"{config!r}"
+        hint = "; load it first: morex.load_config(NAME).model" if isinstance(config, str) else ""
+        raise TypeError(f"a ModelConfig is needed, not {given}{hint}")

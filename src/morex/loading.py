@@ -73,7 +73,7 @@ class Shelf:
         if isinstance(source, Path) or _is_path(name):
             path = Path(source)
             if path.is_dir():
-                raise ConfigError(f"'{path}' is a folder; a {self.sort} is a YAML file, or {self.entry} by name")
+                raise ConfigError(f"'{path}' is a folder; a {self.sort} is a YAML file, or a {self.entry} by name")
             if not path.is_file():
                 raise ConfigError(f"{self.sort} file '{path}' does not exist")
             content = path.read_bytes()
@@ -115,6 +115,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
     Raises:
         ConfigError: unknown preset or key, or values that do not fit together.
     """
+    if isinstance(overrides, str | Mapping):
+        raise ConfigError(f"overrides must be a list such as ['train.steps=100'], not {overrides!r}")
     tree = _read(source)
     if isinstance(tree.get("model"), dict):
         # With the default kinds written down, an override below them is checked against the right section.
@@ -139,11 +141,13 @@ def validate(kind: type[Tree], tree: Mapping[str, Any], where: str = "") -> Tree
         raise ConfigError(_sentence(kind, error, where)) from None
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the nearest known name, or the list of all of them."""
+def closest(name: str, known: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
+    """`; did you mean 'x'?` with the nearest known name and what else it may be, or the list of all known ones."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"
+    meant = [*difflib.get_close_matches(name, names, n=1, cutoff=0.6), *elsewhere]
+    if meant:
+        return f"; did you mean {' or '.join(repr(each) for each in meant)}?"
+    return f"; known: {', '.join(names)}"
 
 
 def tiny_model(model: ModelConfig) -> dict[str, Any]:
@@ -268,12 +272,13 @@ def _number(text: str) -> str | float:
 
 
 def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
-    fault = error.errors()[0]
+    # A key that is not ours says more about what went wrong than one of ours that is not there.
+    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     location, sections = _walk(kind, fault["loc"])
     dotted = ".".join([where, *location] if where else location)
     match fault["type"]:
         case "extra_forbidden":
-            return f"unknown key '{dotted}'{closest(location[-1], _keys(sections))}"
+            return f"unknown key '{dotted}'{closest(location[-1], _keys(sections), places(kind, location[-1]))}"
         case "missing" if isinstance(fault["loc"][-1], int):
             return f"'{dotted.rpartition('.')[0]}' has too few entries: number {fault['loc'][-1] + 1} is missing"
         case "missing":
@@ -317,6 +322,17 @@ def _walk(kind: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], l
         if below:
             current, is_union = below, len(below) > 1
     return location, current
+
+
+def places(kind: type[BaseModel], name: str) -> list[str]:
+    """Dotted paths of the keys with this name anywhere in a config class, in order, each once."""
+    found: dict[str, None] = {}
+    for key, field in kind.model_fields.items():
+        if key == name:
+            found[key] = None
+        for section in _sections(field.annotation):
+            found |= {f"{key}.{below}": None for below in places(section, name)}
+    return list(found)
 
 
 def _keys(sections: Sequence[type[BaseModel]]) -> list[str]:

@@ -27,12 +27,17 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "No such command 'trian'"),
+        (["trian"], "No such command 'trian'; did you mean 'train'"),
+        (["xyzzy"], "No such command 'xyzzy'; known: bench, .*, train"),
         (["train"], "Missing argument.*CONFIG"),
         (["train", "vanilla", "--stpes", "3"], "No such option: --stpes"),
+        (["train", "vanilla", "--steps", "3"], "No such option: --steps; .*--set train.steps=VALUE"),
+        (["train", "vanilla", "--batch-size", "3"], "--set train.batch_size=VALUE"),
         (["train", "mor-exprt"], "unknown preset 'mor-exprt'; did you mean 'mor-expert'"),
         (["train", "missing.yaml"], "'missing.yaml' does not exist"),
         (["train", "vanilla", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'lr'"),
+        (["train", "vanilla", "--set", "steps=3"], "unknown key 'steps'; did you mean .*'train.steps'"),
+        (["train", "moe", "--set", "model.mixer.top_k=2"], "did you mean 'model.mixer.router.top_k'"),
         (["train", "vanilla", "--set", "model.depth.kind=expert_choise"], "expert_choise.*expert_choice"),
         (["train", "vanilla", "--set", "train.lr"], "'train.lr' must have the form a.b=value"),
         (["train", "vanilla", "--set", "model.d_model=30"], "d_model 30 .*heads 4"),
@@ -67,7 +72,7 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["bench", "train", "more", "--json", "."], "--json '.' is a folder"),
         (["train", "vanilla", "--set", "train.threads=100000", *TINY_CORPUS], "100000 CPU threads are too many for"),
         (["train", "."], "unknown preset '.'"),
-        (["train", "./"], "'.' is a folder; a config is a YAML file, or preset by name"),
+        (["train", "./"], "'.' is a folder; a config is a YAML file, or a preset by name"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )

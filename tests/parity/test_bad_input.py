@@ -64,6 +64,10 @@ def test_arguments_that_do_not_fit(name: str) -> None:
     refused_forward(pattern, model, TOKENS, **options(model))
 
 
+def test_a_depth_where_there_are_no_recursions() -> None:
+    refused_forward(r"asks for 4 recursions; this model takes 1 alone", eval_model("more"), TOKENS, depth=4)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 0), (1, 2, 3)])
 def test_tokens_of_another_shape(shape: tuple[int, ...]) -> None:
     refused_forward(r"tokens .*shape", eval_model("vanilla"), torch.ones(shape, dtype=torch.long))

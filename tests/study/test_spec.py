@@ -61,7 +61,7 @@ def test_what_is_written_is_what_is_read(file: Path) -> None:
     ("tree", "words"),
     [
         (study(variants=[{"name": "vanilla", "pre": 1}]), "unknown key 'variants.0.pre'; did you mean 'preset'"),
-        (study(seed=[0]), "unknown key 'seed'; did you mean 'seeds'"),
+        (study(seed=[0]), "unknown key 'seed'; did you mean 'seeds' or 'sample.seed'?"),
         (study(variants=[]), "variants"),
         (study(variants=[{"name": "a/b"}]), "'a/b' must be letters, digits"),
         (study(variants=[{"name": "a"}, {"name": "a"}]), "'a' appears more than once"),

@@ -5,6 +5,7 @@ to stdout, progress and hints to stderr, so that `--json` can be piped.
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from morex.cli import analysis, listing, run, studies
 from morex.cli.app import Settings, app
+from morex.loading import closest, places
 from morex.train.errors import Interrupted, TrainingError
 
 __all__ = ["app", "main"]
@@ -61,12 +63,28 @@ def _is_user_fault(error: Exception) -> bool:
 def _sentence(error: Exception) -> str:
     """One sentence on one line."""
     if hasattr(error, "format_message"):
-        text = str(error.format_message())
+        text = _usage(error)
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"'{error.filename}': {error.strerror.lower()}"
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+def _usage(error: Any) -> str:
+    """A fault in the command line itself, and what would work: the commands there are, or the key of the config."""
+    message = str(error.format_message())
+    option, command = getattr(error, "option_name", None), getattr(getattr(error, "ctx", None), "command", None)
+    unknown, commands = re.match(r"No such command '([^']*)'", message), getattr(command, "commands", None)
+    if unknown and commands:
+        return f"No such command '{unknown[1]}'{closest(unknown[1], commands)}"
+    if option and any("--set" in parameter.opts for parameter in getattr(command, "params", ())):
+        from morex.config import Config
+
+        there = [f"--set {place}=VALUE" for place in places(Config, option.lstrip("-").replace("-", "_"))]
+        if there:
+            return f"No such option: {option}; values of the config are changed with {' or '.join(there)}"
+    return message
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

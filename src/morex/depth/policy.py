@@ -74,7 +74,7 @@ def parse_depth(
     if name == "uniform" and argument.isdigit():
         wanted = int(argument)
         if wanted < 1 or (wanted > recursions and not any_depth):
-            limit = "1 or more" if any_depth else f"1 to {recursions}"
+            limit = "1 or more" if any_depth else f"1 to {recursions}" if recursions > 1 else "1 alone, having no more"
             raise ValueError(f"depth {depth!r} asks for {wanted} recursions; this model takes {limit}")
         return DepthPolicy("uniform", wanted)
     if name in ("adaptive", "progressive") and (not argument or (argument.isdigit() and int(argument) > 0)):

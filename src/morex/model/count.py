@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
 
-from morex.config import ModelConfig
+from morex.config import ModelConfig, expect_model
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
@@ -66,8 +66,10 @@ def count(
         bytes_per_value: of a cached value; 4 for fp32, 2 for bf16.
 
     Raises:
+        TypeError: `config` is no ModelConfig.
         ValueError: `seq_len` or `context` is no number of tokens, or `depth` is none that the model can take.
     """
+    expect_model(config)
     if seq_len < 1 or (context is not None and context < 0):
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from morex.cache.contiguous import ContiguousCache
 from morex.cache.slots import KVCache
-from morex.config import ModelConfig
+from morex.config import ModelConfig, expect_model
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
@@ -319,7 +319,11 @@ def build_model(
         config: what to build.
         device: where; `meta` builds shapes alone, for counting.
         dtype: of the weights; default float32.
+
+    Raises:
+        TypeError: `config` is no ModelConfig.
     """
+    expect_model(config)
     with torch.device(device):
         model = LanguageModel(config)
     if torch.device(device).type != "meta":
