@@ -35,6 +35,28 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "act+concat_input": ("mor-act", ["model.input_injection=concat"]),
     "random+add_input": ("mor-random", ["model.input_injection=add"]),
+    "recursive+scale": ("recursive", ["model.residual_scale=recursions", "model.norm_placement=pre_post"]),
+    "recursive+norms": (
+        "recursive",
+        ["model.recursion_norms=true", "model.norm=layer", "model.norm_placement=sandwich", "model.kv=shared_first"],
+    ),
+    "recursive+lora": (
+        "recursive",
+        ["model.lora={rank: 3, alpha: 6}", "model.attention={heads: 4, kv_heads: 2, qk_norm: true, bias: true}"],
+    ),
+    "recursive+lora_gelu": ("recursive", ["model.lora={rank: 2}", "model.mixer.kind=gelu", "model.kv=shared_first"]),
+    "expert+lora": ("mor-expert", ["model.lora={rank: 4}", "model.recursion_norms=true", "model.mixer.kind=geglu"]),
+    "sequence+lora": ("mor-token", ["model.schedule.sharing=sequence", "model.lora={rank: 2, alpha: 1}"]),
+    "threshold+lora": (
+        "mor-threshold",
+        ["model.lora={rank: 4}", "model.kv=shared_first", "model.input_injection=concat"],
+    ),
+    "act+norms": ("mor-act", ["model.recursion_norms=true", "model.residual_scale=recursions"]),
+    "random+lora": ("mor-random", ["model.lora={rank: 4}", "model.residual_scale=recursions"]),
+    "expert+norms_of_experts": (
+        "mor-expert",
+        [EXPERTS, "model.recursion_norms=true", "model.schedule.sharing=sequence", "model.residual_scale=recursions"],
+    ),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
     "vanilla+biases": (

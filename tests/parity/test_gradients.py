@@ -24,7 +24,7 @@ STEP = 1e-5
 
 # Parameters of one part move together; names are searched for these in this order.
 PARTS = [
-    *("mixer.router", "router", "step_embedding", "injection"),
+    *("mixer.router", "router", "step_embedding", "injection", "lora", "norms"),
     *("mixer", "attention", "norm", "embedding", "position", "head"),
 ]
 

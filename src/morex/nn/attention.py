@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from morex.nn import fast
 from morex.nn.costs import AttentionCosts, Costs, linear_costs
+from morex.nn.low_rank import Changes, changed
 from morex.nn.packing import Packing
 from morex.nn.rope import Rope, rotate
 
@@ -149,17 +150,29 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = norm_q, norm_k
         self.shape = shape
 
-    def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None, local: Local | None = None) -> Tensor:
-        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it. `local`: of a local step."""
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        view: KeyView | None = None,
+        local: Local | None = None,
+        changes: Changes | None = None,
+    ) -> Tensor:
+        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it.
+
+        Args:
+            local: of a local step.
+            changes: of the maps `q`, `k`, `v` and `o` at this step.
+        """
         rope, window = (self.shape.rope, None) if local is None else (local.rope, local.window)
-        if view is None and self._has_fast_path(x, packing, rope, window):
+        if view is None and not changes and self._has_fast_path(x, packing, rope, window):
             return self._fast(x, packing, rope)
-        n, dim = x.shape[0], self.shape.head_dim
-        q = turn(_normed(self.q(x).view(n, -1, dim), self.norm_q), packing, rope)
+        n, dim, own = x.shape[0], self.shape.head_dim, changes or {}
+        q = turn(_normed(changed(self.q, x, own.get("q")).view(n, -1, dim), self.norm_q), packing, rope)
         fresh = view is None
         if view is None or view.writes:
-            k = turn(_normed(self.k(x).view(n, -1, dim), self.norm_k), packing, rope)
-            v = self.v(x).view(n, -1, dim)
+            k = turn(_normed(changed(self.k, x, own.get("k")).view(n, -1, dim), self.norm_k), packing, rope)
+            v = changed(self.v, x, own.get("v")).view(n, -1, dim)
             if view is not None:
                 fresh = view.append(k, v, packing)
         if fresh:
@@ -167,7 +180,7 @@ class Attention(nn.Module):
         else:
             assert view is not None
             y = attend_to(q, packing, view.read(), self.shape.scale, window)
-        return self.o(y.reshape(n, -1))
+        return changed(self.o, y.reshape(n, -1), own.get("o"))
 
     def _has_fast_path(self, x: Tensor, packing: Packing, rope: Rope | None, window: int | None) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
@@ -194,6 +207,12 @@ def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
 def has_fast_rows(packing: Packing) -> bool:
     """Whether `morex.nn.fast` knows rows like these: some tokens, none of them hidden by documents, not too wide."""
     return packing.documents is None and packing.num_tokens > 0 and fast.fits(packing.width)
+
+
+def attention_maps(d_model: int, shape: AttentionShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear maps of `Attention`, by name."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {"q": (d_model, queries), "k": (d_model, keys), "v": (d_model, keys), "o": (queries, d_model)}
 
 
 def attention_costs(d_model: int, shape: AttentionShape) -> Costs:
