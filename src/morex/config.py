@@ -21,6 +21,7 @@ from morex.sections.depth import (
     HaltingConfig,
     TokenChoiceConfig,
 )
+from morex.sections.dropout import DropoutConfig
 from morex.sections.head import HeadConfig, LanguageModelHeadConfig
 from morex.sections.lora import LoRAConfig
 from morex.sections.mixers import (
@@ -75,6 +76,8 @@ class ModelConfig(Section):
     """What the last states become: logits of the next token, or of the classes of a sequence."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
+    dropout: DropoutConfig = DropoutConfig()
+    """What training drops at random; default: nothing."""
     residual_scale: Literal["none", "recursions"] = "none"
     """`recursions`: attention and mixer of core blocks add 1 / R of what they otherwise would."""
     recursion_norms: bool = False
@@ -164,6 +167,11 @@ class ModelConfig(Section):
                     f"like the blocks'; leave attention.{option} out or use another mixer"
                 )
 
+        if self.dropout.attention:
+            raise ValueError(
+                f"dropout.attention is for blocks alone, and mixer.kind {kind!r} has experts with an attention of "
+                "their own; leave dropout.attention out or use another mixer"
+            )
         if self.norm != "rms":
             raise ValueError(
                 f"norm {self.norm!r} is for blocks alone, and mixer.kind {kind!r} has experts with norms of kind "

@@ -17,6 +17,7 @@ from torch import Tensor
 import morex
 from morex.config import Config, ModelConfig
 from morex.nn.fast.switch import enabled
+from morex.sections.dropout import DropoutConfig
 from morex.sections.mixers import FeedForwardConfig
 
 EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3, top_k: 2}}"
@@ -35,6 +36,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "act+concat_input": ("mor-act", ["model.input_injection=concat"]),
     "random+add_input": ("mor-random", ["model.input_injection=add"]),
+    "vanilla+dropout": ("vanilla", ["model.dropout={attention: 0.3, residual: 0.2, embedding: 0.1}"]),
+    "expert+dropout": ("mor-expert", ["model.dropout={attention: 0.1, residual: 0.2}", "model.kv=shared_first"]),
+    "tuned+dropout": ("more-tuned", ["model.dropout={residual: 0.2, embedding: 0.1}", "model.norm_placement=sandwich"]),
+    "classifier+dropout": ("sandbox-token", ["model.dropout={attention: 0.1, residual: 0.1, embedding: 0.1}"]),
     "recursive+scale": ("recursive", ["model.residual_scale=recursions", "model.norm_placement=pre_post"]),
     "recursive+norms": (
         "recursive",
@@ -157,6 +162,11 @@ def load(case: str, *overrides: str) -> Config:
 
 LM_CASES = [case for case in CASES if config_of(case).head.kind == "lm"]
 CLASSIFIER_CASES = [case for case in CASES if config_of(case).head.kind == "classifier"]
+
+REPEATABLE = [case for case in CASES if config_of(case).dropout == DropoutConfig()]
+"""Cases of which two passes in training mode can be compared, whatever else they compute: nothing is dropped."""
+MODES = [(case, mode) for case in CASES for mode in ("eval", "train") if mode == "eval" or case in REPEATABLE]
+"""Every case in eval mode, and in training mode where it is repeatable."""
 
 
 def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None, head: str | None = None) -> list[str]:

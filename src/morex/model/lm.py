@@ -23,6 +23,7 @@ from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
 from morex.nn.attention import Attention, AttentionShape, Local, attention_maps
 from morex.nn.block import NORM_NAMES, Block
+from morex.nn.dropout import dropped
 from morex.nn.injection import Injection
 from morex.nn.low_rank import LowRank
 from morex.nn.mixers import FeedForward, GatedFeedForward, feed_forward_maps
@@ -212,7 +213,7 @@ class LanguageModel(nn.Module):
             most = self.config.max_seq_len
             check_below(most, "position", packing.positions, f"the {most} learned positions (model.max_seq_len)")
             x = x + self.position_embedding(packing.positions)
-        return x
+        return dropped(x, self.config.dropout.embedding, self.training)
 
     def _add_loss(self, out: Output, objective: Tensor) -> None:
         loss = objective
@@ -387,9 +388,10 @@ def _block(config: ModelConfig, has_norms: bool = True) -> Block:
     else:
         router = ExpertRouter(d_model, **mixer.router.model_dump())
         built = EXPERTS[mixer.kind](d_model, router, shape, eps, **mixer.options(d_model))
-    of_heads = [NORMS[config.norm](shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
-    attention = Attention(d_model, shape, *of_heads)
-    return Block(attention, built, config.norm_placement, _norms(config) if has_norms else {})
+    norm_q, norm_k = (NORMS[config.norm](shape.head_dim, eps) if config.attention.qk_norm else None for _ in "qk")
+    attention = Attention(d_model, shape, norm_q, norm_k, config.dropout.attention)
+    norms = _norms(config) if has_norms else {}
+    return Block(attention, built, config.norm_placement, norms, config.dropout.residual)
 
 
 def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: int) -> Trace:

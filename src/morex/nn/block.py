@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from torch import Tensor, nn
 
 from morex.nn.attention import Attention, KeyView, Local
+from morex.nn.dropout import dropped
 from morex.nn.low_rank import Changes
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
@@ -52,16 +53,18 @@ class Block(nn.Module):
         mixer: nn.Module,
         placement: NormPlacement,
         norms: Mapping[str, nn.Module],
+        dropout: float = 0.0,
     ) -> None:
         """Args:
         norms: `norm1` and `norm2` before attention and mixer, and where `placement` is not `pre`, `norm1_after` and
             `norm2_after` behind them; empty where every step brings its own.
+        dropout: share of what attention and mixer add that training drops.
         """
         super().__init__()
         self.norm1, self.attention = norms.get("norm1"), attention
         self.norm2, self.mixer = norms.get("norm2"), mixer
         self.norm1_after, self.norm2_after = norms.get("norm1_after"), norms.get("norm2_after")
-        self.placement = placement
+        self.placement, self.dropout = placement, dropout
 
     def forward(
         self,
@@ -94,5 +97,6 @@ class Block(nn.Module):
         """The residual stream [N, D] with a branch [N, D]."""
         if self.placement == "pre_post":
             branch = self._norm(norm_after, parts, branch)
+        branch = dropped(branch, self.dropout, self.training)
         joined = x + branch if parts.scale == 1 else x + parts.scale * branch
         return self._norm(norm_after, parts, joined) if self.placement == "sandwich" else joined
