@@ -26,8 +26,11 @@ EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "recursive+shared_first": ("recursive", ["model.kv=shared_first"]),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
-    "recursive+add_input": ("recursive", ["model.input_injection=add", "model.kv=shared_first"]),
-    "recursive+concat_input": ("recursive", ["model.input_injection=concat", "model.step_embedding=true"]),
+    "recursive+add_input": (
+        "recursive",
+        ["model.input_injection=add", "model.kv=shared_first", "model.step_embedding=true"],
+    ),
+    "recursive+concat_input": ("recursive", ["model.input_injection=concat"]),
     "sequence+concat_input": ("mor-token", ["model.schedule.sharing=sequence", "model.input_injection=concat"]),
     "expert+concat_input": ("mor-expert", ["model.input_injection=concat", "model.depth.gate=delta"]),
     "threshold+concat_input": (

@@ -299,3 +299,19 @@ def test_orders_of_sharing(sharing: str, order: list[int]) -> None:
 def test_places_number_the_steps(order: Any) -> None:
     schedule = Schedule(prelude=2, core=3, coda=1, recursions=4, order=order)
     assert [schedule.place(step) for step in schedule.steps] == list(range(15))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if config_of(case).lora is not None])
+def test_low_rank_changes_begin_as_none(case: str) -> None:
+    """Before training, and not after: a model with them is the one without."""
+    config, tokens = config_of(case), random_tokens(case)
+    relaxed: Any = morex.build_model(config, dtype=torch.float64).eval()
+    plain: Any = morex.build_model(changed(config, lora=None), dtype=torch.float64).eval()
+    plain.load_state_dict({name: weight for name, weight in relaxed.state_dict().items() if ".lora." not in name})
+    before = plain(tokens, depth="uniform:2").logits
+    assert largest_change(relaxed(tokens, depth="uniform:2").logits, before) <= 1e-12
+    changes = [parameter for name, parameter in relaxed.named_parameters() if ".lora." in name]
+    with torch.no_grad():
+        for parameter in changes:
+            parameter.add_(0.1)
+    assert changes and largest_change(relaxed(tokens, depth="uniform:2").logits, before) > 1e-6
