@@ -19,7 +19,9 @@ from morex.sections.depth import (
     GatedConfig,
     StoppingConfig,
 )
+from morex.sections.dropout import DropoutConfig
 from morex.sections.head import HeadConfig, LanguageModelHeadConfig
+from morex.sections.lora import LoRAConfig
 from morex.sections.mixers import (
     FeedForwardConfig,
     HuginnExpertsConfig,
@@ -73,6 +75,14 @@ class ModelConfig(Section):
     """What the last states become: logits of the next token, or of the classes of a sequence."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
+    dropout: DropoutConfig = DropoutConfig()
+    """What training drops at random; default: nothing."""
+    residual_scale: Literal["none", "recursions"] = "none"
+    """`recursions`: attention and mixer of core blocks add 1 / R of what they otherwise would."""
+    recursion_norms: bool = False
+    """Each recursion has norms of its own in the core blocks, but for those of queries and keys."""
+    lora: LoRAConfig | None = None
+    """Each recursion changes the linear maps of the core blocks by a low-rank product of its own; default: not."""
     input_injection: Literal["none", "add", "concat"] = "none"
     """How each recursion meets the core's first input e again: `add` core(H + e), `concat` core(A [H; e]) with a linear
     map A from 2 d_model to d_model."""
@@ -97,6 +107,7 @@ class ModelConfig(Section):
                 f"input_injection {self.input_injection!r} goes into recursions, and schedule.sharing 'none' has none; "
                 "use input_injection 'none' or another sharing"
             )
+        self._check_relaxations(recursions)
         if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
             self._check_recurring_experts(self.mixer.kind)
         if self.kv != "per_recursion" and recursions > 1 and attention.global_every and attention.local_rope_base:
@@ -140,6 +151,30 @@ class ModelConfig(Section):
         below = self.d_model // (2 * heads) * 2 * heads
         return f"{below} or {below + 2 * heads}" if below else str(2 * heads)
 
+    def _check_relaxations(self, recursions: int) -> None:
+        """What sets recursions apart needs some; low-rank changes need maps that are matrices."""
+        given = {
+            "residual_scale": self.residual_scale != "none",
+            "recursion_norms": self.recursion_norms,
+            "lora": self.lora is not None,
+        }
+        for option in (name for name, is_given in given.items() if is_given and recursions == 1):
+            raise ValueError(
+                f"{option} is for blocks that recur, and schedule.recursions is 1 with schedule.sharing "
+                f"{self.schedule.sharing!r}; leave {option} out or use 2 recursions or more"
+            )
+        if self.lora is None:
+            return
+        if not isinstance(self.mixer, FeedForwardConfig):
+            raise ValueError(
+                f"lora changes attention and feed-forward nets, and mixer.kind {self.mixer.kind!r} has experts; leave "
+                "lora out or use mixer.kind 'swiglu', 'geglu', 'gelu' or 'relu'"
+            )
+        if self.lora.rank >= self.d_model:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} is no low rank for d_model {self.d_model}; use {self.d_model - 1} or less"
+            )
+
     def _check_recurring_experts(self, kind: str) -> None:
         for option in ("bias", "output_bias", "qk_norm", "window"):
             if getattr(self.attention, option):
@@ -148,6 +183,11 @@ class ModelConfig(Section):
                     f"like the blocks'; leave attention.{option} out or use another mixer"
                 )
 
+        if self.dropout.attention:
+            raise ValueError(
+                f"dropout.attention is for blocks alone, and mixer.kind {kind!r} has experts with an attention of "
+                "their own; leave dropout.attention out or use another mixer"
+            )
         if self.norm != "rms":
             raise ValueError(
                 f"norm {self.norm!r} is for blocks alone, and mixer.kind {kind!r} has experts with norms of kind "

@@ -18,6 +18,7 @@ import morex
 from morex.config import Config, ModelConfig
 from morex.loading import validate
 from morex.nn.fast.switch import enabled
+from morex.sections.dropout import DropoutConfig
 from morex.sections.mixers import FeedForwardConfig
 
 EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3, top_k: 2}}"
@@ -46,8 +47,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "ouro+window": ("ouro", ["model.attention={heads: 4, window: 4}", "model.step_embedding=true"]),
     "ouro+recursive_experts": ("ouro", [EXPERTS, "model.tie_embeddings=false"]),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
-    "recursive+add_input": ("recursive", ["model.input_injection=add", "model.kv=shared_first"]),
-    "recursive+concat_input": ("recursive", ["model.input_injection=concat", "model.step_embedding=true"]),
+    "recursive+add_input": (
+        "recursive",
+        ["model.input_injection=add", "model.kv=shared_first", "model.step_embedding=true"],
+    ),
+    "recursive+concat_input": ("recursive", ["model.input_injection=concat"]),
     "sequence+concat_input": ("mor-token", ["model.schedule.sharing=sequence", "model.input_injection=concat"]),
     "expert+concat_input": ("mor-expert", ["model.input_injection=concat", "model.depth.gate=delta"]),
     "threshold+concat_input": (
@@ -56,6 +60,32 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "act+concat_input": ("mor-act", ["model.input_injection=concat"]),
     "random+add_input": ("mor-random", ["model.input_injection=add"]),
+    "vanilla+dropout": ("vanilla", ["model.dropout={attention: 0.3, residual: 0.2, embedding: 0.1}"]),
+    "expert+dropout": ("mor-expert", ["model.dropout={attention: 0.1, residual: 0.2}", "model.kv=shared_first"]),
+    "tuned+dropout": ("more-tuned", ["model.dropout={residual: 0.2, embedding: 0.1}", "model.norm_placement=sandwich"]),
+    "classifier+dropout": ("sandbox-token", ["model.dropout={attention: 0.1, residual: 0.1, embedding: 0.1}"]),
+    "recursive+scale": ("recursive", ["model.residual_scale=recursions", "model.norm_placement=pre_post"]),
+    "recursive+norms": (
+        "recursive",
+        ["model.recursion_norms=true", "model.norm=layer", "model.norm_placement=sandwich", "model.kv=shared_first"],
+    ),
+    "recursive+lora": (
+        "recursive",
+        ["model.lora={rank: 3, alpha: 6}", "model.attention={heads: 4, kv_heads: 2, qk_norm: true, bias: true}"],
+    ),
+    "recursive+lora_gelu": ("recursive", ["model.lora={rank: 2}", "model.mixer.kind=gelu", "model.kv=shared_first"]),
+    "expert+lora": ("mor-expert", ["model.lora={rank: 4}", "model.recursion_norms=true", "model.mixer.kind=geglu"]),
+    "sequence+lora": ("mor-token", ["model.schedule.sharing=sequence", "model.lora={rank: 2, alpha: 1}"]),
+    "threshold+lora": (
+        "mor-threshold",
+        ["model.lora={rank: 4}", "model.kv=shared_first", "model.input_injection=concat"],
+    ),
+    "act+norms": ("mor-act", ["model.recursion_norms=true", "model.residual_scale=recursions"]),
+    "random+lora": ("mor-random", ["model.lora={rank: 4}", "model.residual_scale=recursions"]),
+    "expert+norms_of_experts": (
+        "mor-expert",
+        [EXPERTS, "model.recursion_norms=true", "model.schedule.sharing=sequence", "model.residual_scale=recursions"],
+    ),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
     "vanilla+biases": (
@@ -165,6 +195,11 @@ def load(case: str, *overrides: str) -> Config:
 
 LM_CASES = [case for case in CASES if config_of(case).head.kind == "lm"]
 CLASSIFIER_CASES = [case for case in CASES if config_of(case).head.kind == "classifier"]
+
+REPEATABLE = [case for case in CASES if config_of(case).dropout == DropoutConfig()]
+"""Cases of which two passes in training mode can be compared, whatever else they compute: nothing is dropped."""
+MODES = [(case, mode) for case in CASES for mode in ("eval", "train") if mode == "eval" or case in REPEATABLE]
+"""Every case in eval mode, and in training mode where it is repeatable."""
 
 
 def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None, head: str | None = None) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from parity.formulas import best, feed_forward, gelu, rms_norm, rotate, sigmoid, softmax
 
 States = dict[int, Tensor]  # position in the sequence -> vector [D]
+Place = tuple[int, int, int]  # of a step of the core: group, recursion from 1 (0 elsewhere), block of the group from 0
 
 
 @dataclass
@@ -97,26 +98,45 @@ class Reference:
 
     # Blocks
 
-    def block(self, index: int, place: int, states: States, sources: States | None = None) -> tuple[States, States]:
+    def block(
+        self, index: int, place: int, states: States, sources: States | None = None, step: Place = (0, 0, 0)
+    ) -> tuple[States, States]:
         """One block over the states given, as the step at this place, from 0.
 
         Keys and values come from `sources` (normed states) where given; under `refresh` with the block's own on top of
         them. Returns the new states and the normed states from which this block's own keys and values are made.
         """
+        group, recursion, member = step
         name = f"stack.blocks.{index}."
-        normed = {t: self.norm(name + "norm1", x) for t, x in states.items()}
+        norms = f"stack.groups.{group}.norms.{recursion - 1}.{member}." if recursion else name
+        norms = norms if f"{norms}norm1.weight" in self.weights else name
+        scale = 1 / self.recursions if recursion and self.config["residual_scale"] == "recursions" else 1.0
+        normed = {t: self.norm(norms + "norm1", x) for t, x in states.items()}
         if self.config["kv"] == "refresh" and sources is not None:
-            sources = normed = {**sources, **normed}
-        own = {
-            rest: weight
-            for full, weight in self.weights.items()
-            if (rest := full.removeprefix(name + "attention.")) != full
-        }
-        queries = {t: normed[t] for t in states}
-        attended = self.attention(queries, normed if sources is None else sources, own, place)
-        states = {t: self.join(name + "norm1_after", x, attended[t]) for t, x in states.items()}
-        mixed = self.mixer(index, {t: self.norm(name + "norm2", x) for t, x in states.items()})
-        return {t: self.join(name + "norm2_after", x, mixed[t]) for t, x in states.items()}, normed
+            assert self.config["lora"] is None, "every key would need the change of its own recursion"
+            sources = {**sources, **normed}
+        own = self.below(name + "attention.")
+        for part in "qkvo":
+            maker = 1 if part in "kv" and sources is not None else recursion
+            own[part + ".weight"] = self.relaxed(own[part + ".weight"], part, (group, maker, member))
+        attended = self.attention(normed, normed if sources is None else sources, own, place)
+        states = {t: self.join(norms + "norm1_after", x, attended[t], scale) for t, x in states.items()}
+        mixed = self.mixer(index, {t: self.norm(norms + "norm2", x) for t, x in states.items()}, step)
+        joined = {t: self.join(norms + "norm2_after", x, mixed[t], scale) for t, x in states.items()}
+        return joined, normed if sources is None else sources
+
+    def below(self, name: str) -> dict[str, Tensor]:
+        """The weights whose names begin so, by the rest of their names."""
+        return {full.removeprefix(name): weight for full, weight in self.weights.items() if full.startswith(name)}
+
+    def relaxed(self, weight: Tensor, part: str, step: Place) -> Tensor:
+        """W + alpha / rank * B A, at a step that has A and B for this map."""
+        group, recursion, member = step
+        own = self.below(f"stack.groups.{group}.lora.{recursion - 1}.{member}.{part}.")
+        if not recursion or not own:
+            return weight
+        options = self.config["lora"]
+        return weight + (options["alpha"] or options["rank"]) / options["rank"] * (own["b"] @ own["a"])
 
     def norm(self, name: str, x: Tensor, own: Mapping[str, Tensor] | None = None) -> Tensor:
         """The norm of this name, of the config's kind, out of all weights or the ones given."""
@@ -127,15 +147,15 @@ class Reference:
             return rms_norm(centred, weight, self.eps) + weights[name + ".bias"]
         return rms_norm(x, 1 + weight if self.config["norm"] == "rms_plus_one" else weight, self.eps)
 
-    def join(self, name: str, x: Tensor, branch: Tensor) -> Tensor:
+    def join(self, name: str, x: Tensor, branch: Tensor, scale: float) -> Tensor:
         """The residual stream with a branch, and the norm of this name where the config puts it."""
         match self.config["norm_placement"]:
             case "pre":
-                return x + branch
+                return x + scale * branch
             case "sandwich":
-                return self.norm(name, x + branch)
+                return self.norm(name, x + scale * branch)
             case _:
-                return x + self.norm(name, branch)
+                return x + scale * self.norm(name, branch)
 
     def attention(
         self, queries: States, sources: States, own: Mapping[str, Tensor], place: int | None = None
@@ -175,12 +195,14 @@ class Reference:
 
     # Mixers
 
-    def mixer(self, index: int, inputs: States) -> States:
+    def mixer(self, index: int, inputs: States, step: Place) -> States:
         mixer, name = self.config["mixer"], f"stack.blocks.{index}.mixer."
         kind = mixer["kind"]
         if kind in ("swiglu", "geglu", "gelu", "relu"):
             up, down = self.weights[name + "up.weight"], self.weights[name + "down.weight"]
             gate = self.weights.get(name + "gate.weight")
+            up, down = self.relaxed(up, "up", step), self.relaxed(down, "down", step)
+            gate = None if gate is None else self.relaxed(gate, "gate", step)
             return {t: feed_forward(kind, x, up, down, gate) for t, x in inputs.items()}
         chosen = {t: self.choose_experts(index, name, x) for t, x in inputs.items()}
         outputs = {t: torch.zeros_like(x) for t, x in inputs.items()}
@@ -269,12 +291,13 @@ class Reference:
         name = f"stack.groups.{index}.step_embedding"
         if name in self.weights:
             states = {t: x + self.weights[name][recursion - 1] for t, x in states.items()}
-        for block in blocks:
+        for member, block in enumerate(blocks):
             earlier = None if self.config["kv"] == "per_recursion" else kept.get(block)
             core = self.recursions * (block - self.prelude) + recursion - 1
             if self.config["schedule"]["sharing"] != "sequence":
                 core = self.core * (recursion - 1) + block - self.prelude
-            states, sources = self.block(block, self.prelude + core, states, earlier)
+            step = (index, recursion, member)
+            states, sources = self.block(block, self.prelude + core, states, earlier, step)
             if self.config["kv"] == "refresh":
                 kept[block] = sources
             kept.setdefault(block, sources)

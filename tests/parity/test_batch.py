@@ -6,6 +6,8 @@ import torch
 from parity.helpers import (
     CASES,
     LM_CASES,
+    MODES,
+    REPEATABLE,
     cases,
     config_of,
     eval_model,
@@ -21,8 +23,7 @@ from parity.helpers import (
 LENGTHS = [16, 9, 5, 1]
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), MODES)
 def test_batch_invariance(case: str, mode: str) -> None:
     """A row alone, and among neighbours of other lengths; in training too, where top-k counts a row's own tokens."""
     model = eval_model(case) if mode == "eval" else fresh_model(case)
@@ -51,8 +52,7 @@ def test_logits_are_those_of_the_prefix(case: str) -> None:
         assert largest_change(model(tokens[:, :t]).logits, logits[:, :t]) <= 1e-9
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "mode"), MODES)
 def test_padding_values_are_irrelevant(case: str, mode: str) -> None:
     model = eval_model(case) if mode == "eval" else fresh_model(case)
     rows = ragged_rows(case, LENGTHS)
@@ -67,7 +67,7 @@ def test_padding_values_are_irrelevant(case: str, mode: str) -> None:
         assert largest_change(loss, outs[1].losses[name]) <= 1e-12, name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", REPEATABLE)
 def test_more_padding_changes_nothing(case: str) -> None:
     model = fresh_model(case)
     rows = ragged_rows(case, LENGTHS)

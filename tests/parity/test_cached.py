@@ -269,7 +269,11 @@ def test_impossible_depths_are_refused(depth: int | str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["recursive+step_embedding", "mor-expert", "mor-token", "mor-threshold", "mor-act", "mor-random"]
+    "case",
+    [
+        *("recursive+step_embedding", "recursive+norms", "recursive+lora"),
+        *("mor-expert", "mor-token", "mor-threshold", "mor-act", "mor-random"),
+    ],
 )
 def test_recursions_with_weights_of_their_own_end_where_these_end(case: str) -> None:
     for depth in (4, "uniform:4"):

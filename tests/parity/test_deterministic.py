@@ -121,6 +121,7 @@ def test_nothing_grows_from_step_to_step(case: str) -> None:
     nodes, numbers, alive = [], [], []
     gc.freeze()  # what lives already is not looked at again
     for step in range(1, 7):
+        torch.manual_seed(0)  # what is dropped may turn a token another way
         out = model(tokens, labels=labels_for(case, tokens))
         nodes.append(count_nodes(out.loss))
         numbers.append(sum(tensor.numel() for tensor in tensors_in(out.stats)))

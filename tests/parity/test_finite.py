@@ -10,6 +10,7 @@ import morex
 from parity.helpers import (
     CASES,
     LM_CASES,
+    REPEATABLE,
     build,
     cases,
     config_of,
@@ -189,10 +190,13 @@ def test_finite_with_rows_of_one_token(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_finite_in_bf16_autocast(case: str) -> None:
-    """Close to fp32 where no route flips, finite in any case."""
     model = build(config_of(case), torch.float32, std=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_finite_step(case, model, random_tokens(case))
+
+
+@pytest.mark.parametrize("case", REPEATABLE)
+def test_bf16_autocast_is_close_to_fp32(case: str) -> None:
     full = build(config_of(case), torch.float32, std=0.1)
     tokens = random_tokens(case)
     labels = labels_for(case, tokens)

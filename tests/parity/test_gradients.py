@@ -24,7 +24,7 @@ STEP = 1e-5
 
 # Parameters of one part move together; names are searched for these in this order.
 PARTS = [
-    *("mixer.router", "router", "step_embedding", "injection"),
+    *("mixer.router", "router", "step_embedding", "injection", "lora", "norms"),
     *("mixer", "attention", "norm", "embedding", "position", "head"),
 ]
 
@@ -47,7 +47,9 @@ def moved(model: Any, direction: dict[str, torch.Tensor], distance: float) -> It
 
 
 def loss_of(case: str, model: Any, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The whole training loss; without the predictor's, whose gradient is stopped on purpose."""
+    """The whole training loss, the same values dropped at every call; without the predictor's, whose gradient is
+    stopped on purpose."""
+    torch.manual_seed(0)
     out = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
     depth = model.config.depth
     stopped = depth.kind == "expert_choice" and depth.causal == "aux_router"

@@ -1,5 +1,6 @@
 """Invariant 4: shared blocks are one tensor, and a schedule computes what its untied copy computes."""
 
+import re
 from typing import Any
 
 import pytest
@@ -29,8 +30,16 @@ from parity.helpers import (
 )
 from parity.reference import plain_names
 
+RECURRENT = [case for case in cases("fixed") if config_of(case).schedule.recursions > 1]
+
 # What makes recursions the blocks alone.
-ALIKE: dict[str, Any] = {"step_embedding": False, "input_injection": "none"}
+ALIKE: dict[str, Any] = {
+    "step_embedding": False,
+    "input_injection": "none",
+    "residual_scale": "none",
+    "recursion_norms": False,
+    "lora": None,
+}
 
 
 def changed(config: ModelConfig, **changes: Any) -> ModelConfig:
@@ -129,6 +138,15 @@ def closed_form(config: ModelConfig) -> int:
     scorer = scorer_of(config.depth, schedule.recursions, d)
     per_group = scorer + (schedule.recursions * d if config.step_embedding else 0)
     per_group += 2 * d * d if config.input_injection == "concat" else 0
+    if config.recursion_norms:
+        blocks += schedule.core * (schedule.recursions - 1) * norms
+    if config.lora is not None:
+        assert isinstance(mixer, FeedForwardConfig)
+        of_mixer = feed_forward(mixer) // (d * mixer.hidden(d)) * (d + mixer.hidden(d))
+        queries_output, keys_values = 2 * (d + q // d), 2 * (d + kv // d)
+        made = schedule.recursions if config.kv == "per_recursion" else 1
+        per_block = schedule.recursions * (queries_output + of_mixer) + made * keys_values
+        blocks += schedule.core * config.lora.rank * per_block
     if config.attention.positions == "learned":
         embeddings += config.max_seq_len * d
     return embeddings + blocks + of_norm * d + groups * per_group
@@ -177,7 +195,7 @@ def test_schedule_equals_its_untied_copy(case: str) -> None:
     assert sum(p.numel() for p in shared.parameters()) <= sum(p.numel() for p in plain.parameters())
 
 
-@pytest.mark.parametrize("case", [case for case in cases("fixed") if config_of(case).schedule.recursions > 1])
+@pytest.mark.parametrize("case", RECURRENT)
 def test_shared_gradient_is_the_sum_over_its_uses(case: str) -> None:
     config = changed(config_of(case), kv="per_recursion", **ALIKE)
     shared: Any = build(config)
@@ -199,19 +217,25 @@ def test_shared_gradient_is_the_sum_over_its_uses(case: str) -> None:
             assert largest_change(parameter.grad, torch.stack(uses).sum(0)) <= 1e-9, name
 
 
-@pytest.mark.parametrize("case", [case for case in cases("fixed") if config_of(case).schedule.recursions > 1])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in RECURRENT if config_of(case).residual_scale == "none"],  # 1/R is another number in the other
+)
 def test_depth_at_call_time_is_the_shallower_model(case: str) -> None:
     """`depth=r` of the fixed router is the model with r recursions and the same weights, deeper than trained too."""
     config, model, tokens = config_of(case), eval_model(case), random_tokens(case)
     schedule = config.schedule.resolved
-    deepest = schedule.recursions if config.step_embedding else schedule.recursions + 2
-    for r in range(1, deepest + 1):
+    have_own = config.recursion_norms or config.lora is not None
+    deepest = schedule.recursions if have_own or config.step_embedding else schedule.recursions + 2
+    for r in range(2 if have_own else 1, deepest + 1):
         general = {"sharing": schedule.order, "core": schedule.core, "prelude": schedule.prelude, "coda": schedule.coda}
         shallow: Any = morex.build_model(
             changed(config, schedule=general | {"recursions": r}), dtype=torch.float64
         ).eval()
         weights = {
-            name: value[:r] if name.endswith("step_embedding") else value for name, value in model.state_dict().items()
+            name: value[:r] if name.endswith("step_embedding") else value
+            for name, value in model.state_dict().items()
+            if not (own := re.match(r"stack\.core\.groups\.\d+\.(?:norms|lora)\.(\d+)", name)) or int(own[1]) < r
         }
         shallow.load_state_dict(weights)
         for depth in (r, f"uniform:{r}"):
@@ -278,3 +302,19 @@ def test_orders_of_sharing(sharing: str, order: list[int]) -> None:
 def test_places_number_the_steps(order: Any) -> None:
     schedule = Schedule(prelude=2, core=3, coda=1, recursions=4, order=order)
     assert [schedule.place(step) for step in schedule.steps] == list(range(15))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if config_of(case).lora is not None])
+def test_low_rank_changes_begin_as_none(case: str) -> None:
+    """Before training, and not after: a model with them is the one without."""
+    config, tokens = config_of(case), random_tokens(case)
+    relaxed: Any = morex.build_model(config, dtype=torch.float64).eval()
+    plain: Any = morex.build_model(changed(config, lora=None), dtype=torch.float64).eval()
+    plain.load_state_dict({name: weight for name, weight in relaxed.state_dict().items() if ".lora." not in name})
+    before = plain(tokens, depth="uniform:2").logits
+    assert largest_change(relaxed(tokens, depth="uniform:2").logits, before) <= 1e-12
+    changes = [parameter for name, parameter in relaxed.named_parameters() if ".lora." in name]
+    with torch.no_grad():
+        for parameter in changes:
+            parameter.add_(0.1)
+    assert changes and largest_change(relaxed(tokens, depth="uniform:2").logits, before) > 1e-6

@@ -21,7 +21,8 @@ def is_dense(model: ModelConfig) -> bool:
         and isinstance(model.depth, FixedConfig)
         and model.schedule.sharing == "none"
         and not model.step_embedding
-        and model.input_injection == "none"
+        and (model.input_injection, model.residual_scale, model.recursion_norms) == ("none", "none", False)
+        and model.lora is None
     )
 
 

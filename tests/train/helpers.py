@@ -36,6 +36,7 @@ QUIET = Console(quiet=True)
 # Every kind of router and of state that routers carry: name -> (preset, overrides).
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("vanilla", ()),
+    "dropout": ("mor-expert", ("model.dropout={attention: 0.1, residual: 0.1, embedding: 0.1}",)),
     "accumulation": ("vanilla", ("train.accumulation=2",)),
     "fixed": ("recursive", ()),
     "expert_choice": ("mor-expert", ("model.depth.warmup_steps=5",)),

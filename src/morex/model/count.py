@@ -15,7 +15,7 @@ from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.model.heads import classifier_costs
-from morex.model.lm import attention_shape, takes_any_depth
+from morex.model.lm import attention_shape, lora_maps, takes_any_depth
 from morex.nn.attention import attention_costs
 from morex.nn.costs import Costs, linear_costs
 from morex.nn.injection import injection_costs
@@ -74,7 +74,8 @@ def count(
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
     schedule = config.schedule.resolved
     active = shares or expected_shares(config, seq_len, depth)
-    block, policy = block_costs(config, step_shares), _policy(config, depth)
+    block, extra, policy = block_costs(config, step_shares), lora_costs(config), _policy(config, depth)
+    recurring = block + extra
     router = router_costs(config, active, depth) + injection_costs(config.d_model, config.input_injection, sum(active))
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
@@ -83,7 +84,9 @@ def count(
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
     last = norm_costs(config.norm, config.d_model).parameters
+    norms = last * (2 if config.norm_placement == "pre" else 4)
     unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + last
+    unique += schedule.core * (extra.parameters + config.recursion_norms * (schedule.recursions - 1) * norms)
 
     met = {"per_recursion": active, "shared_first": (active[0],) * len(active), "refresh": _reached(config, active)}
 
@@ -92,7 +95,7 @@ def count(
         flops = (schedule.prelude + schedule.coda) * _visit(block, 1.0, 1.0, tokens, rereads=False)
         for r, share in enumerate(active, start=1):
             rereads = config.kv == "shared_first" and r > 1
-            flops += schedule.core * _visit(block, share, met[config.kv][r - 1], tokens, rereads)
+            flops += schedule.core * _visit(recurring, share, met[config.kv][r - 1], tokens, rereads)
         return flops + groups * router.per_token + (head.per_token / tokens if classifies else head.per_token)
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
@@ -132,6 +135,21 @@ def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = Non
         asked = kind.costs(d_model, mixer.steps, shares=options["step_shares"], **of_router)
         own += Costs(asked.parameters, top_k * asked.per_token, per_token_stopped=top_k * asked.per_token_stopped)
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **options)
+
+
+def lora_costs(config: ModelConfig) -> Costs:
+    """What low-rank changes add to a core block: parameters of all recursions, FLOPs of a visit that makes keys."""
+    if config.lora is None:
+        return Costs()
+
+    def weights(maps: dict[str, tuple[int, int]]) -> int:
+        assert config.lora is not None
+        return sum(config.lora.rank * (inputs + outputs) for inputs, outputs in maps.values())
+
+    maps = lora_maps(config, 1)
+    keys = {name: maps[name] for name in "kv"}
+    parameters = sum(weights(lora_maps(config, r)) for r in range(1, config.schedule.recursions + 1))
+    return Costs(parameters, 2.0 * weights(maps), per_token_keys=2.0 * weights(keys))
 
 
 def head_costs(config: ModelConfig) -> Costs:

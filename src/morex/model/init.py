@@ -4,6 +4,7 @@
 |---|---|---|
 | norm weights | 1, or 0 where 1 + weight is what multiplies | the same |
 | biases, but those of depth routers, which know their own | 0 | 0 |
+| `b` of low-rank changes, which therefore begin as no change | 0 | 0 |
 | residual projections (`o`, `down`) | N(0, std / sqrt(2 L)) | N(0, std) |
 | every other matrix, embeddings, routers | N(0, std) | N(0, std) |
 
@@ -30,6 +31,9 @@ def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, see
         role = owner if role == "weight" and owner != "router" and not owner.isdigit() else role
         if role.startswith("norm"):
             parameter.fill_(0.0 if isinstance(owners[name.rpartition(".")[0]], RMSNormPlusOne) else 1.0)
+            continue
+        if role == "b":
+            parameter.zero_()
             continue
         if role == "bias":
             if not isinstance(owners[name.rpartition(".")[0]], DepthRouter):

@@ -21,10 +21,12 @@ from morex.experts.router import ExpertRouter
 from morex.model.heads import ClassifierHead, Head, LanguageModelHead, check_below
 from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
-from morex.nn.attention import Attention, AttentionShape, Local
-from morex.nn.block import Block
+from morex.nn.attention import Attention, AttentionShape, Local, attention_maps
+from morex.nn.block import NORM_NAMES, Block
+from morex.nn.dropout import dropped
 from morex.nn.injection import Injection
-from morex.nn.mixers import FeedForward, GatedFeedForward
+from morex.nn.low_rank import LowRank
+from morex.nn.mixers import FeedForward, GatedFeedForward, feed_forward_maps
 from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
@@ -229,7 +231,7 @@ class LanguageModel(nn.Module):
             most = self.config.max_seq_len
             check_below(most, "position", packing.positions, f"the {most} learned positions (model.max_seq_len)")
             x = x + self.position_embedding(packing.positions)
-        return x
+        return dropped(x, self.config.dropout.embedding, self.training)
 
     def _weighted(self, out: Output) -> Tensor:
         """The loss of the objective, in training with the auxiliary losses."""
@@ -307,7 +309,8 @@ class LanguageModel(nn.Module):
 def takes_any_depth(config: ModelConfig) -> bool:
     """Whether more recursions than R make sense: nothing in the model belongs to one recursion."""
     any_depth = ROUTERS[config.depth.kind].any_depth
-    return any_depth and not config.step_embedding and config.schedule.sharing != "none"
+    alone = config.step_embedding or config.recursion_norms or config.lora is not None
+    return any_depth and not alone and config.schedule.sharing != "none"
 
 
 def build_model(
@@ -334,8 +337,8 @@ def build_model(
 
 def _stack(config: ModelConfig) -> Stack:
     schedule = config.schedule.resolved
-    core_blocks = [_block(config) for _ in range(schedule.core)]
-    core = Core(core_blocks, [_group(config) for _ in schedule.groups], schedule)
+    core_blocks = [_block(config, not config.recursion_norms) for _ in range(schedule.core)]
+    core = Core(core_blocks, [_group(config, len(group.recursions[0])) for group in schedule.groups], schedule)
     prelude, coda = ([_block(config) for _ in range(count)] for count in (schedule.prelude, schedule.coda))
     return Stack(prelude, core, coda, config.kv, _windows(config))
 
@@ -356,12 +359,38 @@ def _windows(config: ModelConfig) -> Windows | None:
     return Windows(Local(attention.window, rope), attention.global_every)
 
 
-def _group(config: ModelConfig) -> RoutedGroup:
+def _group(config: ModelConfig, blocks: int) -> RoutedGroup:
     recursions = config.schedule.recursions
     router = ROUTERS[config.depth.kind](config.d_model, recursions, **config.depth.options(recursions))
     embedding = nn.Parameter(torch.empty(recursions, config.d_model)) if config.step_embedding else None
     injection = None if config.input_injection == "none" else Injection(config.d_model, config.input_injection)
-    return RoutedGroup(router, embedding, injection)
+    scale = 1 / recursions if config.residual_scale == "recursions" else 1.0
+    norms = lora = None
+    if config.recursion_norms:
+        norms = [[_norms(config) for _ in range(blocks)] for _ in range(recursions)]
+    if config.lora is not None:
+        rank, alpha = config.lora.rank, config.lora.factor
+        maps = [lora_maps(config, r) for r in range(1, recursions + 1)]
+        lora = [
+            [{name: LowRank(*sizes, rank, alpha) for name, sizes in own.items()} for _ in range(blocks)] for own in maps
+        ]
+    return RoutedGroup(router, embedding, injection, scale, norms, lora)
+
+
+def lora_maps(config: ModelConfig, r: int) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear maps of a core block that have a low-rank change at recursion r, by name."""
+    mixer = config.mixer
+    assert isinstance(mixer, FeedForwardConfig), "experts have no such changes"
+    maps = attention_maps(config.d_model, attention_shape(config))
+    if config.kv == "shared_first" and r > 1:
+        del maps["k"], maps["v"]  # keys and values are those of recursion 1
+    return maps | feed_forward_maps(mixer.kind, config.d_model, mixer.hidden(config.d_model))
+
+
+def _norms(config: ModelConfig) -> dict[str, nn.Module]:
+    """The norms of one block, by its names for them."""
+    names = NORM_NAMES if config.norm_placement != "pre" else NORM_NAMES[:2]
+    return {name: NORMS[config.norm](config.d_model, config.norm_eps) for name in names}
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:
@@ -373,7 +402,7 @@ def attention_shape(config: ModelConfig) -> AttentionShape:
     return AttentionShape(rope=rope, **attention.options(config.d_model))
 
 
-def _block(config: ModelConfig) -> Block:
+def _block(config: ModelConfig, has_norms: bool = True) -> Block:
     d_model, eps, mixer = config.d_model, config.norm_eps, config.mixer
     shape = attention_shape(config)
     built: nn.Module
@@ -387,11 +416,10 @@ def _block(config: ModelConfig) -> Block:
             own = mixer.depth
             parts["depth"] = ROUTERS[own.kind](d_model, mixer.steps, **own.options(mixer.steps))
         built = EXPERTS[mixer.kind](d_model, router, shape, eps, **parts, **mixer.options(d_model))
-    norm, placement = NORMS[config.norm], config.norm_placement
-    of_heads = [norm(shape.head_dim, eps) for _ in "qk"] if config.attention.qk_norm else []
-    after = [norm(d_model, eps) for _ in range(2)] if placement != "pre" else []
-    attention = Attention(d_model, shape, *of_heads)
-    return Block(norm(d_model, eps), attention, norm(d_model, eps), built, placement, *after)
+    norm_q, norm_k = (NORMS[config.norm](shape.head_dim, eps) if config.attention.qk_norm else None for _ in "qk")
+    attention = Attention(d_model, shape, norm_q, norm_k, config.dropout.attention)
+    norms = _norms(config) if has_norms else {}
+    return Block(attention, built, config.norm_placement, norms, config.dropout.residual)
 
 
 def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: int) -> Trace:

@@ -3,7 +3,9 @@
 The core is one module whose forward holds all recursions, so that sharding gathers shared weights once a pass.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step
 from morex.nn.attention import Local
-from morex.nn.block import Block
+from morex.nn.block import WHOLE, Block, StepParts
 from morex.nn.injection import Injection
 from morex.nn.packing import Packing
 from morex.nn.signals import Choice, Exits, RouterStats, Signals, loss_name
@@ -83,12 +85,21 @@ class Pass:
     batch: Packing
     """All tokens of the batch."""
 
-    def run(self, block: nn.Module, step: Step, x: Tensor, packing: Packing, name: str, counts: bool = True) -> Tensor:
-        """One step: a block on the packed tokens x [M, D]."""
+    def run(
+        self,
+        block: nn.Module,
+        step: Step,
+        x: Tensor,
+        packing: Packing,
+        name: str,
+        parts: StepParts = WHOLE,
+        counts: bool = True,
+    ) -> Tensor:
+        """One step: a block, with what the step brings, on the packed tokens x [M, D]."""
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
         # What does not count leaves no key behind.
         views = views_of(step, self.rule, self.cache, self.call) if counts else None
-        x, reports = block(x, packing, views, local)
+        x, reports = block(x, packing, views, local, parts)
         for part, signals in reports.items() if counts else ():
             path = f"{name}.mixer.{part}"
             self.record.add(path, signals)
@@ -114,16 +125,36 @@ class Pass:
         return self.batch.pad(values.detach(), missing)
 
 
+ByStep = Sequence[Sequence[Mapping[str, nn.Module]]]
+"""Modules by recursion, from 0, block of the group, and name."""
+
+
 class RoutedGroup(nn.Module):
     """Core blocks that recur together under one router; owns what belongs to a recursion, not to a block."""
 
     router: DepthRouter
     step_embedding: nn.Parameter | None
 
-    def __init__(self, router: DepthRouter, step_embedding: nn.Parameter | None, injection: Injection | None) -> None:
+    def __init__(
+        self,
+        router: DepthRouter,
+        step_embedding: nn.Parameter | None = None,
+        injection: Injection | None = None,
+        residual_scale: float = 1.0,
+        norms: ByStep | None = None,
+        lora: ByStep | None = None,
+    ) -> None:
+        """Args:
+        step_embedding: a vector for each recursion [R, D].
+        injection: how a recursion meets the group's input again.
+        residual_scale: factor on what attention and mixer add in every step.
+        norms: the blocks' norms, `[r - 1][i]` those of the group's block i at recursion r, by name.
+        lora: low-rank changes of the blocks' linear maps, likewise.
+        """
         super().__init__()
-        self.router, self.injection = router, injection
+        self.router, self.injection, self.residual_scale = router, injection, residual_scale
         self.register_parameter("step_embedding", step_embedding)
+        self.norms, self.lora = _modules(norms), _modules(lora)
 
     def prepare(self, h: Tensor) -> Tensor | None:
         """From the group's input [N, D], what is injected into each recursion [N, D]."""
@@ -135,6 +166,11 @@ class RoutedGroup(nn.Module):
         if self.injection is not None and injected is not None:
             y = self.injection(y, packing.gather(injected))
         return y if self.step_embedding is None else y + self.step_embedding[r - 1]
+
+    def parts(self, r: int, i: int) -> StepParts:
+        """What the step of the group's block i, from 0, at recursion r brings."""
+        norms, lora = ({} if owned is None else dict(owned[r - 1][i].items()) for owned in (self.norms, self.lora))
+        return StepParts(self.residual_scale, norms, lora)
 
 
 class Core(nn.Module):
@@ -165,10 +201,10 @@ class Core(nn.Module):
             visit = own.router.visit(h, routing, r)
             if visit is not None:
                 y = own.enter(h, injected, visit.packing, r)
-                for step in steps:
+                for i, step in enumerate(steps):
                     index = step.block - self.schedule.prelude
                     path = f"stack.core.blocks.{index}"
-                    y = run.run(self.blocks[index], step, y, visit.packing, path, not visit.is_dummy)
+                    y = run.run(self.blocks[index], step, y, visit.packing, path, own.parts(r, i), not visit.is_dummy)
                 h = own.router.bring_back(h, y, routing, visit)
             if run.record.traces:
                 states.append(packing.pad(h.detach()))
@@ -208,6 +244,12 @@ class Stack(nn.Module):
         for i, step in enumerate(schedule.coda_steps):
             x = once.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
         return x, run.record
+
+
+def _modules(owned: ByStep | None) -> Any:
+    if owned is None:
+        return None
+    return nn.ModuleList(nn.ModuleList(nn.ModuleDict(named) for named in blocks) for blocks in owned)
 
 
 def _trace(routing: Routing, states: list[Tensor], start: Tensor) -> GroupTrace:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from morex.nn import fast
 from morex.nn.costs import AttentionCosts, Costs, linear_costs
+from morex.nn.low_rank import Changes, changed
 from morex.nn.packing import Packing
 from morex.nn.rope import Rope, rotate
 
@@ -39,13 +40,22 @@ class KeyView(Protocol):
         """All keys of the slot."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    scale: float,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Causal attention of each token over its row of the packing.
 
     Args:
         q: [N, H, dim]; k and v: [N, KV, dim], KV dividing H.
         scale: factor on the scores.
         window: how far back a query sees in time, its own token included; None: to the first token.
+        dropout: share of the probabilities to drop.
 
     Returns:
         [N, H, dim].
@@ -60,14 +70,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, wind
         time = packing.pad(packing.time)
         near = (time[:, :, None] - time[:, None, :] < window) & (rank[:, None] >= rank)
         mask = near if mask is None else mask & near
-    frame = _sdpa(packing.pad(q), packing.pad(k), packing.pad(v), mask, scale)
+    frame = _sdpa(packing.pad(q), packing.pad(k), packing.pad(v), mask, scale, dropout)
     return packing.unpad(frame)
 
 
-def attend_to(q: Tensor, packing: Packing, keys: Keys, scale: float, window: int | None = None) -> Tensor:
+def attend_to(
+    q: Tensor, packing: Packing, keys: Keys, scale: float, window: int | None = None, dropout: float = 0.0
+) -> Tensor:
     """Attention of queries [N, H, dim] to stored keys that are not later than they. Returns [N, H, dim].
 
-    With a window, only to keys that are less than so many tokens earlier in time.
+    With a window, only to keys that are less than so many tokens earlier in time. `dropout`: as in `attend`.
     """
     query_time = packing.pad(packing.time, NEVER)
     mask = keys.time[:, None, :] <= query_time[:, :, None]
@@ -77,16 +89,17 @@ def attend_to(q: Tensor, packing: Packing, keys: Keys, scale: float, window: int
         mask &= keys.time[:, None, :] > query_time[:, :, None] - window
     # Padding may look at the first key: its output is dropped, but an empty row would be NaN and poison gradients.
     mask[:, :, 0] |= query_time == NEVER
-    return packing.unpad(_sdpa(packing.pad(q), keys.k, keys.v, mask, scale))
+    return packing.unpad(_sdpa(packing.pad(q), keys.k, keys.v, mask, scale, dropout))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """q [B, M, H, dim], k and v [B, S, KV, dim], mask [B, M, S] or None for causal -> [B, M, H, dim]."""
     frame = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=None if mask is None else mask[:, None],
+        dropout_p=dropout,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
@@ -135,10 +148,16 @@ class Attention(nn.Module):
     """Grouped-query causal attention, with rotary positions or without (Ainslie et al. 2023; Su et al. 2021)."""
 
     def __init__(
-        self, d_model: int, shape: AttentionShape, norm_q: nn.Module | None = None, norm_k: nn.Module | None = None
+        self,
+        d_model: int,
+        shape: AttentionShape,
+        norm_q: nn.Module | None = None,
+        norm_k: nn.Module | None = None,
+        dropout: float = 0.0,
     ) -> None:
         """Args:
         norm_q, norm_k: norms of each head of queries and keys, over head_dim channels (Henry et al. 2020).
+        dropout: share of the probabilities that training drops.
         """
         super().__init__()
         heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
@@ -147,31 +166,44 @@ class Attention(nn.Module):
         self.v = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
         self.o = nn.Linear(heads * head_dim, d_model, bias=shape.output_bias)
         self.norm_q, self.norm_k = norm_q, norm_k
-        self.shape = shape
+        self.shape, self.dropout = shape, dropout
 
-    def forward(self, x: Tensor, packing: Packing, view: KeyView | None = None, local: Local | None = None) -> Tensor:
-        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it. `local`: of a local step."""
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing,
+        view: KeyView | None = None,
+        local: Local | None = None,
+        changes: Changes | None = None,
+    ) -> Tensor:
+        """x [N, D] -> [N, D]; with a view, keys are added to its slot and read from it.
+
+        Args:
+            local: of a local step.
+            changes: of the maps `q`, `k`, `v` and `o` at this step.
+        """
         rope, window = (self.shape.rope, None) if local is None else (local.rope, local.window)
-        if view is None and self._has_fast_path(x, packing, rope, window):
+        if view is None and not changes and self._has_fast_path(x, packing, rope, window):
             return self._fast(x, packing, rope)
-        n, dim = x.shape[0], self.shape.head_dim
-        q = turn(_normed(self.q(x).view(n, -1, dim), self.norm_q), packing, rope)
-        fresh = view is None
+        n, dim, own = x.shape[0], self.shape.head_dim, changes or {}
+        q = turn(_normed(changed(self.q, x, own.get("q")).view(n, -1, dim), self.norm_q), packing, rope)
+        fresh, dropout = view is None, self.dropout if self.training else 0.0
         if view is None or view.writes:
-            k = turn(_normed(self.k(x).view(n, -1, dim), self.norm_k), packing, rope)
-            v = self.v(x).view(n, -1, dim)
+            k = turn(_normed(changed(self.k, x, own.get("k")).view(n, -1, dim), self.norm_k), packing, rope)
+            v = changed(self.v, x, own.get("v")).view(n, -1, dim)
             if view is not None:
                 fresh = view.append(k, v, packing)
         if fresh:
-            y = attend(q, k, v, packing, self.shape.scale, window)
+            y = attend(q, k, v, packing, self.shape.scale, window, dropout)
         else:
             assert view is not None
-            y = attend_to(q, packing, view.read(), self.shape.scale, window)
-        return self.o(y.reshape(n, -1))
+            y = attend_to(q, packing, view.read(), self.shape.scale, window, dropout)
+        return changed(self.o, y.reshape(n, -1), own.get("o"))
 
     def _has_fast_path(self, x: Tensor, packing: Packing, rope: Rope | None, window: int | None) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
-        is_known = rope is not None and not self.shape.bias and self.norm_q is None
+        drops = self.training and self.dropout > 0
+        is_known = rope is not None and not self.shape.bias and self.norm_q is None and not drops
         sees_all = window is None or window >= packing.span
         return is_known and sees_all and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
 
@@ -194,6 +226,12 @@ def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
 def has_fast_rows(packing: Packing) -> bool:
     """Whether `morex.nn.fast` knows rows like these: some tokens, none of them hidden by documents, not too wide."""
     return packing.documents is None and packing.num_tokens > 0 and fast.fits(packing.width)
+
+
+def attention_maps(d_model: int, shape: AttentionShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear maps of `Attention`, by name."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {"q": (d_model, queries), "k": (d_model, keys), "v": (d_model, keys), "o": (queries, d_model)}
 
 
 def attention_costs(d_model: int, shape: AttentionShape) -> Costs:

@@ -1,21 +1,43 @@
 """The block, assembled from built parts. It owns weights and knows no depth."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from morex.nn.attention import Attention, KeyView, Local
+from morex.nn.dropout import dropped
+from morex.nn.low_rank import Changes
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
 
 NormPlacement = Literal["pre", "sandwich", "pre_post"]
+NORM_NAMES = ("norm1", "norm2", "norm1_after", "norm2_after")
+"""Norms of a block; the last two stand behind attention and mixer, where there are any."""
 
 
 class StepViews(ExpertViews, Protocol):
     """The cache slots of one step."""
 
     attention: KeyView | None
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What belongs to one step of a shared block, and not to the block: handed to it from outside."""
+
+    scale: float = 1.0
+    """Factor on what attention and mixer add."""
+    norms: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Norms of a block that has none, by its names for them."""
+    changes: Changes = field(default_factory=dict)
+    """Low-rank changes of the linear maps of attention and feed-forward net, by their names."""
+
+
+WHOLE = StepParts()
+"""A step that brings nothing."""
 
 
 class Block(nn.Module):
@@ -27,36 +49,54 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        norm1: nn.Module,
         attention: Attention,
-        norm2: nn.Module,
         mixer: nn.Module,
-        placement: NormPlacement = "pre",
-        norm1_after: nn.Module | None = None,
-        norm2_after: nn.Module | None = None,
+        placement: NormPlacement,
+        norms: Mapping[str, nn.Module],
+        dropout: float = 0.0,
     ) -> None:
         """Args:
-        norm1, norm2: norms before attention and mixer.
-        norm1_after, norm2_after: norms behind them, where `placement` is not `pre`.
+        norms: `norm1` and `norm2` before attention and mixer, and where `placement` is not `pre`, `norm1_after` and
+            `norm2_after` behind them; empty where every step brings its own.
+        dropout: share of what attention and mixer add that training drops.
         """
         super().__init__()
-        self.norm1, self.attention = norm1, attention
-        self.norm2, self.mixer = norm2, mixer
-        self.norm1_after, self.norm2_after = norm1_after, norm2_after
-        self.placement = placement
+        self.norm1, self.attention = norms.get("norm1"), attention
+        self.norm2, self.mixer = norms.get("norm2"), mixer
+        self.norm1_after, self.norm2_after = norms.get("norm1_after"), norms.get("norm2_after")
+        self.placement, self.dropout = placement, dropout
 
     def forward(
-        self, x: Tensor, packing: Packing, views: StepViews | None = None, local: Local | None = None
+        self,
+        x: Tensor,
+        packing: Packing,
+        views: StepViews | None = None,
+        local: Local | None = None,
+        parts: StepParts = WHOLE,
     ) -> tuple[Tensor, Reports]:
-        """x [N, D] -> [N, D], and what the mixer's routers report. `local`: of a step with a sliding window."""
-        branch = self.attention(self.norm1(x), packing, None if views is None else views.attention, local)
-        x = self._join(x, branch, self.norm1_after)
-        branch, reports = self.mixer(self.norm2(x), packing, views)
-        return self._join(x, branch, self.norm2_after), reports
+        """x [N, D] -> [N, D], and what the mixer's routers report.
 
-    def _join(self, x: Tensor, branch: Tensor, norm: nn.Module | None) -> Tensor:
+        Args:
+            local: of a step with a sliding window.
+            parts: what the step brings.
+        """
+        changes = (parts.changes,) if parts.changes else ()  # which expert layers do not know
+        view = None if views is None else views.attention
+        branch = self.attention(self._norm("norm1", parts, x), packing, view, local, *changes)
+        x = self._join(x, branch, "norm1_after", parts)
+        branch, reports = self.mixer(self._norm("norm2", parts, x), packing, views, *changes)
+        return self._join(x, branch, "norm2_after", parts), reports
+
+    def _norm(self, name: str, parts: StepParts, x: Tensor) -> Tensor:
+        """x [N, D] through the block's norm of this name, or the step's."""
+        norm = parts.norms[name] if name in parts.norms else getattr(self, name)
+        normed: Tensor = norm(x)
+        return normed
+
+    def _join(self, x: Tensor, branch: Tensor, norm_after: str, parts: StepParts) -> Tensor:
         """The residual stream [N, D] with a branch [N, D]."""
-        if norm is None:
-            return x + branch
-        joined: Tensor = norm(x + branch) if self.placement == "sandwich" else x + norm(branch)
-        return joined
+        if self.placement == "pre_post":
+            branch = self._norm(norm_after, parts, branch)
+        branch = dropped(branch, self.dropout, self.training)
+        joined = x + branch if parts.scale == 1 else x + parts.scale * branch
+        return self._norm(norm_after, parts, joined) if self.placement == "sandwich" else joined

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from morex.nn import fast
 from morex.nn.attention import KeyView
 from morex.nn.costs import Costs, linear_costs
+from morex.nn.low_rank import Changes, changed
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
 
@@ -27,6 +28,10 @@ class Mixer(Protocol):
         """x [N, D] -> the branch's output [N, D], and what its routers report."""
 
 
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate x) * up x) (Shazeer 2020, eq. 6); x [N, D], weights as in `nn.Linear`."""
     if fast.usable(x, gate, up, down):
@@ -36,10 +41,11 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def geglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(gelu(gate x) * up x) (Shazeer 2020, eq. 6), gelu in its tanh form as in Gemma; shapes as for `swiglu`."""
-    return F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * F.linear(x, up), down)
+    return F.linear(_gelu_tanh(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 GATED: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu}
+OF_GATE: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": _gelu_tanh}
 
 
 class GatedFeedForward(nn.Module):
@@ -47,15 +53,23 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, kind: str) -> None:
         super().__init__()
-        self.function = GATED[kind]
+        self.function, self.of_gate = GATED[kind], OF_GATE[kind]
         self.gate = nn.Linear(d_model, d_ff, bias=False)
         self.up = nn.Linear(d_model, d_ff, bias=False)
         self.down = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        views: ExpertViews | None = None,
+        changes: Changes | None = None,
     ) -> tuple[Tensor, Reports]:
-        return self.function(x, self.gate.weight, self.up.weight, self.down.weight), {}
+        """x [N, D] -> [N, D]. `changes`: of the maps `gate`, `up` and `down` at this step."""
+        if not changes:
+            return self.function(x, self.gate.weight, self.up.weight, self.down.weight), {}
+        hidden = self.of_gate(changed(self.gate, x, changes["gate"])) * changed(self.up, x, changes["up"])
+        return changed(self.down, hidden, changes["down"]), {}
 
 
 class FeedForward(nn.Module):
@@ -68,12 +82,24 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, views: ExpertViews | None = None
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        views: ExpertViews | None = None,
+        changes: Changes | None = None,
     ) -> tuple[Tensor, Reports]:
-        return self.down(self.activation(self.up(x))), {}
+        """x [N, D] -> [N, D]. `changes`: of the maps `up` and `down` at this step."""
+        own = changes or {}
+        return changed(self.down, self.activation(changed(self.up, x, own.get("up"))), own.get("down")), {}
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+def feed_forward_maps(kind: str, d_model: int, d_ff: int) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear maps of a feed-forward mixer, by name."""
+    gate = {"gate": (d_model, d_ff)} if kind in GATED else {}
+    return gate | {"up": (d_model, d_ff), "down": (d_ff, d_model)}
 
 
 def feed_forward_costs(kind: str, d_model: int, d_ff: int) -> Costs:

@@ -64,6 +64,9 @@ def unrolled(model: ModelConfig) -> ModelConfig:
             "kv": "per_recursion",
             "step_embedding": False,
             "input_injection": "none",
+            "residual_scale": "none",
+            "recursion_norms": False,
+            "lora": None,
         }
     )
 
