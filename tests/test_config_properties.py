@@ -121,6 +121,14 @@ def depths() -> Any:
             {"kind": st.just("exit_gate")},
             {"threshold": st.sampled_from([0.2, 0.5, 1.0]), "entropy_weight": st.sampled_from([0.0, 0.1])},
         ),
+        section(
+            {"kind": st.just("sampled")},
+            {
+                "spread": st.sampled_from([0.0, 0.5]),
+                "gradient_recursions": st.sampled_from([None, 1, 8]),
+                "state": st.sampled_from(["input", "random"]),
+            },
+        ),
         section({"kind": st.just("random")}, gated | {"seed": st.integers(0, 5)}),
     )
 
