@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import morex
 from morex.config import ModelConfig
+from morex.depth.routers import ROUTERS
 from morex.loading import ConfigError, load_config, validate
 
 Tree = dict[str, Any]
@@ -285,7 +286,7 @@ def test_the_strategy_finds_both_kinds() -> None:
     collect()
     accepted = [kind for valid, kind in outcomes if valid]
     assert 0.15 < len(accepted) / len(outcomes) < 0.95
-    assert set(accepted) == {"fixed", "expert_choice", "token_choice", "threshold", "halting", "random"}
+    assert set(accepted) == set(ROUTERS)
 
 
 def paths_of(tree: Tree, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -340,7 +341,7 @@ def test_senseless_values_are_refused_by_name(preset: str, data: st.DataObject) 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "an injection into no recursion": (
-        ["model.schedule={layers: 4}", "model.input_injection=add"],
+        ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.input_injection=add"],
         r"input_injection 'add' .*sharing 'none'",
     ),
     "one class": (["model.head={kind: classifier, classes: 1}"], r"model\.head\.classes .*2"),
