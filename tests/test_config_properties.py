@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import morex
 from morex.config import ModelConfig
+from morex.depth.routers import ROUTERS
 from morex.loading import ConfigError, load_config, validate
 
 Tree = dict[str, Any]
@@ -120,6 +121,14 @@ def depths() -> Any:
         section(
             {"kind": st.just("exit_gate")},
             {"threshold": st.sampled_from([0.2, 0.5, 1.0]), "entropy_weight": st.sampled_from([0.0, 0.1])},
+        ),
+        section(
+            {"kind": st.just("sampled")},
+            {
+                "spread": st.sampled_from([0.0, 0.5]),
+                "gradient_recursions": st.sampled_from([None, 1, 8]),
+                "state": st.sampled_from(["input", "random"]),
+            },
         ),
         section({"kind": st.just("random")}, gated | {"seed": st.integers(0, 5)}),
     )
@@ -281,7 +290,7 @@ def test_the_strategy_finds_both_kinds() -> None:
     collect()
     accepted = [kind for valid, kind in outcomes if valid]
     assert 0.15 < len(accepted) / len(outcomes) < 0.95
-    assert set(accepted) == {"fixed", "expert_choice", "token_choice", "threshold", "halting", "random"}
+    assert set(accepted) == set(ROUTERS)
 
 
 def paths_of(tree: Tree, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -336,7 +345,7 @@ def test_senseless_values_are_refused_by_name(preset: str, data: st.DataObject) 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "an injection into no recursion": (
-        ["model.schedule={layers: 4}", "model.input_injection=add"],
+        ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.input_injection=add"],
         r"input_injection 'add' .*sharing 'none'",
     ),
     "a scale for one recursion": (

@@ -17,6 +17,7 @@ from morex.sections.depth import (
     ExitGateConfig,
     FixedConfig,
     GatedConfig,
+    SampledConfig,
     StoppingConfig,
 )
 from morex.sections.dropout import DropoutConfig
@@ -127,7 +128,40 @@ class ModelConfig(Section):
             )
         if isinstance(self.depth, ExitGateConfig):
             self._check_exits()
+        if isinstance(self.depth, SampledConfig):
+            self._check_sampled(self.depth)
         return self
+
+    def _check_sampled(self, depth: SampledConfig) -> None:
+        if self.schedule.sharing == "none":
+            raise ValueError(
+                "depth.kind 'sampled' draws how often the core recurs, and with schedule.sharing 'none' it does not; "
+                "use schedule.sharing 'cycle' or depth.kind 'fixed'"
+            )
+        for option in ("step_embedding", "recursion_norms", "lora"):
+            if getattr(self, option):
+                raise ValueError(
+                    f"{option} has weights for each of R recursions, and depth.kind 'sampled' draws more than R; "
+                    f"leave {option} out"
+                )
+        if depth.state == "random" and self.input_injection == "none":
+            raise ValueError(
+                "depth.state 'random' starts from a state that knows nothing of the text; use input_injection "
+                "'concat' or 'add', or depth.state 'input'"
+            )
+        if depth.gradient_recursions is None:
+            return
+        if self.input_injection == "none":
+            raise ValueError(
+                f"depth.gradient_recursions {depth.gradient_recursions} cuts the gradient to all that stands before "
+                "the core, unless it is injected; use input_injection 'concat' or 'add', or "
+                "depth.gradient_recursions null"
+            )
+        if self.kv == "shared_first":
+            raise ValueError(
+                f"depth.gradient_recursions {depth.gradient_recursions} cuts the gradient to the keys of recursion 1, "
+                "which are all that kv 'shared_first' has; use kv 'refresh' or depth.gradient_recursions null"
+            )
 
     def _check_exits(self) -> None:
         schedule = self.schedule.resolved

@@ -75,3 +75,62 @@ class ExitReference(Reference):
 def stacked(exits: dict[int, Exit]) -> Tensor:
     """Recursions after which tokens leave [T]."""
     return torch.tensor([seen.taken for seen in exits.values()])
+
+
+class RuleReference(Reference):
+    """A model whose tokens leave by a rule at call time; `taken` holds the recursions of the last sequence."""
+
+    rule: str
+    threshold: float
+    taken: dict[int, int]
+
+    def group(self, index: int, blocks: list[int], states: States) -> States:
+        self.inputs[index] = states
+        running, result = dict(states), {}
+        if self.config["depth"].get("state") == "random":
+            running = {t: torch.zeros_like(x) for t, x in states.items()}
+        self.taken, seen = {}, {}
+        stable = dict.fromkeys(states, 0)
+        kept: dict[int, States] = {}
+        for recursion in range(1, self.recursions + 1):
+            after = self.pass_core(index, blocks, recursion, running, kept) if running else {}
+            before, running = running, {}
+            for t, state in after.items():
+                now = self.peek(t, state)
+                change = self.change(before[t], state, seen.get(t), now)
+                stable[t] = stable[t] + 1 if t in seen and best_of(seen[t]) == best_of(now) else 0
+                leaves = stable[t] >= self.threshold if self.rule == "argmax" else change < self.threshold
+                seen[t] = now
+                if leaves or recursion == self.recursions:
+                    result[t], self.taken[t] = state, recursion
+                else:
+                    running[t] = state
+        return result
+
+    def peek(self, t: int, state: Tensor) -> list[float]:
+        """The distribution that a token alone would end with."""
+        states, first = {t: state}, self.prelude + self.core
+        for block in range(first, first + self.coda):
+            states, _ = self.block(block, block + (self.recursions - 1) * self.core, states)
+        head = self.weights.get("head.weight", self.weights["embedding.weight"])
+        return softmax((head @ self.norm("norm", states[t])).tolist())
+
+    def change(self, before: Tensor, after: Tensor, seen: list[float] | None, now: list[float]) -> float:
+        if self.rule == "latent":
+            return length(after - before) / length(after)
+        if self.rule == "cosine":
+            product = length(after) * length(before)
+            return 1 - float(after @ before) / product if product else 1.0
+        if seen is None:
+            return math.inf
+        if self.rule == "entropy":
+            return abs(sum(p * math.log(p) for p in now) - sum(p * math.log(p) for p in seen))
+        return sum(p * math.log(p / q) for p, q in zip(now, seen, strict=True))
+
+
+def best_of(probabilities: list[float]) -> int:
+    return probabilities.index(max(probabilities))
+
+
+def length(x: Tensor) -> float:
+    return math.sqrt(float(x @ x))

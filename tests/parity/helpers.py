@@ -46,6 +46,15 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "ouro+window": ("ouro", ["model.attention={heads: 4, window: 4}", "model.step_embedding=true"]),
     "ouro+recursive_experts": ("ouro", [EXPERTS, "model.tie_embeddings=false"]),
+    "huginn+truncated": (
+        "huginn",
+        ["model.depth={kind: sampled, state: input, gradient_recursions: 1}", "model.input_injection=add"],
+    ),
+    "huginn+recursive_experts": ("huginn", [EXPERTS, "model.norm_placement=pre", "model.depth.gradient_recursions=2"]),
+    "recursive+sampled": (
+        "recursive",
+        ["model.depth={kind: sampled, gradient_recursions: null, seed: 1}", "model.kv=shared_first"],
+    ),
     "recursive+step_embedding": ("recursive", ["model.step_embedding=true"]),
     "recursive+add_input": (
         "recursive",
@@ -190,6 +199,8 @@ def load(case: str, *overrides: str) -> Config:
     if getattr(config.model.mixer, "state_std", 0):
         # The random first state of training has tests of its own; without it, two passes can be compared.
         config = morex.load_config(preset, [*changes, *overrides, "model.mixer.state_std=0"], tiny=True)
+    if getattr(config.model.depth, "state", None) == "random":
+        config = morex.load_config(preset, [*changes, *overrides, "model.depth.state_std=0"], tiny=True)
     return config
 
 
@@ -275,7 +286,7 @@ def routing_splits(model: Any, tokens: Tensor) -> bool:
     with torch.no_grad():
         trace = model(tokens, return_trace=True).trace
     split = True
-    all_go_on = config.depth.kind == "fixed" or (config.depth.kind == "exit_gate" and model.training)
+    all_go_on = config.depth.kind in ("fixed", "sampled") or (config.depth.kind == "exit_gate" and model.training)
     if not all_go_on and config.schedule.recursions > 1:
         for active in trace.active.values():
             shares = [mask.double().mean().item() for mask in active]

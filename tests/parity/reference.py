@@ -264,7 +264,9 @@ class Reference:
         kind = self.config["depth"]["kind"]
         kept: dict[int, States] = {}
         self.inputs[index] = states
-        if kind == "fixed":
+        if kind in ("fixed", "sampled"):
+            if self.config["depth"].get("state") == "random":  # which it is not with a standard deviation of 0
+                states = {t: torch.zeros_like(x) for t, x in states.items()}
             for recursion in range(1, self.recursions + 1):
                 states = self.pass_core(index, blocks, recursion, states, kept)
             return states

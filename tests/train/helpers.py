@@ -47,6 +47,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "threshold accumulated": ("mor-threshold", ("train.accumulation=2",)),
     "halting": ("mor-act", ()),
     "exit gate": ("ouro", ()),
+    "sampled accumulated": ("huginn", ("train.accumulation=2",)),
     "halting accumulated": ("mor-act", ("train.accumulation=2",)),
     "random": ("mor-random", ()),
     "moe loss-free": ("moe", ("model.mixer.router.bias_rate=0.01",)),

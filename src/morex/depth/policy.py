@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 Depth = int | str | None
-EXIT_RULES = ("gate",)
+EXIT_RULES = ("gate", "kl", "entropy", "latent", "argmax", "cosine")
+PEEKING = ("kl", "entropy", "argmax")
+"""Exit rules that look at the distribution of the next token."""
 EXAMPLES = "an integer, 'uniform:N', 'adaptive[:SPAN]', 'progressive[:SPAN]', 'exit[:RULE][:THRESHOLD]' or 'oracle'"
 
 
@@ -88,7 +90,9 @@ def parse_depth(
 def _parse_exit(depth: str, argument: str, recursions: int, exit_rules: tuple[str, ...]) -> DepthPolicy:
     """Reads what stands after `exit:`."""
     if not exit_rules:
-        raise ValueError(f"depth {depth!r} is for routers with exit rules (exit_gate), and this model's has none")
+        raise ValueError(
+            f"depth {depth!r} is for routers with exit rules (fixed, sampled, exit_gate), and this model's has none"
+        )
     rule, _, number = argument.partition(":")
     if rule not in EXIT_RULES and not number:
         rule, number = "", rule

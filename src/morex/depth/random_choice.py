@@ -39,6 +39,15 @@ def uniform_hash(seed: int, position: Tensor, r: int) -> Tensor:
     return _shift(x ^ _shift(x, 31), 40).to(torch.float64) / (1 << 24)
 
 
+def mixed(seed: int, count: int) -> int:
+    """A seed below 2^63 for the count-th draw of a series, by the same mixing."""
+    mask = (1 << 64) - 1
+    x = (seed * 0x9E3779B97F4A7C15 + (count + 1) * 0xD1B54A32D192ED03) & mask
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    return (x ^ (x >> 31)) >> 1
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 

@@ -13,6 +13,8 @@ The stack drives a router through one forward pass like this:
 forward pass: they return statistics, and `update` moves biases, thresholds and warm-ups after an optimizer step.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +58,8 @@ class Routing:
     start: Tensor | None = None
     """The group's input [N, D], where the router needs it again."""
     gates: Tensor | None = None
+    peek: Callable[[Tensor, Packing], Tensor] | None = None
+    """Next-token logits [M, V] that the states [M, D] of a packing's tokens would give now, each token by itself."""
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
     masks: list[Tensor] = field(default_factory=list)
@@ -93,6 +97,14 @@ class DepthRouter(nn.Module):
     def takes_all(self, policy: DepthPolicy) -> bool:
         """Whether every token takes every recursion, known before any is run."""
         return policy.kind == "uniform"
+
+    def settle(self, policy: DepthPolicy) -> DepthPolicy:
+        """The policy of a forward pass, after what is drawn once a pass has been drawn."""
+        return policy
+
+    def gradient(self, policy: DepthPolicy, r: int) -> AbstractContextManager[None]:
+        """Around recursion r: whether gradients go through it."""
+        return nullcontext()
 
     def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
         """Starts a forward pass over the group's input h [N, D]."""
@@ -152,6 +164,18 @@ class DepthRouter(nn.Module):
         `bench` replace by the shares that they measure.
         """
         return (1.0,) * recursions
+
+    @staticmethod
+    def train_visits(taken: int | None, recursions: int, **options: Any) -> tuple[float, float] | None:
+        """Recursions of a token in training, and those of them with a gradient, on average.
+
+        None where these are the ones of inference, all with a gradient.
+
+        Args:
+            taken: recursions that were run, where it is known.
+            options: of the constructor.
+        """
+        return None
 
     @staticmethod
     def costs(

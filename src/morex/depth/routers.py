@@ -6,6 +6,7 @@ from morex.depth.fixed import FixedRouter
 from morex.depth.halting import HaltingRouter
 from morex.depth.random_choice import RandomRouter
 from morex.depth.router import DepthRouter
+from morex.depth.sampled import SampledRouter
 from morex.depth.threshold import ThresholdRouter
 from morex.depth.token_choice import TokenChoiceRouter
 
@@ -16,5 +17,6 @@ ROUTERS: dict[str, type[DepthRouter]] = {
     "threshold": ThresholdRouter,
     "halting": HaltingRouter,
     "exit_gate": ExitGateRouter,
+    "sampled": SampledRouter,
     "random": RandomRouter,
 }

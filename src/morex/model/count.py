@@ -7,11 +7,12 @@ full square, the causal half and what a window hides included.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from operator import mul
 
 from morex.config import ModelConfig, expect_model
-from morex.depth.policy import Depth, DepthPolicy, parse_depth
+from morex.depth.policy import PEEKING, Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.model.heads import classifier_costs
@@ -76,7 +77,8 @@ def count(
     active = shares or expected_shares(config, seq_len, depth)
     block, extra, policy = block_costs(config, step_shares), lora_costs(config), _policy(config, depth)
     recurring = block + extra
-    router = router_costs(config, active, depth) + injection_costs(config.d_model, config.input_injection, sum(active))
+    injection = partial(injection_costs, config.d_model, config.input_injection)
+    router = router_costs(config, active, depth) + injection(sum(active))
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
     classifies = isinstance(config.head, ClassifierHeadConfig)
@@ -96,12 +98,30 @@ def count(
         for r, share in enumerate(active, start=1):
             rereads = config.kv == "shared_first" and r > 1
             flops += schedule.core * _visit(recurring, share, met[config.kv][r - 1], tokens, rereads)
+        if policy.rule in PEEKING:  # after every recursion but the last, the coda on each token alone, and the head
+            peek = schedule.coda * _visit(block, 1.0, 1.0, 1, rereads=False) + head.per_token
+            flops += sum(active[:-1]) * peek
         return flops + groups * router.per_token + (head.per_token / tokens if classifies else head.per_token)
+
+    def training(tokens: int) -> float:
+        """Forward and backward FLOPs of a token among `tokens`."""
+        flops, trained = 3 * (forward(tokens) + (exits - 1) * head.per_token), sum(active)
+        taken = len(active) if shares or policy.is_forced else None
+        drawn = ROUTERS[config.depth.kind].train_visits(
+            taken, schedule.recursions, **config.depth.options(schedule.recursions)
+        )
+        if drawn is not None:
+            # Recursions without a gradient have no backward pass.
+            trained = drawn[1]
+            one = schedule.core * _visit(recurring, 1.0, 1.0, tokens, rereads=config.kv == "shared_first")
+            one += groups * (injection(1).per_token - injection(0).per_token)
+            flops += (drawn[0] + 2 * drawn[1] - 3 * len(active)) * one
+        visits = schedule.prelude + schedule.coda + schedule.core * trained
+        return flops - visits * block.per_token_stopped - groups * router.per_token_stopped
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
     alone = visits * block.per_token_alone
     exits = policy.recursions if ROUTERS[config.depth.kind].reads_every_state and not policy.is_forced else 1
-    stopped = visits * block.per_token_stopped + groups * router.per_token_stopped
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
@@ -110,7 +130,7 @@ def count(
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
-        train_flops_per_token=3 * (forward(seq_len) + (exits - 1) * head.per_token) - stopped,
+        train_flops_per_token=training(seq_len),
         decode_flops_per_token=0.0 if classifies else forward(seq_len if context is None else context) + alone,
         kv_bytes_per_token=0.0 if classifies else values * bytes_per_value,
     )

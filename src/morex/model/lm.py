@@ -177,7 +177,7 @@ class LanguageModel(nn.Module):
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
         x = self._embed(tokens, packing)
-        x, record = self.stack(x, packing, policy, cache, return_trace)
+        x, record = self.stack(x, packing, policy, cache, return_trace, self._read if policy.kind == "exit" else None)
         if cache is not None:
             cache.advance(packing)
         place = (packing, tokens.shape[1], self.embedding.weight)
@@ -246,12 +246,19 @@ class LanguageModel(nn.Module):
         if self.config.head.kind == "classifier":
             raise ValueError(f"{what} is for decoding, and model.head.kind 'classifier' does not decode; use kind 'lm'")
 
+    def _read(self, x: Tensor) -> Tensor:
+        """States [N, D] before the last norm -> logits of the next token [N, V]."""
+        assert isinstance(self.head, LanguageModelHead)
+        return self.head.logits(self.norm(x), self.embedding.weight)
+
     def _policy(self, depth: Depth, cache: KVCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
         assert isinstance(router, DepthRouter)
         any_depth = takes_any_depth(self.config)
         recursions, span = self.config.schedule.recursions, self.config.max_seq_len
         policy = parse_depth(depth, recursions, span, any_depth, router.exit_rules)
+        if policy.kind == "exit":
+            self._check_exit(policy, f"depth {depth!r}")
         chooses = self.config.depth.kind == "expert_choice"
         if policy.kind == "oracle" and not chooses:
             raise ValueError(f"depth 'oracle' is for expert_choice; this model's router is {self.config.depth.kind!r}")
@@ -262,7 +269,23 @@ class LanguageModel(nn.Module):
                 "this router was trained with depth.causal 'none' and has no causal rule; pass depth='oracle' or a "
                 "fixed depth, or train with depth.causal 'aux_loss'"
             )
-        return policy
+        return router.settle(policy)
+
+    def _check_exit(self, policy: DepthPolicy, asked: str) -> None:
+        config = self.config
+        if config.kv == "per_recursion":
+            raise ValueError(
+                f"{asked} lets tokens leave that later tokens still have to see, and with model.kv 'per_recursion' "
+                "these have no keys beyond the recursion where they left; use a model with kv 'refresh' or "
+                "'shared_first'"
+            )
+        if self.training and policy.rule != "gate":
+            raise ValueError(f"{asked} is a rule for inference, and this model is in training mode; call eval() first")
+        if len(config.schedule.resolved.groups) > 1 or config.head.kind != "lm":
+            raise ValueError(
+                f"{asked} asks what a state would become at once, which needs one routed group and a language model; "
+                f"this model has schedule.sharing {config.schedule.sharing!r} and head.kind {config.head.kind!r}"
+            )
 
     def _check(
         self,

@@ -3,8 +3,9 @@
 The core is one module whose forward holds all recursions, so that sharding gathers shared weights once a pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ class Pass:
     record: Record
     batch: Packing
     """All tokens of the batch."""
+    peek: Callable[[Tensor, Packing], Tensor] | None = None
+    """What exit rules look at."""
 
     def run(
         self,
@@ -196,16 +199,18 @@ class Core(nn.Module):
             run = replace(run, rule="per_recursion")  # the latest visit is the one in hand, and that is faster
         injected = own.prepare(h)
         h, routing = own.router.begin(h, packing, policy)
+        routing.peek = run.peek
         start, states = h.detach(), []
         for r, steps in enumerate(group.recursions, start=1):
-            visit = own.router.visit(h, routing, r)
-            if visit is not None:
-                y = own.enter(h, injected, visit.packing, r)
-                for i, step in enumerate(steps):
-                    index = step.block - self.schedule.prelude
-                    path = f"stack.core.blocks.{index}"
-                    y = run.run(self.blocks[index], step, y, visit.packing, path, own.parts(r, i), not visit.is_dummy)
-                h = own.router.bring_back(h, y, routing, visit)
+            with own.router.gradient(policy, r):
+                visit = own.router.visit(h, routing, r)
+                if visit is not None:
+                    y = own.enter(h, injected, visit.packing, r)
+                    for i, step in enumerate(steps):
+                        index, parts = step.block - self.schedule.prelude, own.parts(r, i)
+                        path = f"stack.core.blocks.{index}"
+                        y = run.run(self.blocks[index], step, y, visit.packing, path, parts, not visit.is_dummy)
+                    h = own.router.bring_back(h, y, routing, visit)
             if run.record.traces:
                 states.append(packing.pad(h.detach()))
         h, signals = own.router.finish(h, routing)
@@ -228,9 +233,19 @@ class Stack(nn.Module):
         self.rule, self.windows = rule, windows
 
     def forward(
-        self, x: Tensor, packing: Packing, policy: DepthPolicy, cache: KVCache | None, traces: bool
+        self,
+        x: Tensor,
+        packing: Packing,
+        policy: DepthPolicy,
+        cache: KVCache | None,
+        traces: bool,
+        read: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Record]:
-        """x [N, D], the batch's real tokens -> [N, D] and what the routers report."""
+        """x [N, D], the batch's real tokens -> [N, D] and what the routers report.
+
+        Args:
+            read: norm and head, from states [N, D] to logits [N, V]; for the peeks of exit rules.
+        """
         schedule, batch = replace(self.core.schedule, recursions=policy.recursions), packing.root()
         call: SlotStore = CallStore()
         if self.rule == "refresh":
@@ -240,10 +255,19 @@ class Stack(nn.Module):
         once = replace(run, rule="per_recursion")
         for i, step in enumerate(schedule.prelude_steps):
             x = once.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
+        if read is not None:
+            run = replace(run, peek=partial(self._peek, once, read))
         x = self.core(x, batch, policy, run)
         for i, step in enumerate(schedule.coda_steps):
             x = once.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
         return x, run.record
+
+    def _peek(self, once: Pass, read: Callable[[Tensor], Tensor], y: Tensor, packing: Packing) -> Tensor:
+        """Logits [M, V] of the states y [M, D] after the coda, in which each token sees itself alone."""
+        alone = packing.alone()
+        for i, step in enumerate(once.schedule.coda_steps):
+            y = once.run(self.coda[i], step, y, alone, f"stack.coda.{i}", counts=False)
+        return read(y)
 
 
 def _modules(owned: ByStep | None) -> Any:

@@ -90,6 +90,11 @@ class Packing:
             _frames={},
         )
 
+    def alone(self) -> "Packing":
+        """The same tokens, each in a row of its own."""
+        rows, place = self.num_tokens, torch.arange(self.num_tokens, device=self.row.device)
+        return replace(self, rows=rows, width=1, span=1, row=place, place=None, index=None, _frames={})
+
     def root(self) -> "Packing":
         """The same tokens as a list of their own, from which others are selected."""
         return self if self.index is None else replace(self, index=None)

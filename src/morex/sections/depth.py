@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from morex.sections.base import NonNegative, Section, Seed, Share
 
@@ -180,6 +180,24 @@ class ExitGateConfig(StoppingConfig):
     """Weight beta of the entropy of the exit distribution, which the loss rewards."""
 
 
+class SampledConfig(RouterConfig):
+    """Huginn: in training all tokens take 1 + Poisson(exp(Normal(ln R - spread^2 / 2, spread))) recursions, drawn anew
+    for each step; in inference R, or any number."""
+
+    kind: Literal["sampled"]
+    spread: NonNegative = 0.5
+    """Standard deviation s of the normal variable."""
+    gradient_recursions: PositiveInt | None = 8
+    """The gradient goes through the last so many recursions; `null`: through all."""
+    state: Literal["input", "random"] = "input"
+    """First state of the core: its input; or, which needs input_injection, N(0, state_std) in training and zeros in
+    eval."""
+    state_std: NonNegative = math.sqrt(2 / 5)
+    """Standard deviation of the random first state."""
+    seed: Seed = 0
+    """Seed of the draws."""
+
+
 class RandomConfig(GatedConfig):
     """Control: active by a hash of (seed, position, recursion); the gate is the constant alpha / 2."""
 
@@ -192,4 +210,4 @@ StepsRouterConfig = Annotated[
     FixedConfig | ExpertChoiceConfig | TokenChoiceConfig | ThresholdConfig | HaltingConfig | RandomConfig,
     Field(discriminator="kind"),
 ]
-DepthConfig = Annotated[StepsRouterConfig | ExitGateConfig, Field(discriminator="kind")]
+DepthConfig = Annotated[StepsRouterConfig | ExitGateConfig | SampledConfig, Field(discriminator="kind")]
