@@ -96,8 +96,11 @@ def _kinds(section: Schema) -> list[str]:
 
 def _targets(field: Schema) -> list[str]:
     """Names of the sections that a field may hold."""
-    options = [field, *field.get("oneOf", []), *field.get("anyOf", []), *field.get("allOf", [])]
-    return [option["$ref"].rsplit("/", 1)[-1] for option in options if "$ref" in option]
+    if "$ref" in field:
+        return [field["$ref"].rsplit("/", 1)[-1]]
+    return [
+        target for key in ("oneOf", "anyOf", "allOf") for option in field.get(key, []) for target in _targets(option)
+    ]
 
 
 def _type(field: Schema, definitions: Schema) -> str:

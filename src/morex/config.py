@@ -29,6 +29,7 @@ from morex.sections.mixers import (
     SharedRecurrentConfig,
 )
 from morex.sections.schedule import ScheduleConfig
+from morex.sections.tasks import GeneratedTaskConfig
 from morex.sections.train import EvalConfig, TrainConfig
 
 
@@ -158,6 +159,8 @@ class Config(Section):
                 f"train.seq_len {self.train.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; raise "
                 f"model.max_seq_len or lower train.seq_len"
             )
+        if isinstance(self.data.task, GeneratedTaskConfig):
+            self.data.task.check_fit(self.model.vocab_size, self.train.seq_len, self.model.max_seq_len)
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_the_second_call_reuses_files_and_tokenizer(
     config = byte_config(jsonl(stories), tokenizer={"kind": "bpe"}, val_fraction=0.2)
     first = prepare(config, 300, 32)
     monkeypatch.setattr(module, "_encode", no_encoding)
-    monkeypatch.setattr(module, "_training_text", no_encoding)
+    monkeypatch.setattr(module._Source, "training_texts", no_encoding)
     again = prepare(config, 300, 8)
     assert again.folder == first.folder and again.content == first.content
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from morex.cli.accuracy import accuracy_table, rule_name, rules
 from morex.cli.app import AsJson, ConfigSource, Depth, Device, Overrides, RunFolder, Tiny, app, examples
 from morex.cli.terminal import console, number, print_json, print_table
 from morex.loading import ConfigError, load_config
@@ -27,6 +28,8 @@ SUMMARY_ROWS = {
     "final_train_loss": "last training loss",
     "val_loss": "held-out loss",
     "val_loss_oracle": "held-out loss, oracle",
+    "val_accuracy": "held-out accuracy",
+    "val_accuracy_oracle": "held-out accuracy, oracle",
     "bits_per_byte": "bits per byte",
     "peak_memory_bytes": "peak memory, bytes",
     "parameters": "parameters",
@@ -75,45 +78,56 @@ def train(
 @app.command(
     name="eval",
     epilog=examples(
-        "morex eval runs/first", "morex eval runs/first --depths", "morex eval runs/first --depth 2 --json"
+        "morex eval runs/first",
+        "morex eval runs/first --depths",
+        "morex eval runs/first --depth 2 --json",
+        "morex eval runs/sums --difficulty 11:20 --by-difficulty",
     ),
 )
 def evaluate(
     run: RunFolder,
     depth: Depth = None,
     depths: Annotated[bool, typer.Option("--depths", help="Also the loss at each fixed depth 1..R.")] = False,
+    by_difficulty: Annotated[
+        bool, typer.Option("--by-difficulty", help="Accuracy of a task at each difficulty.")
+    ] = False,
+    difficulty: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Held-out examples of these difficulties: data.task.eval_difficulty."),
+    ] = None,
     overrides: Overrides = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run on its whole held-out set.
 
-    Loss, perplexity and bits per byte; for expert choice by the causal rule of decoding, beside the oracle of training.
+    Loss, perplexity and bits per byte, or of a task accuracy; for expert choice by the causal rule of decoding, beside
+    the oracle of training.
     """
-    overrides = overrides or []
+    overrides = [*(overrides or []), *([] if difficulty is None else [_eval_difficulty(difficulty)])]
     for override in overrides:
         if override.startswith("model."):
             raise ConfigError(
                 f"--set {override}: the model of a run is trained as it is; set data, train or eval options"
             )
     config = _config_of(run, overrides)
-    from morex.data.prepare import prepare
+    _check_task_options(config, by_difficulty, difficulty)
+    from morex.data.source import prepare_source
     from morex.eval.loss import evaluate as measure
     from morex.train.checkpoint import load, trained_on
     from morex.train.precision import autocast_dtype
 
     model, tokenizer = load(run, device)
-    seq_len = config.train.seq_len
-    prepared = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
-    if not any(override.startswith("data.") for override in overrides) and trained_on(run)["text"] != prepared.content:
+    source = prepare_source(config, tokenizer)
+    if not any(override.startswith("data.") for override in overrides) and trained_on(run)["text"] != source.content:
         raise ConfigError(
-            f"data.corpus '{config.data.corpus}' has changed since '{run}' was trained, and its held-out set with it; "
-            f"put the old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
+            f"{config.data.described} has changed since '{run}' was trained, and its held-out set with it; put the old "
+            f"one back, or ask for the new one with --set data.corpus={config.data.corpus}"
         )
     result = measure(
         model,
-        prepared.val,
-        seq_len,
+        source.val,
+        config.train.seq_len,
         config.eval.batch_size,
         depth=depth,
         autocast=autocast_dtype(config.train.precision),
@@ -122,6 +136,8 @@ def evaluate(
     )
     if as_json:
         print_json(asdict(result))
+    elif result.scores is not None:
+        print_table(*accuracy_table(result, depth, by_difficulty))
     else:
         print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, depth))
 
@@ -207,6 +223,20 @@ def _config_of(run: Path, overrides: list[str]) -> "Config":
     raise ConfigError(f"'{run}' is neither a run folder nor a checkpoint folder of one: there is no config.yaml")
 
 
+def _eval_difficulty(span: str) -> str:
+    """The override that --difficulty LOW:HIGH stands for."""
+    low, separator, high = span.partition(":")
+    if not (separator and low.isdigit() and high.isdigit()):
+        raise ConfigError(f"--difficulty {span} must have the form LOW:HIGH, such as 11:20")
+    return f"data.task.eval_difficulty=[{low}, {high}]"
+
+
+def _check_task_options(config: "Config", by_difficulty: bool, difficulty: str | None) -> None:
+    for option, given in (("--by-difficulty", by_difficulty), ("--difficulty", difficulty is not None)):
+        if given and config.data.task is None:
+            raise ConfigError(f"{option} is for runs on a task; this one was trained on {config.data.described}")
+
+
 def _read_lines(path: Path) -> list[str]:
     """Non-empty lines of a prompt file."""
     try:
@@ -218,15 +248,10 @@ def _read_lines(path: Path) -> list[str]:
 
 def _loss_rows(result: "EvalResult", depth: str | None) -> list[list[str]]:
     """Rows of the evaluation table; perplexity and bits per byte of every row follow from its loss."""
-    oracle = "oracle (sees later tokens)"
-    if depth is not None:
-        rows = [(f"depth {depth}", result.loss)]
-    elif result.is_oracle:
-        rows = [(oracle, result.loss)]
-    elif result.oracle_loss is not None:
-        rows = [("causal (as in decoding)", result.loss), (oracle, result.oracle_loss)]
-    else:
-        rows = [("held-out set", result.loss)]
-    rows += [(f"every token at depth {r}", loss) for r, loss in (result.by_depth or {}).items()]
+    losses = [*rules(result, depth, result.loss, result.oracle_loss), *(result.by_depth or {}).items()]
+    assert result.bits_per_byte is not None
     bits_per_nat = result.bits_per_byte / result.loss
-    return [[name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{loss * bits_per_nat:.4f}"] for name, loss in rows]
+    return [
+        [rule_name(rule), f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{loss * bits_per_nat:.4f}"]
+        for rule, loss in losses
+    ]

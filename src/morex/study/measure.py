@@ -6,14 +6,16 @@ Everything is read from the run folder and written back to it as cell.json. Shap
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from morex.config import Config
-from morex.data.loader import held_out_windows
-from morex.data.prepare import PreparedData, prepare
+from morex.data.prepare import PreparedData
+from morex.data.source import beginning, held_out_batches, prepare_source
 from morex.data.stream import TokenStream
+from morex.data.tasks.prepared import HeldOut, PreparedTask
 from morex.data.tokenizer import Tokenizer
 from morex.eval.loss import evaluate
 from morex.loading import is_depth_routed
@@ -37,12 +39,12 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
     config = run.config()
     with cpu_threads(config.train.threads):
         model, tokenizer = load(run.path, device=str(resolve_device(config.train.device)))
-        data = prepare(config.data, config.model.vocab_size, config.train.seq_len, tokenizer=tokenizer)
+        data = prepare_source(config, tokenizer)
         first, second = (None, None) if study.learning_rates is None else _half_losses(model, data, config)
         refusal = None
         sample = speed = None
         if _has_causal_rule(config):
-            sample = _sample(model, tokenizer, study.sample)
+            sample = _sample(model, data, tokenizer, study.sample)
             speed = _decode_speed(model, data.val, study.report.decode_tokens)
         else:
             refusal = "This model has no causal rule (depth.causal is 'none'), so it cannot be decoded."
@@ -57,11 +59,16 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
     )
 
 
-def halves(stream: TokenStream, seq_len: int) -> tuple[TokenStream, TokenStream]:
-    """The first and the second half of the windows of a held-out stream.
+def halves(held_out: TokenStream | HeldOut, seq_len: int) -> tuple[TokenStream | HeldOut, TokenStream | HeldOut]:
+    """The first and the second half of the examples of a task, or of the windows of a held-out stream.
 
     The last token of the first half is predicted there and is context in the second, so every token is predicted once.
     """
+    if isinstance(held_out, HeldOut):
+        middle = len(held_out.examples) // 2
+        first, second = held_out.examples[:middle], held_out.examples[middle:]
+        return replace(held_out, examples=first), replace(held_out, examples=second)
+    stream = held_out
     windows = -(-(stream.num_tokens - 1) // seq_len)
     assert windows > 1, "the plan refuses a held-out set of one window"
     cut = windows // 2 * seq_len
@@ -90,7 +97,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _half_losses(model: LanguageModel, data: PreparedData, config: Config) -> tuple[float, float]:
+def _half_losses(model: LanguageModel, data: PreparedData | PreparedTask, config: Config) -> tuple[float, float]:
     first, second = (
         evaluate(
             model,
@@ -110,8 +117,12 @@ def _has_causal_rule(config: Config) -> bool:
     return not (isinstance(depth, ExpertChoiceConfig) and depth.causal == "none")
 
 
-def _sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleConfig) -> Sample:
-    prompt = list(tokenizer.encode(sample.prompt))
+def _sample(
+    model: LanguageModel, data: PreparedData | PreparedTask, tokenizer: Tokenizer, sample: SampleConfig
+) -> Sample:
+    """What the model makes of the study's prompt, or of a task's first held-out question."""
+    asked = isinstance(data, PreparedTask)
+    prompt = list(data.val.examples[0].prompt) if asked else list(tokenizer.encode(sample.prompt))
     [ids] = model.generate(
         [prompt],
         max_new_tokens=sample.max_new_tokens,
@@ -121,13 +132,13 @@ def _sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleConfig) ->
         seed=sample.seed,
     )
     new = [i for i in ids[len(prompt) :] if i != tokenizer.eos_id]
-    return Sample(prompt=sample.prompt, text=tokenizer.decode(new))
+    return Sample(prompt=tokenizer.decode(prompt) if asked else sample.prompt, text=tokenizer.decode(new))
 
 
-def _decode_speed(model: LanguageModel, stream: TokenStream, new_tokens: int) -> float:
+def _decode_speed(model: LanguageModel, held_out: TokenStream | HeldOut, new_tokens: int) -> float:
     """Tokens per second of greedy decoding of one sequence, the median of three."""
     device = model.embedding.weight.device
-    prompt = torch.from_numpy(stream.tokens[:DECODE_PROMPT].astype(np.int64))[None].to(device)
+    prompt = torch.tensor([beginning(held_out, DECODE_PROMPT)], device=device)
     model.generate(prompt, max_new_tokens=4)
     speeds = []
     for _ in range(DECODE_RUNS):
@@ -143,7 +154,7 @@ def _decode_speed(model: LanguageModel, stream: TokenStream, new_tokens: int) ->
 
 @torch.no_grad()
 def _routing(
-    model: LanguageModel, data: PreparedData, tokenizer: Tokenizer, config: Config, report: ReportConfig
+    model: LanguageModel, data: PreparedData | PreparedTask, tokenizer: Tokenizer, config: Config, report: ReportConfig
 ) -> Routing | None:
     routed, mixer = is_depth_routed(config.model), config.model.mixer
     experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
@@ -156,7 +167,7 @@ def _routing(
     histogram = torch.zeros(deepest + 1, dtype=torch.long)
     loads: dict[str, torch.Tensor] = {}
     tokens = windows = 0
-    for batch in held_out_windows(data.val, config.train.seq_len, TRACE_BATCH):
+    for batch in held_out_batches(data.val, config.train.seq_len, TRACE_BATCH):
         lengths = batch.lengths
         out = model(
             batch.tokens.to(device),
@@ -190,14 +201,15 @@ def _routing(
 
 def _depth_map(
     model: LanguageModel,
-    data: PreparedData,
+    data: PreparedData | PreparedTask,
     tokenizer: Tokenizer,
     config: Config,
     report: ReportConfig,
     depth: str | None,
 ) -> DepthMap:
     limit = min(report.map_tokens, config.train.seq_len)
-    text = data.val.tokens[:limit].tolist() if report.map_text is None else list(tokenizer.encode(report.map_text))
+    own = report.map_text is None or isinstance(data, PreparedTask)
+    text = beginning(data.val, limit) if own else list(tokenizer.encode(report.map_text))
     ids = text[:limit]
     device = model.embedding.weight.device
     out = model(torch.tensor([ids], device=device), depth=depth, logits_to_keep=1, return_trace=True)

@@ -1,0 +1,44 @@
+"""What a config trains on, a corpus or a task, and batches of either."""
+
+from collections.abc import Iterator
+
+from morex.config import Config
+from morex.data.encoding import Tokenizer
+from morex.data.loader import Batch, Loader, held_out_windows
+from morex.data.prepare import PreparedData, prepare
+from morex.data.stream import TokenStream
+from morex.data.tasks.loader import TaskLoader
+from morex.data.tasks.prepared import HeldOut, PreparedTask, prepare_task
+
+
+def prepare_source(config: Config, tokenizer: Tokenizer | None = None) -> PreparedData | PreparedTask:
+    """Prepares the corpus or the task of a config; `tokenizer` takes the place of `data.tokenizer`.
+
+    Raises:
+        DataError: as `prepare` and `prepare_task`.
+    """
+    vocab_size, seq_len = config.model.vocab_size, config.train.seq_len
+    if config.data.task is not None:
+        return prepare_task(config.data, vocab_size, seq_len, tokenizer)
+    return prepare(config.data, vocab_size, seq_len, tokenizer)
+
+
+def training_loader(source: PreparedData | PreparedTask, config: Config) -> Loader | TaskLoader:
+    """Training batches in the order of train.seed."""
+    train = config.train
+    if isinstance(source, PreparedTask):
+        return TaskLoader(source, train.batch_size, train.seed)
+    return Loader(source.train, train.seq_len, train.batch_size, config.data.windows, train.seed)
+
+
+def held_out_batches(held_out: TokenStream | HeldOut, seq_len: int, batch_size: int) -> Iterator[Batch]:
+    """The whole held-out set once: windows of `seq_len` tokens, or examples, which have their own lengths."""
+    if isinstance(held_out, HeldOut):
+        return held_out.batches(batch_size)
+    return held_out_windows(held_out, seq_len, batch_size)
+
+
+def beginning(held_out: TokenStream | HeldOut, limit: int) -> list[int]:
+    """The first tokens of a held-out set, at most `limit`; of a task those of its first question."""
+    tokens = held_out.examples[0].prompt if isinstance(held_out, HeldOut) else held_out.tokens
+    return [int(token) for token in tokens[:limit]]
