@@ -148,7 +148,7 @@ def test_bpe_samples_a_corpus_that_is_too_large_evenly(
 ) -> None:
     monkeypatch.setattr(module, "BPE_CHARACTERS", sum(map(len, stories)) // 4)
     source = module._Source(byte_config(jsonl(stories), val_fraction=0.01))
-    taken = list(module._training_text(source))
+    taken = list(source.training_texts())
     places = [stories.index(text) for text in taken]
     assert len(taken) in (9, 10) and {b - a for a, b in pairwise(places)} <= {4, 5}
 

@@ -248,7 +248,8 @@ def _read_lines(path: Path) -> list[str]:
 
 def _loss_rows(result: "EvalResult", depth: str | None) -> list[list[str]]:
     """Rows of the evaluation table; perplexity and bits per byte of every row follow from its loss."""
-    losses = [*rules(result, depth, result.loss, result.oracle_loss), *(result.by_depth or {}).items()]
+    losses: list[tuple[str | int, float]] = [*rules(result, depth, result.loss, result.oracle_loss)]
+    losses += (result.by_depth or {}).items()
     assert result.bits_per_byte is not None
     bits_per_nat = result.bits_per_byte / result.loss
     return [

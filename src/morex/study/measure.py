@@ -121,8 +121,11 @@ def _sample(
     model: LanguageModel, data: PreparedData | PreparedTask, tokenizer: Tokenizer, sample: SampleConfig
 ) -> Sample:
     """What the model makes of the study's prompt, or of a task's first held-out question."""
-    asked = isinstance(data, PreparedTask)
-    prompt = list(data.val.examples[0].prompt) if asked else list(tokenizer.encode(sample.prompt))
+    if isinstance(data, PreparedTask):
+        prompt = list(map(int, data.val.examples[0].prompt))
+        shown = tokenizer.decode(prompt)
+    else:
+        prompt, shown = list(tokenizer.encode(sample.prompt)), sample.prompt
     [ids] = model.generate(
         [prompt],
         max_new_tokens=sample.max_new_tokens,
@@ -132,7 +135,7 @@ def _sample(
         seed=sample.seed,
     )
     new = [i for i in ids[len(prompt) :] if i != tokenizer.eos_id]
-    return Sample(prompt=tokenizer.decode(prompt) if asked else sample.prompt, text=tokenizer.decode(new))
+    return Sample(prompt=shown, text=tokenizer.decode(new))
 
 
 def _decode_speed(model: LanguageModel, held_out: TokenStream | HeldOut, new_tokens: int) -> float:
@@ -208,8 +211,10 @@ def _depth_map(
     depth: str | None,
 ) -> DepthMap:
     limit = min(report.map_tokens, config.train.seq_len)
-    own = report.map_text is None or isinstance(data, PreparedTask)
-    text = beginning(data.val, limit) if own else list(tokenizer.encode(report.map_text))
+    if report.map_text is None or isinstance(data, PreparedTask):
+        text = beginning(data.val, limit)
+    else:
+        text = list(tokenizer.encode(report.map_text))
     ids = text[:limit]
     device = model.embedding.weight.device
     out = model(torch.tensor([ids], device=device), depth=depth, logits_to_keep=1, return_trace=True)
