@@ -145,6 +145,12 @@ def projections() -> Any:
     )
 
 
+def heads() -> Any:
+    """Mostly language models, of which more can be checked."""
+    classifiers = [{"kind": "classifier", "pooling": pooling} for pooling in ("last", "mean")]
+    return st.sampled_from([*[{"kind": "lm"}] * 3, *classifiers])
+
+
 def models() -> Any:
     """Model sections, of which many do not fit together."""
     return section(
@@ -159,6 +165,7 @@ def models() -> Any:
         },
         {
             "tie_embeddings": st.booleans(),
+            "head": heads(),
             "step_embedding": st.booleans(),
             "init": st.sampled_from(["scaled", "plain"]),
             "norm": st.sampled_from(["rms", "rms", "rms_plus_one", "layer"]),
@@ -208,7 +215,8 @@ def check_model(config: ModelConfig) -> None:
     move(model, 0.3, generator)
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator)
     lengths = torch.tensor([LENGTH, 3])
-    out = model.train()(tokens, labels=tokens, lengths=lengths)
+    classifies = config.head.kind == "classifier"
+    out = model.train()(tokens, labels=tokens[:, 0] % 4 if classifies else tokens, lengths=lengths)
     assert torch.isfinite(out.loss)
     out.loss.backward()
     check_gradients(model)
@@ -226,6 +234,10 @@ def check_model(config: ModelConfig) -> None:
     changed[:, 4:] = (changed[:, 4:] + 1) % VOCABULARY
     with torch.no_grad():
         first, second = model(tokens).logits, model(changed).logits
+        if classifies:
+            ended = [model(row, lengths=torch.tensor([4, 4])).logits for row in (tokens, changed)]
+            assert (ended[0] - ended[1]).abs().max() <= 1e-9
+            return
         assert (first[:, :4] - second[:, :4]).abs().max() <= 1e-9
         cache = model.new_cache(2)
         parts = [model(tokens[:, :5], cache=cache).logits, model(tokens[:, 5:], cache=cache).logits]
@@ -314,6 +326,9 @@ def test_senseless_values_are_refused_by_name(preset: str, data: st.DataObject) 
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
+    "one class": (["model.head={kind: classifier, classes: 1}"], r"model\.head\.classes .*2"),
+    "a head of another kind": (["model.head={kind: regression}"], r"model\.head\.kind .*classifier"),
+    "classes of a language model": (["model.head={classes: 3}"], r"model\.head"),
     "layers that do not divide": (
         ["model.schedule={sharing: cycle, layers: 8, recursions: 3}"],
         r"layers 8 .*6 and 9",

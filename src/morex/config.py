@@ -21,6 +21,7 @@ from morex.sections.depth import (
     HaltingConfig,
     TokenChoiceConfig,
 )
+from morex.sections.head import HeadConfig, LanguageModelHeadConfig
 from morex.sections.mixers import (
     FeedForwardConfig,
     HuginnExpertsConfig,
@@ -43,7 +44,7 @@ class ModelConfig(Section):
     max_seq_len: PositiveInt = 1024
     """Longest sequence that the model is meant for; the span of position-based depth policies."""
     tie_embeddings: bool = True
-    """The head is the embedding matrix."""
+    """The head of a language model is the embedding matrix; a classifier has a head of its own in any case."""
     embedding_scale: bool = False
     """Multiply token embeddings by sqrt(d_model)."""
     logit_cap: PositiveFloat | None = None
@@ -70,6 +71,8 @@ class ModelConfig(Section):
     """Router that decides which tokens take which recursions."""
     kv: Literal["per_recursion", "shared_first"] = "per_recursion"
     """`per_recursion`: each recursion has keys of its active tokens; `shared_first`: all read those of recursion 1."""
+    head: HeadConfig = LanguageModelHeadConfig()
+    """What the last states become: logits of the next token, or of the classes of a sequence."""
     step_embedding: bool = False
     """Add a learned vector per recursion to the input of the core."""
 

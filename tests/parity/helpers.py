@@ -100,9 +100,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "tuned+one_expert_each": ("more-tuned", ["model.mixer.router.top_k=1", "model.mixer.branch=output"]),
     "tuned+token_scope": ("more-tuned", ["model.mixer.attention_scope=token"]),
     "tuned+grouped_heads": ("more-tuned", ["model.attention={heads: 4, kv_heads: 2}"]),
+    "classifier+mean": ("mor-act", ["model.head={kind: classifier, classes: 3, pooling: mean}"]),
+    "classifier+experts": ("more-tuned", ["model.head={kind: classifier, classes: 5}", "model.logit_cap=4.0"]),
 }
 PRESETS = morex.presets()
 CASES = [*PRESETS, *VARIANTS]
+"""Of all models; `LM_CASES`, further down, are those that give logits for every token and decode."""
 
 
 @cache
@@ -120,12 +123,17 @@ def load(case: str, *overrides: str) -> Config:
     return config
 
 
-def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None) -> list[str]:
-    """Cases whose depth router is of one of these kinds (all when none is named), with this KV rule and mixer."""
+LM_CASES = [case for case in CASES if config_of(case).head.kind == "lm"]
+CLASSIFIER_CASES = [case for case in CASES if config_of(case).head.kind == "classifier"]
+
+
+def cases(*depth_kinds: str, kv: str | None = None, mixer: str | None = None, head: str | None = None) -> list[str]:
+    """Cases whose depth router is of one of these kinds (all when none is named), with this KV rule, mixer and head."""
     found = []
     for case in CASES:
         config = config_of(case)
-        fits = not depth_kinds or config.depth.kind in depth_kinds
+        fits = head is None or config.head.kind == head
+        fits &= not depth_kinds or config.depth.kind in depth_kinds
         fits &= kv is None or config.kv == kv
         fits &= mixer is None or config.mixer.kind == mixer
         if fits:
@@ -230,6 +238,17 @@ def labels_of(tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
     if lengths is not None:
         labels[torch.arange(tokens.shape[1]) >= lengths[:, None]] = -100
     return labels
+
+
+def labels_for(case: str, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Labels that the case's head learns: the tokens themselves, or a class for each row, from its own tokens."""
+    labels, head = labels_of(tokens, lengths), config_of(case).head
+    return labels if head.kind == "lm" else labels.clamp(min=0).sum(1) % head.classes
+
+
+def row_logits(logits: Tensor, length: int) -> Tensor:
+    """What a model says about one row of a batch: logits of its real tokens, or those of its class."""
+    return logits if logits.dim() == 1 else logits[:length]
 
 
 def tensors_in(stats: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Invariant 5: every parameter learns from the language-model loss."""
+"""Invariant 5: every parameter learns from the loss of the objective, a language model's or a classifier's."""
 
 import re
 from typing import Any
@@ -6,9 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from parity.helpers import CASES, build, cases, config_of, fresh_model, has_experts, random_tokens
+from parity.helpers import (
+    CASES,
+    build,
+    cases,
+    config_of,
+    fresh_model,
+    has_experts,
+    labels_for,
+    random_tokens,
+)
 
-# Parameters that the language-model loss cannot move, and why.
+# Parameters that the loss of the objective cannot move, and why.
 EXCEPTIONS: dict[str, str] = {
     r"\.router\.predictor\.": "the aux_router predictor learns from its own loss, with stopped gradient",
     r"\.router\.score\.": "scores of an `unweighted` router learn from its own loss: a gate of 1 carries no gradient",
@@ -30,14 +39,14 @@ def is_exempt(case: str, name: str) -> bool:
 
 
 def gradients(case: str) -> dict[str, float]:
-    """Largest gradient of each parameter from the language-model loss on a batch that visits everything."""
+    """Largest gradient of each parameter from the objective's loss on a batch that visits everything."""
     for seed in range(1, 30):
         model = build(config_of(case), seed=seed)
         tokens = random_tokens(case, 4, 24)
-        out = model(tokens, labels=tokens, return_trace=True)
+        out = model(tokens, labels=labels_for(case, tokens), return_trace=True)
         if not visits_everything(case, out.trace):
             continue
-        out.losses["lm"].backward()
+        out.losses[out.objective].backward()
         return {
             name: 0.0 if parameter.grad is None else parameter.grad.abs().max().item()
             for name, parameter in model.named_parameters()
@@ -92,10 +101,11 @@ GATED = [case for case in cases("expert_choice", "threshold", "token_choice", "h
 
 
 @pytest.mark.parametrize("case", GATED)
-def test_routers_learn_from_the_language_model_loss(case: str) -> None:
+def test_routers_learn_from_the_objective(case: str) -> None:
     """The gate carries the gradient: every recursion's router gets one."""
     model, tokens = fresh_model(case), random_tokens(case, 4, 24)
-    model(tokens, labels=tokens).losses["lm"].backward()
+    out = model(tokens, labels=labels_for(case, tokens))
+    out.losses[out.objective].backward()
     scorers = [(n, p) for n, p in model.named_parameters() if ".groups." in n and ".router.score." in n]
     assert scorers
     for name, parameter in scorers:
@@ -104,10 +114,11 @@ def test_routers_learn_from_the_language_model_loss(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", cases(mixer="moe") + cases(mixer="recursive"))
-def test_expert_routers_learn_from_the_language_model_loss(case: str) -> None:
+def test_expert_routers_learn_from_the_objective(case: str) -> None:
     """For one expert a token too: the probability itself is the weight."""
     model, tokens = fresh_model(case), random_tokens(case, 4, 24)
-    model(tokens, labels=tokens).losses["lm"].backward()
+    out = model(tokens, labels=labels_for(case, tokens))
+    out.losses[out.objective].backward()
     routers = [(n, p) for n, p in model.named_parameters() if n.endswith("mixer.router.weight")]
     assert routers
     for name, parameter in routers:

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 import morex
-from parity.helpers import build, cases, config_of, eval_model, fresh_model, random_tokens
+from parity.helpers import (
+    build,
+    cases,
+    config_of,
+    eval_model,
+    fresh_model,
+    labels_for,
+    random_tokens,
+)
 
 TOKENS = random_tokens("mor-expert")
 
@@ -136,7 +144,7 @@ def test_router_updates_in_half_precision(case: str) -> None:
     """Weights in bf16 train a step, router updates included."""
     model: Any = morex.build_model(config_of(case), dtype=torch.bfloat16).train()
     tokens = random_tokens(case)
-    out = model(tokens, labels=tokens)
+    out = model(tokens, labels=labels_for(case, tokens))
     out.loss.backward()
     model.update_routers(out.stats, 1)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

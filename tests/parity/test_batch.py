@@ -5,15 +5,17 @@ import torch
 
 from parity.helpers import (
     CASES,
+    LM_CASES,
     cases,
     config_of,
     eval_model,
     fresh_model,
-    labels_of,
+    labels_for,
     largest_change,
     pad,
     ragged_rows,
     random_tokens,
+    row_logits,
 )
 
 LENGTHS = [16, 9, 5, 1]
@@ -28,11 +30,21 @@ def test_batch_invariance(case: str, mode: str) -> None:
     tokens, lengths = pad(rows)
     together = model(tokens, lengths=lengths).logits
     for row, logits in zip(rows, together, strict=True):
-        assert largest_change(model(row[None]).logits[0], logits[: len(row)]) <= 1e-9
+        assert largest_change(model(row[None]).logits[0], row_logits(logits, len(row))) <= 1e-9
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_prefix_parity(case: str) -> None:
+    """A row cut off is the row that ends there, whatever stands behind its end."""
+    model, tokens = eval_model(case), random_tokens(case)
+    for t in (1, 2, 7, 15):
+        ended = model(tokens, lengths=torch.full((2,), t)).logits
+        alone = model(tokens[:, :t]).logits
+        assert largest_change(alone, ended if ended.dim() == 2 else ended[:, :t]) <= 1e-9
+
+
+@pytest.mark.parametrize("case", LM_CASES)
+def test_logits_are_those_of_the_prefix(case: str) -> None:
     model, tokens = eval_model(case), random_tokens(case)
     logits = model(tokens).logits
     for t in (1, 2, 7, 15):
@@ -47,9 +59,9 @@ def test_padding_values_are_irrelevant(case: str, mode: str) -> None:
     outs = []
     for value in (0, 5):
         tokens, lengths = pad(rows, value)
-        outs.append(model(tokens, labels=labels_of(tokens, lengths), lengths=lengths))
-    real = torch.arange(16) < lengths[:, None]
-    assert largest_change(outs[0].logits[real], outs[1].logits[real]) <= 1e-12
+        outs.append(model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths))
+    for first, second, length in zip(outs[0].logits, outs[1].logits, LENGTHS, strict=True):
+        assert largest_change(row_logits(first, length), row_logits(second, length)) <= 1e-12
     assert outs[0].losses.keys() == outs[1].losses.keys()
     for name, loss in outs[0].losses.items():
         assert largest_change(loss, outs[1].losses[name]) <= 1e-12, name
@@ -61,14 +73,14 @@ def test_more_padding_changes_nothing(case: str) -> None:
     rows = ragged_rows(case, LENGTHS)
     tokens, lengths = pad(rows)
     wider = torch.cat([tokens, torch.full((4, 7), 3)], 1)
-    narrow = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
-    wide = model(wider, labels=labels_of(wider, lengths), lengths=lengths)
-    real = torch.arange(16) < lengths[:, None]
-    assert largest_change(wide.logits[:, :16][real], narrow.logits[real]) <= 1e-9
+    narrow = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
+    wide = model(wider, labels=labels_for(case, wider, lengths), lengths=lengths)
+    for first, second, length in zip(wide.logits, narrow.logits, LENGTHS, strict=True):
+        assert largest_change(row_logits(first, length), row_logits(second, length)) <= 1e-9
     assert largest_change(wide.loss, narrow.loss) <= 1e-9
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_documents_do_not_see_each_other(case: str) -> None:
     """Two documents in one row, told apart by `document_ids`, as two rows of their own."""
     model = eval_model(case)
@@ -87,7 +99,7 @@ def test_documents_do_not_see_each_other(case: str) -> None:
         assert largest_change(logits[9:], model(second[None]).logits[0]) <= 1e-9
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_loss_is_the_shifted_cross_entropy(case: str) -> None:
     """Labels are the tokens themselves or the window with the token after it; -100 counts nowhere."""
     model, tokens = eval_model(case), random_tokens(case, 2, 12)
@@ -108,16 +120,17 @@ def test_loss_is_the_shifted_cross_entropy(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_training_loss_is_the_weighted_sum(case: str) -> None:
     tokens = random_tokens(case, 2, 12)
-    out = fresh_model(case)(tokens, labels=tokens)
-    assert out.losses.keys() >= {"lm"}
-    assert set(out.loss_weights) < set(out.losses)
-    total = out.losses["lm"] + sum(weight * out.losses[name] for name, weight in out.loss_weights.items())
+    labels = labels_for(case, tokens)
+    out = fresh_model(case)(tokens, labels=labels)
+    assert out.objective == {"lm": "lm", "classifier": "classification"}[config_of(case).head.kind]
+    assert {out.objective, *out.loss_weights} <= set(out.losses)
+    total = out.losses[out.objective] + sum(weight * out.losses[name] for name, weight in out.loss_weights.items())
     assert largest_change(out.loss, torch.as_tensor(total)) <= 1e-12
-    evaluated = eval_model(case)(tokens, labels=tokens)
-    assert torch.equal(evaluated.loss, evaluated.losses["lm"])
+    evaluated = eval_model(case)(tokens, labels=labels)
+    assert torch.equal(evaluated.loss, evaluated.losses[out.objective])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_logits_to_keep(case: str) -> None:
     model, tokens = eval_model(case), random_tokens(case)
     logits = model(tokens).logits

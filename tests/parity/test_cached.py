@@ -11,7 +11,7 @@ import morex
 from morex.model.generate import sample
 from morex.model.lm import Trace
 from parity.helpers import (
-    CASES,
+    LM_CASES,
     cases,
     config_of,
     eval_model,
@@ -24,9 +24,9 @@ from parity.helpers import (
 )
 
 DEPTHS: list[int | str] = ["uniform:2", "adaptive:8", "progressive:12", 1]
-RECURRENT = [case for case in CASES if config_of(case).schedule.recursions > 1]
-DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "halting", "random")
-ROUTED = sorted({*DEPTH_ROUTED, *cases(mixer="moe"), *cases(mixer="recursive")})
+RECURRENT = [case for case in LM_CASES if config_of(case).schedule.recursions > 1]
+DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "halting", "random", head="lm")
+ROUTED = sorted({*DEPTH_ROUTED, *cases(mixer="moe", head="lm"), *cases(mixer="recursive", head="lm")})
 CHUNKS: dict[str, list[list[int]]] = {
     "ones": [[1] * 14] * 3,
     "threes": [[3, 3, 3, 3, 2]] * 3,
@@ -104,7 +104,7 @@ def assert_cached_equals_full(
 
 
 @pytest.mark.parametrize("cut", CHUNKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_cached_equals_full(case: str, cut: str) -> None:
     assert_cached_equals_full(case, cut)
 
@@ -120,7 +120,7 @@ def test_routes_that_are_compared_differ_between_tokens(case: str) -> None:
     assert all(len(kinds[name]) > 1 for name in decided), kinds
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_cached_equals_full_in_fp32(case: str) -> None:
     assert_cached_equals_full(case, "ragged", dtype=torch.float32, atol=1e-4)
 
@@ -131,7 +131,7 @@ def test_cached_equals_full_at_call_time_depths(case: str, depth: int | str) -> 
     assert_cached_equals_full(case, "ragged chunks", depth)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_generate_cached_equals_uncached(case: str) -> None:
     """Greedy, prompts of different lengths; each row is what it is alone."""
     model: Any = eval_model(case)
@@ -144,7 +144,7 @@ def test_generate_cached_equals_uncached(case: str) -> None:
         assert ids == model.generate([prompt], max_new_tokens=8)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_generate_is_greedy(case: str) -> None:
     """Every new token is the argmax of the full forward over what stands before it."""
     model: Any = eval_model(case)
@@ -277,7 +277,7 @@ def test_recursions_with_weights_of_their_own_end_where_these_end(case: str) -> 
             eval_model(case)(random_tokens(case), depth=depth)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_cache_grows_with_the_tokens(case: str) -> None:
     model: Any = eval_model(case)
     tokens = random_tokens(case)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from parity.helpers import (
     CASES,
+    LM_CASES,
     build,
     cases,
     config_of,
@@ -27,7 +28,7 @@ def with_other_future(tokens: Tensor, t: int, vocab_size: int) -> Tensor:
     return changed
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_causal(case: str) -> None:
     model, tokens = eval_model(case), random_tokens(case)
     assert routing_splits(model, tokens)
@@ -38,7 +39,23 @@ def test_causal(case: str) -> None:
         assert largest_change(changed[:, t + 1 :], logits[:, t + 1 :]) > 1e-3
 
 
-@pytest.mark.parametrize("case", cases("expert_choice"))
+@pytest.mark.parametrize("case", CASES)
+def test_causal_states(case: str) -> None:
+    """The states of every recursion, whatever the head makes of them."""
+    model, tokens = eval_model(case), random_tokens(case)
+
+    def states(tokens: Tensor) -> Tensor:
+        trace = model(tokens, return_trace=True).trace
+        return torch.stack([state for group in trace.states.values() for state in group])
+
+    before = states(tokens)
+    for t in (0, 6, 14):
+        changed = states(with_other_future(tokens, t, config_of(case).vocab_size))
+        assert largest_change(changed[:, :, : t + 1], before[:, :, : t + 1]) <= 1e-9
+        assert largest_change(changed[:, :, t + 1 :], before[:, :, t + 1 :]) > 1e-3
+
+
+@pytest.mark.parametrize("case", cases("expert_choice", head="lm"))
 def test_expert_choice_training_is_not_causal(case: str) -> None:
     """Top-k over the sequence sees the future: a documented property of the method, which eval mode must not have."""
     tokens = random_tokens(case)
@@ -65,7 +82,7 @@ def test_oracle_is_the_rule_of_training(case: str) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, "uniform:2", "adaptive:8", "progressive:12"])
-@pytest.mark.parametrize("case", [case for case in CASES if config_of(case).schedule.recursions > 1])
+@pytest.mark.parametrize("case", [case for case in LM_CASES if config_of(case).schedule.recursions > 1])
 def test_causal_under_depth_policies(case: str, depth: int | str) -> None:
     model, tokens = eval_model(case), random_tokens(case)
     changed = model(with_other_future(tokens, 9, config_of(case).vocab_size), depth=depth).logits

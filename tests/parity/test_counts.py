@@ -12,7 +12,19 @@ import morex
 from morex.config import ModelConfig
 from morex.loading import validate
 from morex.nn.signals import RouterStats
-from parity.helpers import CASES, PRESETS, build, cases, config_of, load, plain_path, random_tokens, splitting_model
+from parity.helpers import (
+    CASES,
+    LM_CASES,
+    PRESETS,
+    build,
+    cases,
+    config_of,
+    labels_for,
+    load,
+    plain_path,
+    random_tokens,
+    splitting_model,
+)
 
 ROUTED = cases("token_choice", "threshold", "random", "expert_choice", "halting")
 
@@ -35,11 +47,11 @@ EXACT_NON_EMBEDDING = {
 }
 
 
-def flops(model: Any, tokens: torch.Tensor, backward: bool, **options: Any) -> int:
+def flops(case: str, model: Any, tokens: torch.Tensor, backward: bool, **options: Any) -> int:
     """Torch's count, on the plain path and the math attention backend, which it can see into."""
     counter = FlopCounterMode(display=False)
     with plain_path(), sdpa_kernel(SDPBackend.MATH), counter, torch.set_grad_enabled(backward):
-        out = model(tokens, labels=tokens if backward else None, **options)
+        out = model(tokens, labels=labels_for(case, tokens) if backward else None, **options)
         if backward:
             out.loss.backward()
     return counter.get_total_flops()
@@ -57,6 +69,13 @@ def visits_everything(case: str) -> ModelConfig:
 def amortised(config: ModelConfig) -> int:
     """How many times larger a batch must be for W_o W_v, folded once a forward pass, to weigh under 1 % a token."""
     return 6 if config.mixer.kind == "recursive" and config.mixer.attention_scope == "token" else 1
+
+
+def whole_length(config: ModelConfig) -> int:
+    """A length of which every capacity is a whole number of tokens."""
+    shares = config.depth.shares(config.schedule.recursions) if config.depth.kind == "expert_choice" else ()
+    lengths = range(LENGTH, 3 * LENGTH)
+    return next(length for length in lengths if all(abs(c * length - round(c * length)) < 1e-9 for c in shares))
 
 
 def measured_shares(stats: RouterStats) -> tuple[float, ...]:
@@ -150,12 +169,12 @@ def test_counts_are_the_published_figures_without_embeddings(preset: str) -> Non
 def test_flops_agree_with_torch_counter(case: str) -> None:
     """Forward, and forward with backward, of a training batch, within 1 %."""
     config = visits_everything(case)
-    model, depth = build(config), call_time_depth(config)
-    tokens = random_tokens(case, 4 * amortised(config), LENGTH)
-    counts = morex.count(config, seq_len=LENGTH, depth=depth)
-    measured = flops(model, tokens, backward=False, depth=depth) / tokens.numel()
+    model, depth, length = build(config), call_time_depth(config), whole_length(config)
+    tokens = random_tokens(case, 4 * amortised(config), length)
+    counts = morex.count(config, seq_len=length, depth=depth)
+    measured = flops(case, model, tokens, backward=False, depth=depth) / tokens.numel()
     assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
-    measured = flops(model, tokens, backward=True, depth=depth) / tokens.numel()
+    measured = flops(case, model, tokens, backward=True, depth=depth) / tokens.numel()
     assert counts.train_flops_per_token == pytest.approx(measured, rel=0.01)
 
 
@@ -165,7 +184,7 @@ def test_flops_agree_with_torch_counter_in_fewer_recursions(case: str) -> None:
     model, tokens = build(config), random_tokens(case, 4, LENGTH)
     for depth in (1, "uniform:2"):
         counts = morex.count(config, seq_len=LENGTH, depth=depth)
-        measured = flops(model, tokens, backward=False, depth=depth) / tokens.numel()
+        measured = flops(case, model, tokens, backward=False, depth=depth) / tokens.numel()
         assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
 
 
@@ -181,7 +200,7 @@ def test_flops_at_measured_shares_agree_with_torch_counter(case: str) -> None:
     with torch.no_grad():
         shares = measured_shares(model(tokens).stats)
     counts = morex.count(config, seq_len=LENGTH, shares=shares)
-    measured = flops(model, tokens, backward=False) / tokens.numel()
+    measured = flops(case, model, tokens, backward=False) / tokens.numel()
     assert counts.forward_flops_per_token == pytest.approx(measured, rel=0.01)
     if len(config.schedule.resolved.groups) == 1:
         assert counts.forward_flops_per_token == pytest.approx(measured, rel=1e-9)
@@ -204,11 +223,11 @@ def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: s
     uneven = (3 if training else 1) * uneven_attention_flops(config, list(out.trace.active.values()))
     # Halting leaves the numbers of active tokens least alike.
     assert -1e-6 <= uneven <= (0.2 if config.depth.kind == "halting" else 0.1) * expected * tokens.numel()
-    measured = flops(model, tokens, backward=training)
+    measured = flops(case, model, tokens, backward=training)
     assert expected * tokens.numel() + uneven == pytest.approx(measured, rel=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_flops_of_decoding_agree_with_torch_counter(case: str) -> None:
     """One more token for each row, after a context of known length; too few for work to be shared by a batch."""
     config, context = visits_everything(case), 32
@@ -220,11 +239,11 @@ def test_flops_of_decoding_agree_with_torch_counter(case: str) -> None:
         cache = model.new_cache(rows)
         model(tokens[:, :-1], cache=cache, depth=depth)
     counts = morex.count(config, seq_len=context, context=context, depth=depth)
-    measured = flops(model, tokens[:, -1:], backward=False, cache=cache, depth=depth) / rows
+    measured = flops(case, model, tokens[:, -1:], backward=False, cache=cache, depth=depth) / rows
     assert counts.decode_flops_per_token == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LM_CASES)
 def test_kv_bytes_equal_the_cache(case: str) -> None:
     config = config_of(case)
     depth = None if config.depth.kind == "fixed" else "uniform:2"

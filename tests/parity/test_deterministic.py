@@ -13,7 +13,7 @@ from parity.helpers import (
     config_of,
     eval_model,
     fresh_model,
-    labels_of,
+    labels_for,
     pad,
     ragged_rows,
     random_tokens,
@@ -29,7 +29,7 @@ def train(case: str, steps: int = 2, seed: int = 7) -> tuple[list[float], dict[s
     losses = []
     for step in range(1, steps + 1):
         tokens = torch.randint(97, (2, 16))
-        first, second = (model(half, labels=half) for half in tokens.chunk(2))
+        first, second = (model(half, labels=labels_for(case, half)) for half in tokens.chunk(2))
         (0.5 * (first.loss + second.loss)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -79,7 +79,7 @@ def test_forward_writes_no_state(case: str, mode: str) -> None:
     """Neither weights nor buffers, registered or not, nor attributes that hold tensors."""
     model = fresh_model(case).train(mode == "train")
     tokens, lengths = pad(ragged_rows(case, [16, 5]))
-    model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
+    model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
 
     def everything() -> dict[str, torch.Tensor]:
         found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -92,7 +92,7 @@ def test_forward_writes_no_state(case: str, mode: str) -> None:
 
     before = everything()
     attributes = {path: set(vars(module)) for path, module in model.named_modules()}
-    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths, return_trace=True)
+    out = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths, return_trace=True)
     if mode == "train":
         out.loss.backward()
     assert same(everything(), before)
@@ -104,7 +104,7 @@ def test_update_routers_writes_buffers_only(case: str) -> None:
     model = fresh_model(case)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = random_tokens(case)
-    model.update_routers(model(tokens, labels=tokens).stats, 1)
+    model.update_routers(model(tokens, labels=labels_for(case, tokens)).stats, 1)
     assert same({name: p.detach() for name, p in model.named_parameters()}, weights)
 
 
@@ -120,7 +120,7 @@ def test_nothing_grows_from_step_to_step(case: str) -> None:
     nodes, numbers, alive = [], [], []
     gc.freeze()  # what lives already is not looked at again
     for step in range(1, 7):
-        out = model(tokens, labels=tokens)
+        out = model(tokens, labels=labels_for(case, tokens))
         nodes.append(count_nodes(out.loss))
         numbers.append(sum(tensor.numel() for tensor in tensors_in(out.stats)))
         assert not any(tensor.requires_grad for tensor in tensors_in(out.stats))

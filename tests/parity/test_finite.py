@@ -9,12 +9,13 @@ import torch
 import morex
 from parity.helpers import (
     CASES,
+    LM_CASES,
     build,
     cases,
     config_of,
     fresh_model,
     has_experts,
-    labels_of,
+    labels_for,
     load,
     pad,
     ragged_rows,
@@ -32,14 +33,20 @@ def router_weights(model: Any) -> list[torch.nn.Parameter]:
     return found
 
 
-def assert_finite_step(model: Any, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
+def objective(out: Any) -> torch.Tensor:
+    """The loss that the model learns from, without the auxiliary ones."""
+    loss: torch.Tensor = out.losses[out.objective]
+    return loss
+
+
+def assert_finite_step(case: str, model: Any, tokens: torch.Tensor, lengths: torch.Tensor | None = None) -> None:
     """Forward and backward: finite loss, finite logits, a finite gradient for every parameter, none missing."""
-    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
+    out = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
     assert torch.isfinite(out.loss)
     real = torch.ones_like(tokens, dtype=torch.bool)
     if lengths is not None:
         real = torch.arange(tokens.shape[1]) < lengths[:, None]
-    assert torch.isfinite(out.logits[real]).all()
+    assert torch.isfinite(out.logits if out.logits.dim() == 2 else out.logits[real]).all()
     assert all(torch.isfinite(loss) for loss in out.losses.values())
     out.loss.backward()
     config: Any = model.config
@@ -60,7 +67,7 @@ def test_finite_with_saturated_routers(case: str, factor: float, dtype: torch.dt
     with torch.no_grad():
         for weight in router_weights(model):
             weight.mul_(factor)
-    assert_finite_step(model, random_tokens(case))
+    assert_finite_step(case, model, random_tokens(case))
     assert torch.isfinite(model.eval()(random_tokens(case)).logits).all()
 
 
@@ -73,7 +80,7 @@ def test_finite_with_no_token_active(case: str, mode: str) -> None:
             buffer[torch.isfinite(buffer)] = 1e9
     tokens = random_tokens(case)
     if mode == "train":
-        assert_finite_step(model, tokens)
+        assert_finite_step(case, model, tokens)
     model.eval()
     out = model(tokens, return_trace=True)
     empty = [mask for masks in out.trace.active.values() for mask in masks if not mask.any()]
@@ -81,7 +88,7 @@ def test_finite_with_no_token_active(case: str, mode: str) -> None:
     assert torch.isfinite(out.logits).all()
 
 
-@pytest.mark.parametrize("case", cases("expert_choice"))
+@pytest.mark.parametrize("case", cases("expert_choice", head="lm"))
 def test_finite_when_inference_visits_no_recursion(case: str) -> None:
     """All causal logits negative: recursions that not every token takes are empty, with and without cache."""
     model: Any = fresh_model(case).eval()
@@ -120,7 +127,7 @@ def test_finite_when_all_tokens_choose_one_depth(case: str) -> None:
         tokens = random_tokens(case)
         first = next(iter(model(tokens, return_trace=True).trace.active.values()))
         assert torch.stack(list(first)).sum(0).unique().tolist() == [favourite + 1]
-        assert_finite_step(model, tokens)
+        assert_finite_step(case, model, tokens)
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES)
@@ -136,7 +143,7 @@ def test_finite_when_an_expert_is_never_visited(case: str) -> None:
     for chosen in out.trace.experts.values():
         ids = torch.cat([part[part >= 0].flatten() for part in chosen])
         assert len(ids.unique()) == config.mixer.router.top_k
-    assert_finite_step(model, random_tokens(case))
+    assert_finite_step(case, model, random_tokens(case))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 7), (1, 2)])
@@ -145,9 +152,11 @@ def test_finite_on_the_smallest_batches(case: str, shape: tuple[int, int]) -> No
     """One row, one token. A single token has no next one: its loss is that of the label given in the window."""
     tokens = random_tokens(case, *shape)
     model = fresh_model(case)
-    window = torch.cat([tokens, tokens[:, :1]], 1)
+    is_lm = config_of(case).head.kind == "lm"
+    window = torch.cat([tokens, tokens[:, :1]], 1) if is_lm else labels_for(case, tokens)
     out = model(tokens, labels=window)
-    assert out.logits.shape == (*shape, config_of(case).vocab_size)
+    expected = (*shape, config_of(case).vocab_size) if is_lm else (shape[0], config_of(case).head.classes)
+    assert out.logits.shape == expected
     assert torch.isfinite(out.loss)
     out.loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -160,7 +169,7 @@ def test_finite_on_the_smallest_batches(case: str, shape: tuple[int, int]) -> No
 @pytest.mark.parametrize("case", CASES)
 def test_finite_with_rows_of_one_token(case: str) -> None:
     tokens, lengths = pad(ragged_rows(case, [12, 1, 2]))
-    assert_finite_step(fresh_model(case), tokens, lengths)
+    assert_finite_step(case, fresh_model(case), tokens, lengths)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -168,12 +177,13 @@ def test_finite_in_bf16_autocast(case: str) -> None:
     """Close to fp32 where no route flips, finite in any case."""
     model = build(config_of(case), torch.float32, std=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_finite_step(model, random_tokens(case))
+        assert_finite_step(case, model, random_tokens(case))
     full = build(config_of(case), torch.float32, std=0.1)
     tokens = random_tokens(case)
+    labels = labels_for(case, tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half_loss = full(tokens, labels=tokens).losses["lm"].item()
-    assert half_loss == pytest.approx(full(tokens, labels=tokens).losses["lm"].item(), abs=0.1)
+        half_loss = objective(full(tokens, labels=labels)).item()
+    assert half_loss == pytest.approx(objective(full(tokens, labels=labels)).item(), abs=0.1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -181,16 +191,24 @@ def test_finite_in_bf16(case: str) -> None:
     model: Any = morex.build_model(config_of(case), dtype=torch.bfloat16).eval()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert torch.isfinite(model(random_tokens(case)).logits).all()
+
+
+@pytest.mark.parametrize("case", LM_CASES)
+def test_generates_in_bf16(case: str) -> None:
+    model: Any = morex.build_model(config_of(case), dtype=torch.bfloat16).eval()
     prompts = [row.tolist() for row in ragged_rows(case, [5, 2])]
     assert [len(ids) for ids in model.generate(prompts, max_new_tokens=3)] == [8, 5]
 
 
 def test_loss_at_initialisation_is_that_of_a_guess() -> None:
-    """Before training every token is about equally likely."""
+    """Before training every token, or class, is about equally likely."""
     for case in morex.presets():
         tokens = random_tokens(case, 4, 24)
         model = morex.build_model(load(case).model)
-        assert model(tokens, labels=tokens).losses["lm"].item() == pytest.approx(math.log(97), abs=0.4), case
+        head = config_of(case).head
+        guess = math.log(97 if head.kind == "lm" else head.classes)
+        loss = objective(model(tokens, labels=labels_for(case, tokens)))
+        assert loss.item() == pytest.approx(guess, abs=0.4), case
 
 
 @pytest.mark.parametrize("case", ["vanilla", "mor-expert", "more-tuned"])

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from parity.helpers import CASES, cases, config_of, fresh_model, labels_of, pad, plain_path, ragged_rows
+from parity.helpers import (
+    CASES,
+    cases,
+    config_of,
+    fresh_model,
+    labels_for,
+    pad,
+    plain_path,
+    ragged_rows,
+)
 
 STEP = 1e-5
 
@@ -34,12 +43,12 @@ def moved(model: Any, direction: dict[str, torch.Tensor], distance: float) -> It
             parameters[name].copy_(value)
 
 
-def loss_of(model: Any, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def loss_of(case: str, model: Any, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The whole training loss; without the predictor's, whose gradient is stopped on purpose."""
-    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths)
+    out = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
     depth = model.config.depth
     stopped = depth.kind == "expert_choice" and depth.causal == "aux_router"
-    loss: torch.Tensor = out.losses["lm"] if stopped else out.loss
+    loss: torch.Tensor = out.losses[out.objective] if stopped else out.loss
     return loss
 
 
@@ -48,7 +57,7 @@ def test_gradients_are_those_of_the_loss(case: str) -> None:
     """Along a random direction through each part of the model, in a ragged batch."""
     model = fresh_model(case)
     tokens, lengths = pad(ragged_rows(case, [12, 7, 1]))
-    loss_of(model, tokens, lengths).backward()
+    loss_of(case, model, tokens, lengths).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     parts = sorted({part_of(name) for name in gradients})
     assert {"embedding", "norm", "attention", "mixer"} <= set(parts)
@@ -65,7 +74,7 @@ def test_gradients_are_those_of_the_loss(case: str) -> None:
         losses = []
         for distance in (STEP, -STEP):
             with moved(model, direction, distance):
-                losses.append(loss_of(model, tokens, lengths).item())
+                losses.append(loss_of(case, model, tokens, lengths).item())
         assert slope == pytest.approx((losses[0] - losses[1]) / (2 * STEP), rel=1e-4, abs=1e-8), part
 
 
@@ -74,10 +83,10 @@ def test_gradients_of_the_plain_path(case: str) -> None:
     """What a reader reads and what runs give the same gradients."""
     tokens, lengths = pad(ragged_rows(case, [12, 7, 1]))
     models = [fresh_model(case), fresh_model(case)]
-    losses = [loss_of(models[0], tokens, lengths)]
+    losses = [loss_of(case, models[0], tokens, lengths)]
     losses[0].backward()
     with plain_path():
-        losses.append(loss_of(models[1], tokens, lengths))
+        losses.append(loss_of(case, models[1], tokens, lengths))
         losses[1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-9)
     for (name, first), (_, second) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
@@ -93,12 +102,12 @@ def test_gradients_under_bf16_autocast(case: str) -> None:
     for seed in range(4):
         tokens, lengths = pad(ragged_rows(case, [24, 7, 1], seed))
         exact = fresh_model(case)
-        loss_of(exact, tokens, lengths).backward()
+        loss_of(case, exact, tokens, lengths).backward()
         for plain in errors:
             model = fresh_model(case).float()
             with plain_path() if plain else contextlib.nullcontext():
                 with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = loss_of(model, tokens, lengths)
+                    loss = loss_of(case, model, tokens, lengths)
                 loss.backward()
             errors[plain] += relative_error(model, exact) / 4
     # A norm over the stream after every branch passes each rounding on in full: the plain path is off by 0.37 there.

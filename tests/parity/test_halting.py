@@ -9,7 +9,17 @@ import torch
 import morex
 from morex.config import ModelConfig
 from morex.loading import validate
-from parity.helpers import build, cases, config_of, fresh_model, labels_of, largest_change, load, random_tokens
+from parity.helpers import (
+    build,
+    cases,
+    config_of,
+    fresh_model,
+    labels_for,
+    labels_of,
+    largest_change,
+    load,
+    random_tokens,
+)
 
 CASES = cases("halting")
 
@@ -34,7 +44,7 @@ def test_saturated_halting_is_finite(case: str, bias: float, taken: int, dtype: 
     """p = 1 stops every token after recursion 1, p = 0 none before R: the output is that state, and nothing is NaN."""
     model = with_units(build(config_of(case), dtype), 0.0, bias)
     tokens = random_tokens(case)
-    out = model(tokens, labels=tokens, return_trace=True)
+    out = model(tokens, labels=labels_for(case, tokens), return_trace=True)
     assert all(torch.stack(masks).sum(0).unique().tolist() == [taken] for masks in out.trace.active.values())
     assert out.losses["ponder"].item() == taken + 1
     out.loss.backward()

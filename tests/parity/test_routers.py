@@ -11,7 +11,17 @@ from torch import Tensor
 
 from morex.config import ModelConfig
 from morex.loading import validate
-from parity.helpers import build, cases, eval_model, fresh_model, labels_of, load, pad, ragged_rows, random_tokens
+from parity.helpers import (
+    build,
+    cases,
+    eval_model,
+    fresh_model,
+    labels_for,
+    load,
+    pad,
+    ragged_rows,
+    random_tokens,
+)
 
 
 def small(depth: dict[str, Any], recursions: int = 3) -> ModelConfig:
@@ -216,7 +226,7 @@ def test_random_gate_is_half_alpha(gate: str) -> None:
 def test_routing_in_training_is_that_of_inference(case: str) -> None:
     """No oracle gap: the same logits with and without training mode."""
     tokens = random_tokens(case)
-    trained = fresh_model(case)(tokens, labels=tokens).logits
+    trained = fresh_model(case)(tokens, labels=labels_for(case, tokens)).logits
     torch.testing.assert_close(trained, eval_model(case)(tokens).logits, rtol=0, atol=1e-9)
 
 
@@ -226,7 +236,7 @@ def test_statistics_count_every_token_once(case: str) -> None:
     tokens, lengths = pad(ragged_rows(case, [16, 9, 3]))
     model = fresh_model(case)
     config: Any = model.config
-    out = model(tokens, labels=labels_of(tokens, lengths), lengths=lengths, return_trace=True)
+    out = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths, return_trace=True)
     for name, fields in out.stats.items():
         if "load" in fields:
             assert fields["load"].sum().item() == config.mixer.router.top_k * fields["tokens"].item(), name

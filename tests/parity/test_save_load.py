@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import morex
-from parity.helpers import CASES, config_of, fresh_model, random_tokens
+from parity.helpers import (
+    CASES,
+    config_of,
+    fresh_model,
+    labels_for,
+    random_tokens,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -16,7 +22,7 @@ def test_save_load(case: str, tmp_path: Path) -> None:
     """The state dict as safetensors takes it: every tensor once; router state that training moved is part of it."""
     tokens = random_tokens(case)
     model: Any = fresh_model(case, torch.float32)
-    model.update_routers(model(tokens, labels=tokens).stats, 1)
+    model.update_routers(model(tokens, labels=labels_for(case, tokens)).stats, 1)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     other: Any = morex.build_model(config_of(case).model_copy(update={"seed": 99}))
     before = other.eval()(tokens).logits

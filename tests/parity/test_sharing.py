@@ -16,7 +16,17 @@ from morex.sections.mixers import (
     MoEConfig,
     SharedRecurrentConfig,
 )
-from parity.helpers import CASES, build, cases, config_of, eval_model, largest_change, load, random_tokens
+from parity.helpers import (
+    CASES,
+    build,
+    cases,
+    config_of,
+    eval_model,
+    labels_for,
+    largest_change,
+    load,
+    random_tokens,
+)
 from parity.reference import plain_names
 
 
@@ -90,7 +100,11 @@ def closed_form(config: ModelConfig) -> int:
     heads += d * config.attention.output_bias + 2 * of_norm * head_dim * config.attention.qk_norm
     norms = (2 if config.norm_placement == "pre" else 4) * of_norm * d
     blocks = schedule.num_blocks * (2 * q + 2 * kv + heads + channel + norms)
-    embeddings = config.vocab_size * d * (1 if config.tie_embeddings else 2)
+    embeddings = config.vocab_size * d
+    if config.head.kind == "classifier":
+        embeddings += config.head.classes * (d + 1)
+    elif not config.tie_embeddings:
+        embeddings += config.vocab_size * d
     groups = 1 if schedule.order == "cycle" else schedule.core
     depth: Any = config.depth
     scorer = 0
@@ -119,7 +133,8 @@ def test_sharing_is_real(case: str) -> None:
     names = plain_names(state).values()
     blocks = {int(name.split(".")[2]) for name in names if name.startswith("stack.blocks.")}
     assert blocks == set(range(config_of(case).schedule.resolved.num_blocks))
-    assert ("head.weight" in state) != config_of(case).tie_embeddings
+    tied = config_of(case).tie_embeddings and config_of(case).head.kind == "lm"
+    assert ("head.weight" in state) != tied
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,7 +173,7 @@ def test_shared_gradient_is_the_sum_over_its_uses(case: str) -> None:
     copy_weights(shared, plain, blocks)
     tokens = random_tokens(case)
     for model in (shared, plain):
-        model(tokens, labels=tokens).loss.backward()
+        model(tokens, labels=labels_for(case, tokens)).loss.backward()
     parameters = dict(plain.named_parameters())
     names = plain_names(parameters)
     unshared = {names[name]: parameter for name, parameter in parameters.items()}

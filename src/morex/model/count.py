@@ -6,17 +6,19 @@ multiply-add is two; training is three forward passes (Kaplan et al. 2020, secti
 full square, the causal half and what a window hides included.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
+from morex.model.heads import classifier_costs
 from morex.model.lm import attention_shape, takes_any_depth
 from morex.nn.attention import attention_costs
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, linear_costs
 from morex.nn.mixers import feed_forward_costs
 from morex.nn.norm import norm_costs
+from morex.sections.head import ClassifierHeadConfig
 from morex.sections.mixers import FeedForwardConfig
 
 
@@ -27,7 +29,7 @@ class Count:
     parameters: int
     """All parameters, each shared one once."""
     unique_non_embedding: int
-    """Parameters without the embeddings of tokens and positions and an untied head."""
+    """Parameters without the embeddings of tokens and positions and a head of its own weights."""
     unrolled_depth: int
     """Blocks that a token passes when it takes every recursion."""
     forward_flops_per_token: float
@@ -35,9 +37,9 @@ class Count:
     train_flops_per_token: float
     """Forward and backward FLOPs of a token in a sequence of `seq_len`."""
     decode_flops_per_token: float
-    """FLOPs of one decoded token with `context` tokens in the cache."""
+    """FLOPs of one decoded token with `context` tokens in the cache; 0 for a classifier, which does not decode."""
     kv_bytes_per_token: float
-    """Bytes of keys and values that a token leaves in the cache, in the model's fp32."""
+    """Bytes of keys and values that a token leaves in the cache, in the model's fp32; 0 for a classifier."""
 
 
 def count(
@@ -68,6 +70,8 @@ def count(
     block, router = block_costs(config), router_costs(config, active, depth)
     groups = len(schedule.groups)
     embedding = config.vocab_size * config.d_model
+    classifies = isinstance(config.head, ClassifierHeadConfig)
+    head = head_costs(config)
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
     last = norm_costs(config.norm, config.d_model).parameters
@@ -79,7 +83,7 @@ def count(
         for r, share in enumerate(active, start=1):
             rereads = config.kv == "shared_first" and r > 1
             flops += schedule.core * _visit(block, share, active[0] if rereads else share, tokens, rereads)
-        return flops + groups * router.per_token + 2.0 * embedding
+        return flops + groups * router.per_token + (head.per_token / tokens if classifies else head.per_token)
 
     visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
     alone = visits * block.per_token_alone
@@ -88,13 +92,13 @@ def count(
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
     return Count(
-        parameters=unique + embedding * (1 if config.tie_embeddings else 2) + positions,
+        parameters=unique + embedding + head.parameters + positions,
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
         forward_flops_per_token=forward(seq_len),
         train_flops_per_token=3 * forward(seq_len) - stopped,
-        decode_flops_per_token=forward(seq_len if context is None else context) + alone,
-        kv_bytes_per_token=values * bytes_per_value,
+        decode_flops_per_token=0.0 if classifies else forward(seq_len if context is None else context) + alone,
+        kv_bytes_per_token=0.0 if classifies else values * bytes_per_value,
     )
 
 
@@ -111,6 +115,14 @@ def block_costs(config: ModelConfig) -> Costs:
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **mixer.options(d_model))
+
+
+def head_costs(config: ModelConfig) -> Costs:
+    """Costs of the head, its weights left out where they are the embedding's; a classifier runs once a sequence."""
+    if isinstance(config.head, ClassifierHeadConfig):
+        return classifier_costs(config.d_model, config.head.classes)
+    own = linear_costs(config.d_model, config.vocab_size)
+    return replace(own, parameters=0) if config.tie_embeddings else own
 
 
 def router_costs(config: ModelConfig, active: tuple[float, ...], depth: Depth = None) -> Costs:

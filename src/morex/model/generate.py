@@ -47,8 +47,10 @@ def generate(
         Prompts with their continuations: a tensor where a tensor came in and no row ended early, else lists.
 
     Raises:
-        ValueError: an empty prompt, options out of range, or a model without a causal rule.
+        ValueError: an empty prompt, options out of range, a model without a causal rule, or a classifier.
     """
+    if model.config.head.kind == "classifier":
+        raise ValueError("generate is for language models, and model.head.kind 'classifier' has no next token")
     prompts = _prompts(tokens)
     _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
     _check_room(model, max(map(len, prompts)), max_new_tokens)

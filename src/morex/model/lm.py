@@ -1,6 +1,6 @@
-"""The language model, and the only place where a model is assembled from a config.
+"""The model, and the only place where one is assembled from a config.
 
-embed -> prelude -> core under a depth router -> coda -> norm -> head
+embed -> prelude -> core under a depth router -> coda -> norm -> head (language model or classifier)
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
+from morex.model.heads import ClassifierHead, Head, LanguageModelHead, check_below
 from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
 from morex.nn.attention import Attention, AttentionShape, Local
@@ -27,6 +28,7 @@ from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
 from morex.nn.signals import Choice, RouterStats
+from morex.sections.head import ClassifierHeadConfig
 from morex.sections.mixers import FeedForwardConfig
 
 
@@ -90,11 +92,13 @@ class Output:
     """Result of a forward pass."""
 
     logits: Tensor
-    """[B, T, V], or the last `logits_to_keep` of each row; zeros at padding."""
+    """[B, T, V], or the last `logits_to_keep` of each row; zeros at padding. Of a classifier [B, C]."""
+    objective: str = "lm"
+    """Name in `losses` of what the model learns: `lm`, or `classification` of a classifier."""
     loss: Tensor | None = None
-    """Language-model loss, plus the weighted auxiliary losses in training mode."""
+    """The loss of the objective, plus the weighted auxiliary losses in training mode."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Raw losses by name: `lm` and the routers' auxiliary losses, means over routers and recursions."""
+    """Raw losses by name: the objective's, and the routers' auxiliary losses, means over routers and recursions."""
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Weight of each auxiliary loss in `loss`."""
     stats: RouterStats = field(default_factory=RouterStats)
@@ -103,7 +107,7 @@ class Output:
 
 
 class LanguageModel(nn.Module):
-    """A causal language model with adaptive depth. Build it with `build_model`."""
+    """A causal language model with adaptive depth, or a classifier of sequences. Build it with `build_model`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -113,7 +117,7 @@ class LanguageModel(nn.Module):
         self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
         self.stack = _stack(config)
         self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = _head(config)
         mixer = config.mixer
         self._num_experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
         self.loss_weights: dict[str, float] = {}
@@ -138,6 +142,7 @@ class LanguageModel(nn.Module):
         Args:
             tokens: token ids [B, T].
             labels: the tokens themselves [B, T], or with the next one [B, T + 1]; shifted inside, -100 is ignored.
+                For a classifier the class of each row [B].
             lengths: true lengths of the rows [B]; default: all T.
             positions: positions [B, T] for the position embedding; default: counted from 0, or from the cache.
             document_ids: [B, T]; tokens attend only to tokens of the same document.
@@ -150,11 +155,8 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
-        self._check(tokens, labels, lengths, positions, document_ids, cache)
-        if isinstance(logits_to_keep, int):
-            if logits_to_keep < 0:
-                raise ValueError(f"logits_to_keep {logits_to_keep} must be 0 or more")
-            logits_to_keep = min(logits_to_keep, tokens.shape[1])
+        self._check(tokens, lengths, positions, document_ids, cache)
+        self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
@@ -163,21 +165,22 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         if cache is not None:
             cache.advance(packing)
-        kept = _kept_rows(packing, logits_to_keep)
-        all_logits = self._head(x) if labels is not None or kept is None else None
-        logits = packing.pad(all_logits) if kept is None and all_logits is not None else self._head(x[kept])
-        if kept is not None:
-            logits = logits.view(tokens.shape[0], -1, logits.shape[-1])
-        out = Output(logits=_full_width(logits, tokens, kept), stats=record.stats, loss_weights=dict(self.loss_weights))
+        logits, loss = self.head(x, packing, tokens.shape[1], self.embedding.weight, labels, logits_to_keep)
+        out = Output(logits, self.head.objective, stats=record.stats, loss_weights=dict(self.loss_weights))
         out.losses = {name: torch.stack(values).mean() for name, values in record.losses.items()}
-        if labels is not None and all_logits is not None:
-            self._add_loss(out, all_logits, labels, packing, tokens.shape[1])
+        if loss is not None:
+            self._add_loss(out, loss)
         if return_trace:
             out.trace = _full_trace(record, packing, tokens, self._num_experts)
         return out
 
     def new_cache(self, batch_size: int, room: int = 64) -> KVCache:
-        """An empty cache for `batch_size` sequences, with `room` entries a row set aside at first."""
+        """An empty cache for `batch_size` sequences, with `room` entries a row set aside at first.
+
+        Raises:
+            ValueError: a classifier, which does not decode.
+        """
+        self._refuse_decoding("a cache")
         return ContiguousCache(batch_size, self.embedding.weight.device, room)
 
     @torch.no_grad()
@@ -205,33 +208,21 @@ class LanguageModel(nn.Module):
             x = x * self.config.d_model**0.5
         if self.position_embedding is not None:
             most = self.config.max_seq_len
-            _check_below(most, "position", packing.positions, f"the {most} learned positions (model.max_seq_len)")
+            check_below(most, "position", packing.positions, f"the {most} learned positions (model.max_seq_len)")
             x = x + self.position_embedding(packing.positions)
         return x
 
-    def _head(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits, cap = F.linear(x, weight), self.config.logit_cap
-        if cap is None:
-            return logits
-        # Near the cap a slope of tanh that was rounded to bf16 is mostly error.
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (cap * torch.tanh(wide / cap)).to(logits.dtype)
-
-    def _add_loss(self, out: Output, logits: Tensor, labels: Tensor, packing: Packing, time: int) -> None:
-        targets = labels[:, 1:]
-        if targets.shape[1] < time:
-            targets = F.pad(targets, (0, 1), value=-100)
-        wanted = packing.gather(targets.reshape(-1))
-        # The sum over a count of at least one keeps a batch without targets at zero, not NaN.
-        total = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, wanted, reduction="sum")
-        language = total / (wanted != -100).sum().clamp(min=1)
-        loss = language
+    def _add_loss(self, out: Output, objective: Tensor) -> None:
+        loss = objective
         if self.training:
             for name, weight in self.loss_weights.items():
                 if name in out.losses:
                     loss = loss + weight * out.losses[name]
-        out.loss, out.losses = loss, {"lm": language, **out.losses}
+        out.loss, out.losses = loss, {out.objective: objective, **out.losses}
+
+    def _refuse_decoding(self, what: str) -> None:
+        if self.config.head.kind == "classifier":
+            raise ValueError(f"{what} is for decoding, and model.head.kind 'classifier' does not decode; use kind 'lm'")
 
     def _policy(self, depth: Depth, cache: KVCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
@@ -250,15 +241,9 @@ class LanguageModel(nn.Module):
             )
         return policy
 
-    def _check_ids(self, what: str, ids: Tensor) -> None:
-        """Refuses ids beyond the vocabulary."""
-        size = self.config.vocab_size
-        _check_below(size, what, ids, f"the vocabulary of {size} (model.vocab_size)")
-
     def _check(
         self,
         tokens: Tensor,
-        labels: Tensor | None,
         lengths: Tensor | None,
         positions: Tensor | None,
         documents: Tensor | None,
@@ -269,18 +254,18 @@ class LanguageModel(nn.Module):
                 "tokens must be integers of the shape [batch, time], at least one of each, not "
                 f"{tokens.dtype} of the shape {list(tokens.shape)}"
             )
+        if cache is not None:
+            self._refuse_decoding("a cache")
+        if documents is not None and self.config.head.kind == "classifier":
+            raise ValueError(
+                "document_ids tell several texts of a row apart, and model.head.kind 'classifier' gives a row one "
+                "class; give each text a row of its own"
+            )
         if cache is not None and self.training:
             raise ValueError("a cache is for inference, and this model is in training mode; call eval() first")
-        self._check_ids("token id", tokens)
-        if labels is not None:
-            if labels.is_floating_point():
-                raise ValueError(f"labels must be integers, not {labels.dtype}")
-            self._check_ids("label", labels.masked_fill(labels == -100, 0))
+        size = self.config.vocab_size
+        check_below(size, "token id", tokens, f"the vocabulary of {size} (model.vocab_size)")
         batch, time = tokens.shape
-        if labels is not None and tuple(labels.shape) not in ((batch, time), (batch, time + 1)):
-            raise ValueError(
-                f"labels must have the shape {[batch, time]} or {[batch, time + 1]}, not {list(labels.shape)}"
-            )
         if lengths is not None and tuple(lengths.shape) != (batch,):
             raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
         if lengths is not None and lengths.is_floating_point():
@@ -296,15 +281,6 @@ class LanguageModel(nn.Module):
             raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
         if cache is not None and cache.seen.shape[0] != batch:
             raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
-
-
-def _check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
-    """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
-    if numbers.device.type != "cpu" or not numbers.numel():
-        return
-    low, high = (int(value) for value in numbers.aminmax())
-    if low < 0 or high >= end:
-        raise ValueError(f"{what} {low if low < 0 else high} is outside {place}")
 
 
 def takes_any_depth(config: ModelConfig) -> bool:
@@ -337,6 +313,13 @@ def _stack(config: ModelConfig) -> Stack:
     core = Core(core_blocks, [_group(config) for _ in schedule.groups], schedule)
     prelude, coda = ([_block(config) for _ in range(count)] for count in (schedule.prelude, schedule.coda))
     return Stack(prelude, core, coda, config.kv, _windows(config))
+
+
+def _head(config: ModelConfig) -> Head:
+    head, d_model = config.head, config.d_model
+    if isinstance(head, ClassifierHeadConfig):
+        return ClassifierHead(d_model, head.classes, head.pooling, config.logit_cap)
+    return LanguageModelHead(d_model, config.vocab_size, config.tie_embeddings, config.logit_cap)
 
 
 def _windows(config: ModelConfig) -> Windows | None:
@@ -379,27 +362,6 @@ def _block(config: ModelConfig) -> Block:
     after = [norm(d_model, eps) for _ in range(2)] if placement != "pre" else []
     attention = Attention(d_model, shape, *of_heads)
     return Block(norm(d_model, eps), attention, norm(d_model, eps), built, placement, *after)
-
-
-def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:
-    """Flat tokens whose logits are kept [B * k], or None for all."""
-    if isinstance(keep, int) and keep == 0:
-        return None
-    lengths = packing.lengths
-    first = lengths.cumsum(0) - lengths
-    if isinstance(keep, Tensor):
-        offset = keep.to(lengths.device).expand(packing.rows, -1)
-        offset = torch.where(offset < 0, offset + lengths[:, None], offset)
-    else:
-        offset = lengths[:, None] - keep + torch.arange(keep, device=lengths.device)
-    last = (lengths - 1).clamp(min=0)[:, None]
-    return (first[:, None] + offset.clamp(min=0).minimum(last)).flatten().clamp(max=packing.num_tokens - 1)
-
-
-def _full_width(logits: Tensor, tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """Pads logits [B, M, V] of the longest row to the batch's [B, T, V]."""
-    missing = tokens.shape[1] - logits.shape[1]
-    return logits if kept is not None or missing == 0 else F.pad(logits, (0, 0, 0, missing))
 
 
 def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: int) -> Trace:
