@@ -21,7 +21,7 @@ from morex.sections.depth import (
     HaltingConfig,
     TokenChoiceConfig,
 )
-from morex.sections.head import HeadConfig, LanguageModelHeadConfig
+from morex.sections.head import ClassifierHeadConfig, HeadConfig, LanguageModelHeadConfig
 from morex.sections.mixers import (
     FeedForwardConfig,
     HuginnExpertsConfig,
@@ -162,8 +162,16 @@ class Config(Section):
                 f"train.seq_len {self.train.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; raise "
                 f"model.max_seq_len or lower train.seq_len"
             )
-        if isinstance(self.data.task, GeneratedTaskConfig):
-            self.data.task.check_fit(self.model.vocab_size, self.train.seq_len, self.model.max_seq_len)
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        task, model = self.data.task, self.model
+        classes = model.head.classes if isinstance(model.head, ClassifierHeadConfig) else None
+        if isinstance(task, GeneratedTaskConfig):
+            task.check_fit(model.vocab_size, self.train.seq_len, model.max_seq_len, classes)
+        elif task is not None and classes is not None:
+            raise ValueError(f"data.task.kind {task.kind!r} is answered in words; use model.head.kind 'lm'")
         return self
 
     def to_dict(self) -> dict[str, Any]:

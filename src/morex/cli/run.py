@@ -71,7 +71,11 @@ def train(
         [[label, number(summary[key])] for key, label in SUMMARY_ROWS.items() if summary.get(key) is not None],
     )
     quoted = shlex.quote(str(folder))
-    advice = f"Next: morex eval {quoted}, or morex generate {quoted} --prompt 'Once upon a time'"
+    advice = f"Next: morex eval {quoted}"
+    if settings.data.task is not None:
+        advice += " --by-difficulty"
+    else:
+        advice += f", or morex generate {quoted} --prompt 'Once upon a time'"
     progress.print(advice, style="dim", markup=False)
 
 

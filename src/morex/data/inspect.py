@@ -9,9 +9,10 @@ from morex.config import Config
 from morex.data.corpus import open_corpus
 from morex.data.encoding import Tokenizer
 from morex.data.prepare import prepare
+from morex.data.source import prepare_source
 from morex.data.stream import TokenStream
 from morex.data.tasks.example import Example
-from morex.data.tasks.prepared import prepare_task
+from morex.data.tasks.prepared import PreparedTask
 from morex.sections.data import DataConfig
 
 SAMPLE_CHARACTERS = 200
@@ -76,10 +77,11 @@ def describe_task(config: Config) -> dict[str, Any]:
         (examples that lost their beginning to fit a sequence), examples [{difficulty, question, answer}].
 
     Raises:
-        DataError: as `prepare_task`.
+        DataError: as `prepare_source`.
     """
     assert config.data.task is not None
-    task = prepare_task(config.data, config.model.vocab_size, config.train.seq_len)
+    task = prepare_source(config)
+    assert isinstance(task, PreparedTask)
     training = task.training(config.train.seed).take(0, COUNTED_EXAMPLES if task.num_train is None else task.num_train)
     decode = task.tokenizer.decode
     answers = Counter(decode(example.answer) for example in training)
@@ -100,8 +102,8 @@ def describe_task(config: Config) -> dict[str, Any]:
 
 
 def _examples(examples: Sequence[Example], count: int | None) -> dict[str, Any]:
-    # What a model reads of an example: all but its last token.
-    sizes = [len(example.prompt) + len(example.answer) - 1 for example in examples]
+    # A model predicts the last token of an answer and does not read it; a classifier reads none of it.
+    sizes = [len(one.prompt) + (len(one.answer) - 1 if one.label is None else 0) for one in examples]
     difficulties = [example.difficulty for example in examples]
     return {
         "examples": count,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from morex.config import Config
 from morex.data.encoding import Tokenizer
+from morex.data.errors import DataError
 from morex.data.loader import Batch, Loader, held_out_windows
 from morex.data.prepare import PreparedData, prepare
 from morex.data.stream import TokenStream
@@ -15,11 +16,17 @@ def prepare_source(config: Config, tokenizer: Tokenizer | None = None) -> Prepar
     """Prepares the corpus or the task of a config; `tokenizer` takes the place of `data.tokenizer`.
 
     Raises:
-        DataError: as `prepare` and `prepare_task`.
+        DataError: as `prepare` and `prepare_task`, or for a classifier without a task.
     """
     vocab_size, seq_len = config.model.vocab_size, config.train.seq_len
+    classifies = config.model.head.kind == "classifier"
     if config.data.task is not None:
-        return prepare_task(config.data, vocab_size, seq_len, tokenizer)
+        return prepare_task(config.data, vocab_size, seq_len, tokenizer, classifies)
+    if classifies:
+        raise DataError(
+            f"data.corpus '{config.data.corpus}' has no classes for model.head.kind 'classifier'; choose a task, such "
+            "as data.task.kind pattern, or use model.head.kind 'lm'"
+        )
     return prepare(config.data, vocab_size, seq_len, tokenizer)
 
 

@@ -10,21 +10,21 @@ from morex.data.errors import DataError
 
 
 class SymbolTokenizer(Tokenizer):
-    """Symbols in the order of their ids, then an end-of-text token.
+    """Symbols in the order of their ids, then an end-of-text token, where there is one.
 
     Where each symbol is one character they are written without spaces, else with a space between two.
     """
 
     kind = "symbols"
-    eos_id: int
+    eos_id: int | None
 
-    def __init__(self, symbols: Sequence[str]) -> None:
+    def __init__(self, symbols: Sequence[str], has_end: bool = True) -> None:
         """Raises DataError where a symbol is there twice or not to be told from white space."""
         if not symbols or len(set(symbols)) != len(symbols) or any(symbol.split() != [symbol] for symbol in symbols):
             raise DataError("a symbols tokenizer needs at least one symbol, each only once and without white space")
         self.symbols = tuple(symbols)
-        self.vocab_size = len(symbols) + 1
-        self.eos_id = len(symbols)
+        self.eos_id = len(symbols) if has_end else None
+        self.vocab_size = len(symbols) + has_end
         self._separator = "" if all(len(symbol) == 1 for symbol in symbols) else " "
         self._ids = {symbol: index for index, symbol in enumerate(symbols)}
 
@@ -44,11 +44,12 @@ class SymbolTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         known = (index for index in map(int, ids) if index != self.eos_id)
-        return self._separator.join(self.symbols[index] if index < self.eos_id else UNKNOWN for index in known)
+        size = len(self.symbols)
+        return self._separator.join(self.symbols[index] if index < size else UNKNOWN for index in known)
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "symbols": list(self.symbols)}
+        return {"kind": self.kind, "symbols": list(self.symbols), "has_end": self.eos_id is not None}
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
-        return cls(settings["symbols"])
+        return cls(settings["symbols"], settings["has_end"])

@@ -26,12 +26,12 @@ class EvalResult:
     """What a model makes of a held-out set."""
 
     loss: float
-    """Mean negative log-likelihood of a token in nats."""
+    """Mean negative log-likelihood of a token, or of a class, in nats."""
     perplexity: float
     bits_per_byte: float | None
     """Bits per UTF-8 byte of the text: loss / ln 2 * tokens per byte; None for a task."""
     tokens: int
-    """Predicted tokens."""
+    """Predicted tokens, or classes."""
     oracle_loss: float | None = None
     """Loss under top-k routing, which sees later tokens; None for models whose training rule is causal."""
     is_oracle: bool = False
@@ -132,7 +132,7 @@ def _measure(
                 document_ids=batch.document_ids if mask_documents else None,
                 depth=depth,
             )
-        total += float(out.losses["lm"]) * count
+        total += float(out.losses[out.objective]) * count
         predicted += count
         if batch.difficulty is not None:
             answers.append(answered(out.logits, batch.labels, batch.difficulty))

@@ -44,6 +44,14 @@ class DataConfig(Section):
     mask_documents: bool = False
     """Tokens attend only to their own document."""
 
+    @model_validator(mode="after")
+    def _masks_documents(self) -> Self:
+        if self.mask_documents and self.task is not None:
+            raise ValueError(
+                "data.mask_documents is for a corpus: examples of data.task never share a sequence; leave it out"
+            )
+        return self
+
     @property
     def described(self) -> str:
         """What is trained on, for messages."""

@@ -43,25 +43,39 @@ class GeneratedTaskConfig(Section):
         """The least difficulty that there is."""
         return 1
 
-    def longest(self, difficulty: int) -> int:
-        """Most symbols of a question and its answer together."""
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        """Most symbols of a question, and of an answer."""
         raise NotImplementedError
+
+    def shrunk(self, vocab_size: int) -> Self:
+        """The same task for a model of so few token ids, where it can do with them."""
+        return self
 
     def options(self) -> dict[str, Any]:
         """Constructor options of the task."""
         return self.model_dump(exclude={"kind", *GeneratedTaskConfig.model_fields})
 
-    @property
-    def vocab_size(self) -> int:
-        """Token ids: the symbols, `=`, and the end of the text."""
-        return len(self.symbols) + 2
+    def vocab_size(self, classifies: bool) -> int:
+        """Token ids: the symbols, and for a language model `=` and the end of the text."""
+        return len(self.symbols) + (0 if classifies else 2)
 
-    def check_fit(self, vocab_size: int, seq_len: int, max_seq_len: int) -> None:
-        """Raises ValueError where a model or its training has no room for the examples."""
-        if self.vocab_size > vocab_size:
+    def check_fit(self, vocab_size: int, seq_len: int, max_seq_len: int, head_classes: int | None) -> None:
+        """Raises ValueError where a model or its training has no room for the examples.
+
+        Args:
+            vocab_size, seq_len, max_seq_len: of the model and its training.
+            head_classes: classes of a classifier head; None for a language model.
+        """
+        classifies = head_classes is not None
+        if head_classes is not None and (self.classes is None or self.classes > head_classes):
+            have = "answers longer than a class" if self.classes is None else f"{self.classes} classes"
+            use = "model.head.kind 'lm'" if self.classes is None else f"model.head.classes {self.classes} or more"
+            raise ValueError(f"data.task has {have}, and the classifier has {head_classes} classes; use {use}")
+        ids = self.vocab_size(classifies)
+        if ids > vocab_size:
             raise ValueError(
-                f"data.task has {self.vocab_size} token ids but model.vocab_size is {vocab_size}; set model.vocab_size "
-                f"to {self.vocab_size} or more"
+                f"data.task has {ids} token ids but model.vocab_size is {vocab_size}; set model.vocab_size to {ids} or "
+                "more"
             )
         held_out = self.eval_difficulty or self.difficulty
         sides = (
@@ -69,8 +83,9 @@ class GeneratedTaskConfig(Section):
             ("eval_difficulty", held_out, "model.max_seq_len", max_seq_len),
         )
         for name, (_, hardest), option, room in sides:
-            # `=` is read as well; the end of the text is predicted and never read.
-            needed = self.longest(hardest) + 1
+            question, answer = self.longest(hardest)
+            # A language model reads `=` as well; the end of the text it predicts and never reads.
+            needed = question if classifies else question + 1 + answer
             if needed > room:
                 raise ValueError(
                     f"data.task.{name} up to {hardest} has examples of {needed} tokens, more than {option} {room}; set "
@@ -104,8 +119,12 @@ class SequenceTaskConfig(GeneratedTaskConfig):
     def classes(self) -> int | None:
         return 4
 
-    def longest(self, difficulty: int) -> int:
-        return difficulty + 1
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        return difficulty, 1
+
+    def shrunk(self, vocab_size: int) -> Self:
+        # Two ids are left for `=` and the end of the text.
+        return self.model_copy(update={"numbers": max(self.fewest_numbers, min(self.numbers, vocab_size - 2))})
 
     @property
     def fewest_numbers(self) -> int:
@@ -176,8 +195,8 @@ class ParityConfig(GeneratedTaskConfig):
     def classes(self) -> int | None:
         return 2
 
-    def longest(self, difficulty: int) -> int:
-        return difficulty + 1
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        return difficulty, 1
 
 
 class AdditionConfig(GeneratedTaskConfig):
@@ -197,8 +216,8 @@ class AdditionConfig(GeneratedTaskConfig):
     def classes(self) -> int | None:
         return None
 
-    def longest(self, difficulty: int) -> int:
-        return 3 * difficulty + 2
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        return 2 * difficulty + 1, difficulty + 1
 
 
 class PHopConfig(GeneratedTaskConfig):
@@ -220,8 +239,8 @@ class PHopConfig(GeneratedTaskConfig):
     def classes(self) -> int | None:
         return self.letters
 
-    def longest(self, difficulty: int) -> int:
-        return len(str(difficulty)) + 1 + self.length + 1
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        return len(str(difficulty)) + 1 + self.length, 1
 
     @model_validator(mode="after")
     def _hops_fit(self) -> Self:
@@ -253,8 +272,8 @@ class ArithmeticConfig(GeneratedTaskConfig):
     def classes(self) -> int | None:
         return self.modulus
 
-    def longest(self, difficulty: int) -> int:
-        return self._longest_expression(difficulty) + 1
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        return self._longest_expression(difficulty), 1
 
     def _longest_expression(self, depth: int) -> int:
         if depth == 0:

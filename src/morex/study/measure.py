@@ -43,7 +43,9 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
         first, second = (None, None) if study.learning_rates is None else _half_losses(model, data, config)
         refusal = None
         sample = speed = None
-        if _has_causal_rule(config):
+        if _classifies(config):
+            refusal = "This model is a classifier (model.head.kind), so it does not decode."
+        elif _has_causal_rule(config):
             sample = _sample(model, data, tokenizer, study.sample)
             speed = _decode_speed(model, data.val, study.report.decode_tokens)
         else:
@@ -112,6 +114,15 @@ def _half_losses(model: LanguageModel, data: PreparedData | PreparedTask, config
     return first, second
 
 
+def _classifies(config: Config) -> bool:
+    return config.model.head.kind == "classifier"
+
+
+def _fewest_logits(config: Config) -> int:
+    """`logits_to_keep` of a pass that is made for its trace; a classifier has no choice."""
+    return 0 if _classifies(config) else 1
+
+
 def _has_causal_rule(config: Config) -> bool:
     depth = config.model.depth
     return not (isinstance(depth, ExpertChoiceConfig) and depth.causal == "none")
@@ -176,7 +187,7 @@ def _routing(
             batch.tokens.to(device),
             lengths=None if lengths is None else lengths.to(device),
             depth=depth,
-            logits_to_keep=1,
+            logits_to_keep=_fewest_logits(config),
             return_trace=True,
         )
         real = torch.ones_like(batch.tokens, dtype=torch.bool)
@@ -217,5 +228,7 @@ def _depth_map(
         text = list(tokenizer.encode(report.map_text))
     ids = text[:limit]
     device = model.embedding.weight.device
-    out = model(torch.tensor([ids], device=device), depth=depth, logits_to_keep=1, return_trace=True)
+    out = model(
+        torch.tensor([ids], device=device), depth=depth, logits_to_keep=_fewest_logits(config), return_trace=True
+    )
     return DepthMap(tokens=tuple(token_texts(tokenizer, ids)), depths=tuple(out.trace.depth[0].tolist()))

@@ -59,7 +59,8 @@ class MetricsWriter:
 def training_line(
     t: Training, lr: float, losses: Mapping[str, float], grad_norm: float, stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """A line about the step just done; `loss` is the language-model loss of that step's tokens, no running mean."""
+    """A line about the step just done; `loss` is the objective's of that step's tokens, no running mean."""
+    objective = t.model.head.objective
     tokens_per_s, flops_per_s = t.pace.since_last(t.state)
     return {
         "kind": "train",
@@ -67,14 +68,14 @@ def training_line(
         "tokens": t.state.tokens,
         "seconds": t.state.seconds,
         "flops": t.state.flops,
-        "loss": losses["lm"],
+        "loss": losses[objective],
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_s": tokens_per_s,
         "flops_per_s": flops_per_s,
         "memory_bytes": t.memory.bytes(),
         "losses": dict(losses),
-        **{f"loss_{name}": value for name, value in losses.items() if name != "lm"},
+        **{f"loss_{name}": value for name, value in losses.items() if name != objective},
         **router_report(stats),
         "router_state": router_state(t.model),
     }

@@ -102,11 +102,11 @@ def loop(t: Training, console: Console) -> None:
             state.tokens += num_tokens(batch)
             state.flops += num_tokens(batch) * flops_per_token(t, stats)
             state.seconds += time.perf_counter() - started
-            state.last_loss = losses["lm"]
+            state.last_loss = losses[t.model.head.objective]
 
             if state.step == 1 or is_due(t, plan.log_every):
                 metrics.write(training_line(t, lr, losses, grad_norm, stats))
-            display.update(progress(t)[1], losses["lm"], state.tokens / state.seconds)
+            display.update(progress(t)[1], state.last_loss, state.tokens / state.seconds)
 
 
 def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], RouterStats]:

@@ -46,7 +46,7 @@ def answer_batch(examples: Sequence[Example], predict_prompt: bool = False) -> B
 
 def class_batch(examples: Sequence[Example]) -> Batch:
     """Questions for a classifier, padded on the right, and their classes [B]."""
-    tokens, lengths = _padded([example.question for example in examples])
+    tokens, lengths = _padded([example.prompt for example in examples])
     return _batch(examples, tokens, np.array([example.label for example in examples], np.int64), lengths)
 
 

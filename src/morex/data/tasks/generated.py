@@ -49,7 +49,6 @@ class Examples:
         """`seed` is that of the training; held-out examples have none."""
         self._span = (config.eval_difficulty if held_out else None) or config.difficulty
         self._task, self._tokenizer, self._held_out = task, tokenizer, held_out
-        self._has_classes = config.classes is not None
         self._key = key_from("task, held out" if held_out else f"task, training {seed}")
 
     def take(self, first: int, count: int) -> list[Example]:
@@ -74,13 +73,11 @@ class Examples:
         )
 
     def _example(self, question: list[int], answer: list[int], difficulty: int) -> Example:
-        return Example(
-            prompt=[*question, *self._tokenizer.ids_of(CUE)],
-            answer=[*answer, self._tokenizer.eos_id],
-            difficulty=difficulty,
-            question=question,
-            label=answer[0] if self._has_classes else None,
-        )
+        end = self._tokenizer.eos_id
+        if end is None:
+            # The tokenizer of a classifier; the classes are the first symbols.
+            return Example(question, answer, difficulty, label=answer[0])
+        return Example([*question, *self._tokenizer.ids_of(CUE)], [*answer, end], difficulty)
 
 
 def is_held_out(question: Sequence[int]) -> bool:

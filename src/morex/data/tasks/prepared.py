@@ -100,7 +100,7 @@ def prepare_task(
 
 
 def _generated(task: GeneratedTaskConfig, made: GeneratedTask, classifies: bool) -> PreparedTask:
-    tokenizer = SymbolTokenizer((*task.symbols, CUE))
+    tokenizer = SymbolTokenizer(task.symbols if classifies else (*task.symbols, CUE), has_end=not classifies)
     held_out = Examples(made, task, tokenizer, held_out=True).take(0, task.held_out)
     return PreparedTask(
         tokenizer=tokenizer,

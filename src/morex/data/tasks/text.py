@@ -121,7 +121,7 @@ def encoded(texts: Sequence[TextExample], tokenizer: Tokenizer, seq_len: int) ->
     examples, shortened = [], 0
     for text, prompt, answer in zip(texts, prompts, answers, strict=True):
         if tokenizer.eos_id is not None:
-            answer = np.append(answer, answer.dtype.type(tokenizer.eos_id))
+            answer = np.append(answer, tokenizer.dtype(tokenizer.eos_id))
         # The last token of an answer is predicted and never read.
         room = seq_len + 1 - len(answer)
         if room < 1:
