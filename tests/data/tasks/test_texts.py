@@ -170,7 +170,7 @@ def needs(kind: str) -> Any:
 
 @needs("babi")
 def test_the_real_babi() -> None:
-    task = prepared({"kind": "babi", "size": "en", "tasks": [1, 2, 3, 19]}, seq_len=4000)
+    task = prepared({"kind": "babi", "size": "en", "tasks": [1, 2, 3, 19]}, seq_len=8000)
     assert task.num_train == len(task.val.examples) == 4000 and task.shortened == 0
     difficulties = [Counter(one.difficulty for one in task.val.examples[1000 * i : 1000 * (i + 1)]) for i in range(4)]
     assert difficulties == [{1: 1000}, {2: 1000}, {3: 1000}, {2: 1000}]

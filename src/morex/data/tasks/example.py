@@ -18,14 +18,12 @@ class Example:
     """A question and its answer, as token ids."""
 
     prompt: Ids
-    """What a language model reads before it answers."""
+    """What is read before the answer: by a language model up to a cue for it, by a classifier the bare question."""
     answer: Ids
-    """What it has to answer, the end of the text included."""
+    """What a language model has to answer, the end of the text included."""
     difficulty: int
-    question: Sequence[int] = ()
-    """What a classifier reads: the prompt without the cue for an answer."""
     label: int | None = None
-    """Class of the question, where the task has classes."""
+    """Class of the question, for a classifier."""
 
 
 def answer_batch(examples: Sequence[Example], predict_prompt: bool = False) -> Batch:
