@@ -1,7 +1,12 @@
 """Every kind of task in a small form, and an answer to each question that is found in another way."""
 
+import gzip
+import io
+import json
+import tarfile
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from morex.data.symbols import SymbolTokenizer
@@ -116,3 +121,32 @@ ANSWERS: dict[str, Callable[[list[str]], set[str]]] = {
     "arithmetic": evaluated,
     "arithmetic in a chain": lambda question: evaluated(question, 10),
 }
+
+STORY = """1 Mary moved to the bathroom.
+2 John went to the hallway.
+3 Where is Mary? \tbathroom\t1
+4 Mary took the milk.
+5 Where is the milk? \tbathroom\t1 4
+1 Ann is a frog.
+2 What is Ann?\tfrog,green\t1
+"""
+SUMS = [
+    {"question": "One and one?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
+    {"question": "Two and two, twice?", "answer": "2+2=4\n4+4=8\n#### 1,008"},
+]
+
+
+def write_sets(folder: Path) -> None:
+    """bAbI and GSM8K, made up and very small, laid out as in $MOREX_DATA."""
+    for name in ("babi", "gsm8k"):
+        (folder / name).mkdir()
+    with tarfile.open(folder / "babi" / "en.tar.gz", "w:gz") as archive:
+        for task in (1, 2, 11):
+            for split in ("train", "test"):
+                content = STORY.replace("Mary", f"Mary{task}").encode()
+                member = tarfile.TarInfo(f"tasks_1-20_v1-2/en/qa{task}_some-task_{split}.txt")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    lines = "".join(json.dumps(entry) + "\n" for entry in SUMS)
+    (folder / "gsm8k" / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "gsm8k" / "test.jsonl").write_text(lines)

@@ -1,10 +1,6 @@
 """Tasks in words: bAbI and GSM8K, made up in small and, where they are there, the real ones."""
 
-import gzip
-import io
-import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.tasks.helpers import SUMS, write_sets
 from morex.data.characters import ByteTokenizer
 from morex.data.tasks.example import Example
 from morex.data.tasks.loader import TaskLoader
@@ -21,35 +18,12 @@ from morex.data.tasks.text import Shuffled, TextExample, encoded
 from morex.sections.data import DataConfig
 
 REAL = os.environ.get("MOREX_DATA")
-STORY = """1 Mary moved to the bathroom.
-2 John went to the hallway.
-3 Where is Mary? \tbathroom\t1
-4 Mary took the milk.
-5 Where is the milk? \tbathroom\t1 4
-1 Ann is a frog.
-2 What is Ann?\tfrog,green\t1
-"""
-SUMS = [
-    {"question": "One and one?", "answer": "It is 1+1=<<1+1=2>>2.\n#### 2"},
-    {"question": "Two and two, twice?", "answer": "2+2=4\n4+4=8\n#### 1,008"},
-]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like $MOREX_DATA."""
-    for name in ("babi", "gsm8k"):
-        (tmp_path / name).mkdir()
-    with tarfile.open(tmp_path / "babi" / "en.tar.gz", "w:gz") as archive:
-        for task in (1, 11):
-            for split in ("train", "test"):
-                content = STORY.replace("Mary", f"Mary{task}").encode()
-                member = tarfile.TarInfo(f"tasks_1-20_v1-2/en/qa{task}_some-task_{split}.txt")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    lines = "".join(json.dumps(entry) + "\n" for entry in SUMS)
-    (tmp_path / "gsm8k" / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (tmp_path / "gsm8k" / "test.jsonl").write_text(lines)
+    write_sets(tmp_path)
     monkeypatch.setenv("MOREX_DATA", str(tmp_path))
     return tmp_path
 
@@ -133,7 +107,7 @@ def test_training_may_predict_the_prompt_and_evaluation_never_does(folder: Path)
     ("task", "words"),
     [
         ({"kind": "babi"}, ("babi/en-10k.tar.gz", "MOREX_DATA")),
-        ({"kind": "babi", "size": "en", "tasks": [2]}, ("no train file of bAbI task 2", "data.task.tasks")),
+        ({"kind": "babi", "size": "en", "tasks": [3]}, ("no train file of bAbI task 3", "data.task.tasks")),
     ],
 )
 def test_what_is_missing_is_named(
