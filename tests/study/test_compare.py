@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +20,7 @@ from morex.study import runner
 from morex.study.compare import _claim, command_of, compare
 from morex.study.plan import plan
 from morex.study.results import collect, is_finished, note_jobs
-from morex.study.spec import StudyConfig, load_study
+from morex.study.spec import load_study
 from morex.study.worker import Worker
 from morex.train.errors import DiskFullError
 from study.helpers import tiny_study
@@ -379,12 +378,13 @@ def test_commands_can_be_typed_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classifies", [False, True])
 def test_a_study_of_a_task_has_accuracy(tmp_path: Path, classifies: bool) -> None:
     """The sample is the first held-out question; a classifier has none."""
-    head: dict[str, Any] = {"head": {"kind": "classifier"}} if classifies else {}
-    tree = tiny_study(tmp_path).to_dict()
-    tree["set"]["data"] = {"task": {"kind": "pattern", "numbers": 12, "difficulty": [11, 13], "held_out": 20}}
-    tree["set"]["model"] |= head
+    task = {"kind": "pattern", "numbers": 12, "difficulty": [11, 13], "held_out": 20}
+    head = ["model.head={kind: classifier}"] if classifies else []
     output = quiet()
-    results = compare(StudyConfig.model_validate(tree), tmp_path / "out", console=quiet(), output=output)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tiny_study(tmp_path).to_dict()), encoding="utf-8")
+    changes = [f"data.task={json.dumps(task)}", *head]
+    results = compare(path, tmp_path / "out", changes, console=quiet(), output=output)
     assert len(results.finished) == 2
     for row in results.finished:
         assert row.val_accuracy is not None and 0 <= row.val_accuracy <= 1

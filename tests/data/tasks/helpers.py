@@ -139,7 +139,7 @@ SUMS = [
 def write_sets(folder: Path) -> None:
     """bAbI and GSM8K, made up and very small, laid out as in $MOREX_DATA."""
     for name in ("babi", "gsm8k"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     with tarfile.open(folder / "babi" / "en.tar.gz", "w:gz") as archive:
         for task in (1, 2, 11):
             for split in ("train", "test"):
