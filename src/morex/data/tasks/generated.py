@@ -49,16 +49,20 @@ class Examples:
         """`seed` is that of the training; held-out examples have none."""
         self._span = (config.eval_difficulty if held_out else None) or config.difficulty
         self._task, self._tokenizer, self._held_out = task, tokenizer, held_out
-        self._key = key_from("task, held out" if held_out else f"task, training {seed}")
+        key = key_from("task, held out" if held_out else f"task, training {seed}")
+        # A counter-based generator: to go to an example is to set the counter, which is cheaper than a new generator.
+        self._bits = np.random.Philox(key=int(key))
+        self._start = self._bits.state
+        self._rng = np.random.Generator(self._bits)
 
     def take(self, first: int, count: int) -> list[Example]:
         """Examples first .. first + count - 1. Raises DataError where this side has no question."""
         return [self._at(number) for number in range(first, first + count)]
 
     def _at(self, number: int) -> Example:
-        # A counter-based generator: nothing has to be drawn before.
-        rng = np.random.Generator(np.random.Philox(key=np.array([self._key, number], np.uint64)))
-        low, high = self._span
+        self._start["state"]["counter"][:] = 0, 0, 0, number
+        self._bits.state = self._start
+        rng, (low, high) = self._rng, self._span
         for _ in range(MOST_DRAWS):
             difficulty = int(rng.integers(low, high + 1))
             question, answer = self._task.draw(rng, difficulty)
