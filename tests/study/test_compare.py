@@ -389,6 +389,7 @@ def test_a_study_of_a_task_has_accuracy(tmp_path: Path, classifies: bool) -> Non
     for row in results.finished:
         assert row.val_accuracy is not None and 0 <= row.val_accuracy <= 1
     assert "accuracy" in text_of(output)
+    assert "<b>pattern</b> task" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     for cell in results.cells:
         sample = cell.measures.sample
         assert sample is None if classifies else sample is not None and sample.prompt.endswith("=")
