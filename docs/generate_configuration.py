@@ -113,9 +113,11 @@ def _kinds(section: Schema) -> list[str]:
 
 def _targets(field: Schema) -> list[str]:
     """Names of the sections that a field may hold."""
-    own = [field["$ref"].rsplit("/", 1)[-1]] if "$ref" in field else []
-    options = (option for key in ("oneOf", "anyOf", "allOf") for option in field.get(key, []))
-    return [*own, *(target for option in options for target in _targets(option))]
+    if "$ref" in field:
+        return [field["$ref"].rsplit("/", 1)[-1]]
+    return [
+        target for key in ("oneOf", "anyOf", "allOf") for option in field.get(key, []) for target in _targets(option)
+    ]
 
 
 def _type(field: Schema, definitions: Schema) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.tasks.helpers import write_sets
 from documents import ROOT, code_blocks, run_page
 
 COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "compare", "bench"}
@@ -63,6 +64,15 @@ def test_analysis_page_works(folder: Path) -> None:
 def test_speed_page_works(folder: Path) -> None:
     assert run_page(ROOT / "docs" / "speed.md", folder)
     assert_benchmark(folder / "speed.json")
+
+
+@pytest.mark.slow
+def test_tasks_page_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sets(folder / "sets")
+    monkeypatch.setenv("MOREX_DATA", str(folder / "sets"))
+    assert run_page(ROOT / "docs" / "tasks.md", folder)
+    for name in ("sums", "parity", "counting", "babi"):
+        assert "val_accuracy" in json.loads((folder / "runs" / name / "summary.json").read_text())
 
 
 @pytest.mark.slow

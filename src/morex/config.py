@@ -21,7 +21,7 @@ from morex.sections.depth import (
     StoppingConfig,
 )
 from morex.sections.dropout import DropoutConfig
-from morex.sections.head import HeadConfig, LanguageModelHeadConfig
+from morex.sections.head import ClassifierHeadConfig, HeadConfig, LanguageModelHeadConfig
 from morex.sections.lora import LoRAConfig
 from morex.sections.mixers import (
     FeedForwardConfig,
@@ -31,6 +31,7 @@ from morex.sections.mixers import (
     SharedRecurrentConfig,
 )
 from morex.sections.schedule import ScheduleConfig
+from morex.sections.tasks import GeneratedTaskConfig
 from morex.sections.train import EvalConfig, TrainConfig
 
 
@@ -251,6 +252,16 @@ class Config(Section):
                 f"train.seq_len {self.train.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; raise "
                 f"model.max_seq_len or lower train.seq_len"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> Self:
+        task, model = self.data.task, self.model
+        classes = model.head.classes if isinstance(model.head, ClassifierHeadConfig) else None
+        if isinstance(task, GeneratedTaskConfig):
+            task.check_fit(model.vocab_size, self.train.seq_len, model.max_seq_len, classes)
+        elif task is not None and classes is not None:
+            raise ValueError(f"data.task.kind {task.kind!r} is answered in words; use model.head.kind 'lm'")
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from morex.config import Config, ModelConfig
 from morex.sections.depth import FixedConfig
 from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, MoEConfig
+from morex.sections.tasks import GeneratedTaskConfig
 
 TINY_WIDTH, TINY_VOCABULARY, TINY_WINDOW = 32, 97, 6
 SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}
@@ -128,6 +129,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
         tokenizer = config.data.tokenizer.model_copy(update={"vocab_size": None})
         data = {**tree.get("data", {}), "tokenizer": tokenizer.model_dump(mode="json")}
         tree = {**tree, "model": model, "data": data, "train": train}
+        if isinstance(config.data.task, GeneratedTaskConfig):
+            tree = merge(tree, {"data": {"task": config.data.task.shrunk(model["vocab_size"]).model_dump(mode="json")}})
     for override in overrides:
         tree = with_override(tree, override)
     return validate(Config, tree)

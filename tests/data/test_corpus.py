@@ -13,8 +13,8 @@ from threading import Thread
 import pytest
 
 from morex.data import named as module
+from morex.data.corpora import open_corpus
 from morex.data.corpus import Corpus, FileCorpus
-from morex.data.sources import open_corpus
 
 Refused = Callable[..., str]
 PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n"

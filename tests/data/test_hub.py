@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from morex.data import prepare as module
+from morex.data.corpora import lasting_name, open_corpus
 from morex.data.hub import open_hub
 from morex.data.prepare import prepare
-from morex.data.sources import lasting_name, open_corpus
 from morex.sections.data import DataConfig
 
 datasets = pytest.importorskip("datasets", reason="the package datasets of the extra `data` is not installed")

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morex.data.loader import Batch, Loader, _mixed, _permuted, held_out_windows
+from morex.data.loader import Batch, Loader, held_out_windows
+from morex.data.order import mixed, permuted
 from morex.data.stream import TokenStream
 
 Refused = Callable[..., str]
@@ -31,19 +32,19 @@ def equal(one: Batch, other: Batch) -> bool:
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_the_order_is_a_permutation(count: int, key: int) -> None:
-    found = _permuted(np.arange(count, dtype=np.uint64), count, np.full(count, key, np.uint64))
+    found = permuted(np.arange(count, dtype=np.uint64), count, np.full(count, key, np.uint64))
     assert sorted(found.tolist()) == list(range(count))
 
 
 def test_the_order_looks_random() -> None:
     count = 5000
     values = np.arange(count, dtype=np.uint64)
-    order = _permuted(values, count, np.full(count, 7, np.uint64)).astype(float)
+    order = permuted(values, count, np.full(count, 7, np.uint64)).astype(float)
     assert abs(np.corrcoef(order, values.astype(float))[0, 1]) < 0.05
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
     quarters = np.histogram(order[: count // 4], 4, (0, count))[0]
     assert np.abs(quarters - count / 16).max() < 4 * (count / 16) ** 0.5
-    other = _permuted(values, count, np.full(count, 8, np.uint64))
+    other = permuted(values, count, np.full(count, 8, np.uint64))
     assert (order == other).mean() < 0.01
 
 
@@ -52,7 +53,7 @@ def test_mixing_is_that_of_splitmix64() -> None:
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         states = np.array([0, golden, golden * np.uint64(2)], np.uint64)
-    assert [hex(value) for value in _mixed(states).tolist()] == [
+    assert [hex(value) for value in mixed(states).tolist()] == [
         "0xe220a8397b1dcdaf",
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",

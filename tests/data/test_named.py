@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from morex.data import named as module
+from morex.data.corpora import open_corpus, open_data
 from morex.data.corpus import FileCorpus, SeparateCorpora
 from morex.data.named import NAMED
 from morex.data.prepare import prepare
-from morex.data.sources import open_corpus, open_data
 from morex.sections.data import DataConfig
 
 Config = Callable[..., DataConfig]

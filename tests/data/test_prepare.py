@@ -148,7 +148,7 @@ def test_bpe_samples_a_corpus_that_is_too_large_evenly(
 ) -> None:
     monkeypatch.setattr(module, "BPE_CHARACTERS", sum(map(len, stories)) // 4)
     source = module._Source(byte_config(jsonl(stories), val_fraction=0.01))
-    taken = list(module._training_text(source))
+    taken = list(source.training_texts())
     places = [stories.index(text) for text in taken]
     assert len(taken) in (9, 10) and {b - a for a, b in pairwise(places)} <= {4, 5}
 
@@ -159,7 +159,7 @@ def test_the_second_call_reuses_files_and_tokenizer(
     config = byte_config(jsonl(stories), tokenizer={"kind": "bpe"}, val_fraction=0.2)
     first = prepare(config, 300, 32)
     monkeypatch.setattr(module, "_encode", no_encoding)
-    monkeypatch.setattr(module, "_training_text", no_encoding)
+    monkeypatch.setattr(module._Source, "training_texts", no_encoding)
     again = prepare(config, 300, 8)
     assert again.folder == first.folder and again.content == first.content
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint

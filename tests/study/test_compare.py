@@ -373,3 +373,23 @@ def test_commands_can_be_typed_again(tmp_path: Path) -> None:
     assert command_of("demo", Path("out"), (), jobs=2) == "morex compare demo --out out --jobs 2"
     study = tiny_study(tmp_path)
     assert command_of(study, Path("out"), ()) == "morex compare out/study.yaml --out out"
+
+
+@pytest.mark.parametrize("classifies", [False, True])
+def test_a_study_of_a_task_has_accuracy(tmp_path: Path, classifies: bool) -> None:
+    """The sample is the first held-out question; a classifier has none."""
+    task = {"kind": "pattern", "numbers": 12, "difficulty": [11, 13], "held_out": 20}
+    head = ["model.head={kind: classifier}"] if classifies else []
+    output = quiet()
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tiny_study(tmp_path).to_dict()), encoding="utf-8")
+    changes = [f"data.task={json.dumps(task)}", *head]
+    results = compare(path, tmp_path / "out", changes, console=quiet(), output=output)
+    assert len(results.finished) == 2
+    for row in results.finished:
+        assert row.val_accuracy is not None and 0 <= row.val_accuracy <= 1
+    assert "accuracy" in text_of(output)
+    assert "<b>pattern</b> task" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for cell in results.cells:
+        sample = cell.measures.sample
+        assert sample is None if classifies else sample is not None and sample.prompt.endswith("=")

@@ -37,7 +37,16 @@ def test_every_required_column_is_there() -> None:
     }
     assert required <= {column.key for column in COLUMNS}
     assert required <= set(CSV_KEYS)
-    assert len(shown_columns(family())) == len(COLUMNS)
+    shown = [column.column.key for column in shown_columns(family())]
+    assert shown == [column.key for column in COLUMNS if column.key != "val_accuracy"]
+
+
+def test_accuracy_is_shown_where_a_row_has_it() -> None:
+    results = family()
+    first, *others = results.rows
+    answered = results.model_copy(update={"rows": (first.model_copy(update={"val_accuracy": 0.75}), *others)})
+    column = next(column for column in shown_columns(answered) if column.column.key == "val_accuracy")
+    assert column.texts == ("0.750", "–", "–", "–", "–")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 140, 200])

@@ -18,10 +18,12 @@ from morex.analysis.trace import Decisions, decisions, join, load_trace, write_t
 from morex.analysis.vocabulary import token_classes, token_rarities
 from morex.config import ModelConfig
 from morex.data.errors import DataError
+from morex.data.source import num_windows, training_tokens
 from morex.data.stream import TokenStream
+from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth, parse_depth
 from morex.eval.loss import evaluate
-from morex.eval.traces import own_rule, traced_windows
+from morex.eval.traces import own_rule, traced_batches
 from morex.files import write_json
 from morex.loading import ConfigError, is_depth_routed
 from morex.model.lm import LanguageModel, build_model, takes_any_depth
@@ -82,10 +84,10 @@ def analyze_opened(
     recursions, span = config.model.schedule.resolved.recursions, config.model.max_seq_len
     parse_depth(depth, recursions, span, takes_any_depth(config.model))
     seq_len = config.train.seq_len
-    stream = opened.data.val.head(-(-tokens // seq_len) * seq_len + 1)
+    held_out = opened.data.val.head(-(-tokens // seq_len) * seq_len + 1)
     with cpu_threads(config.train.threads):
-        tally, agreement, policy = _trace(opened, stream, depth, trace, console)
-        losses = _losses(opened, stream, depth, console)
+        tally, agreement, policy = _trace(opened, held_out, depth, trace, console)
+        losses = _losses(opened, held_out, depth, console)
     found = Analysis(
         source=source,
         step=opened.step,
@@ -157,7 +159,7 @@ def to_dict(analysis: Analysis) -> dict[str, Any]:
 
 
 def _trace(
-    opened: OpenRun, stream: TokenStream, depth: Depth, file: str | Path | None, console: "Console | None"
+    opened: OpenRun, held_out: TokenStream | HeldOut, depth: Depth, file: str | Path | None, console: "Console | None"
 ) -> tuple[Tally, AgreementTally | Missing, str]:
     """Goes over the windows once, under both rules where there are two."""
     config, model = opened.config, opened.model
@@ -166,18 +168,18 @@ def _trace(
     missing = _why_no_agreement(config.model, depth)
     rules: tuple[Depth, ...] = (own,) if missing else (own, "oracle")
     classes = token_classes(opened.tokenizer, config.model.vocab_size)
-    rarities = token_rarities(opened.data.train, config.model.vocab_size)
+    rarities = token_rarities(training_tokens(opened.data), config.model.vocab_size)
     tally, agreement, kept = Tally(config.model), AgreementTally(), list[Decisions]()
-    batches = traced_windows(
+    batches = traced_batches(
         model,
-        stream,
+        held_out,
         config.train.seq_len,
         BATCH,
         rules,
         autocast_dtype(config.train.precision),
         config.data.mask_documents,
     )
-    windows = -(-(stream.num_tokens - 1) // config.train.seq_len)
+    windows = num_windows(held_out, config.train.seq_len)
     with _bar(console, "tracing", windows) as advance:
         for batch in batches:
             first, *others = (
@@ -204,14 +206,16 @@ def _why_no_agreement(config: ModelConfig, depth: Depth) -> str:
     return "" if depth is None else "the caller decides the depth"
 
 
-def _losses(opened: OpenRun, stream: TokenStream, depth: Depth, console: "Console | None") -> LossReport | Missing:
+def _losses(
+    opened: OpenRun, held_out: TokenStream | HeldOut, depth: Depth, console: "Console | None"
+) -> LossReport | Missing:
     config, model = opened.config, opened.model
     recursions = config.model.schedule.resolved.recursions
 
     def measure(of: LanguageModel, policy: Depth, by_depth: bool = False) -> Any:
         return evaluate(
             of,
-            stream,
+            held_out,
             config.train.seq_len,
             config.eval.batch_size,
             depth=policy,

@@ -1,16 +1,16 @@
 """What kind of token each id of a vocabulary is, by its text and by how often training saw it."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from morex.data.encoding import UNKNOWN, Tokenizer
-from morex.data.stream import TokenStream
 
 CLASSES = ("word", "number", "punctuation", "whitespace", "fragment", "special")
 RARITIES = ("frequent", "middle", "rare")
 FREQUENT, RARE = 0.5, 0.9
 """Shares of the training tokens, most frequent ids first: below the first an id is frequent, beyond the second rare."""
-CHUNK = 1 << 22
 
 
 def token_classes(tokenizer: Tokenizer, vocab_size: int) -> NDArray[np.uint8]:
@@ -37,15 +37,15 @@ def _class_of(tokenizer: Tokenizer, token: int) -> str:
     return "whitespace" if text.isspace() else "punctuation"
 
 
-def token_rarities(stream: TokenStream, vocab_size: int) -> NDArray[np.uint8]:
-    """Place in `RARITIES` of each of the ids 0..V-1 [V], by their frequency in a training set.
+def token_rarities(training: Iterable[NDArray[np.integer]], vocab_size: int) -> NDArray[np.uint8]:
+    """Place in `RARITIES` of each of the ids 0..V-1 [V], by their frequency in pieces of a training set [N] each.
 
     Ids in falling order of frequency: `frequent` those that begin within the first half of the tokens, `rare` those
     that begin within the last tenth, and those that never occur.
     """
     counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, stream.num_tokens, CHUNK):
-        counts += np.bincount(np.asarray(stream.tokens[start : start + CHUNK]), minlength=vocab_size)
+    for tokens in training:
+        counts += np.bincount(tokens, minlength=vocab_size)
     order = np.argsort(-counts, kind="stable")
     before = np.zeros(vocab_size)
     before[order] = (np.cumsum(counts[order]) - counts[order]) / max(1, counts.sum())

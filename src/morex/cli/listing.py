@@ -24,6 +24,8 @@ PRESET_COLUMNS = {
     "decode_flops_per_token": "decoding\nFLOPs/token",
     "kv_bytes_per_token": "KV bytes\n/token",
 }
+SHOWN_CHARACTERS = 90
+"""Of a task's question; longer ones lose their middle."""
 SHORTENED = {"train_flops_per_token", "decode_flops_per_token"}
 
 
@@ -66,16 +68,23 @@ def presets(
         "morex data vanilla",
         "morex data vanilla --set data.corpus=book.txt --set data.tokenizer.kind=byte",
         "morex data more --set data.val_fraction=0.05 --json",
+        "morex data vanilla --set data.task.kind=addition",
     )
 )
 def data(config: ConfigSource, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Prepare the corpus of a config and describe it.
+    """Prepare the corpus or the task of a config and describe it.
 
-    Documents, bytes and tokens on both sides of the split, and how often training sees the text. Prepared tokens are
-    kept in the cache folder ($MOREX_CACHE, default ~/.cache/morex), where training finds them.
+    Documents, bytes and tokens on both sides of the split, and how often training sees the text; of a task examples,
+    difficulties and lengths. Prepared tokens are kept in the cache folder ($MOREX_CACHE, default ~/.cache/morex), where
+    training finds them.
     """
     settings = load_config(config, overrides or [])
-    from morex.data.inspect import describe
+    from morex.data.inspect import describe, describe_task
+
+    if settings.data.task is not None:
+        task = describe_task(settings)
+        print_json(task) if as_json else _print_task(task, settings.train)
+        return
 
     description = describe(settings.data, settings.model.vocab_size, settings.train.seq_len)
     description["epochs"] = _tokens_seen(settings.train) / description["train"]["tokens"]
@@ -87,6 +96,27 @@ def data(config: ConfigSource, overrides: Overrides = None, as_json: AsJson = Fa
 
 def _tokens_seen(train: "TrainConfig") -> int:
     return train.steps * train.batch_size * train.seq_len
+
+
+def _print_task(task: Mapping[str, Any], train: "TrainConfig") -> None:
+    for example in task["examples"]:
+        question = " ".join(example["question"].split())
+        if len(question) > SHOWN_CHARACTERS:
+            question = f"{question[: SHOWN_CHARACTERS // 2]} … {question[-SHOWN_CHARACTERS // 2 :]}"
+        print(f"difficulty {example['difficulty']:>2}: {question} {' '.join(example['answer'].split())}")
+    tokenizer, sides = task["tokenizer"], {"training": task["train"], "held-out": task["val"]}
+    print(f"Task: {task['task']}. Tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} ids.")
+    for name, side in sides.items():
+        number = "no end" if side["examples"] is None else f"{side['examples']:,}"
+        print(
+            f"{name.capitalize()} examples: {number}, difficulty {side['easiest']} to {side['hardest']}, "
+            f"{side['mean_tokens']:.1f} tokens on average, {side['most_tokens']} at most."
+        )
+    if task["answers"]:
+        shares = ", ".join(f"{answer} {share:.1%}" for answer, share in task["answers"].items())
+        print(f"Answers: {shares}.")
+    if task["shortened"]:
+        print(f"Examples shortened at the beginning to fit {train.seq_len} tokens: {task['shortened']:,}.")
 
 
 def _print_description(description: Mapping[str, Any], train: "TrainConfig") -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from morex.cli.accuracy import accuracy_table, rule_name, rules
 from morex.cli.app import AsJson, ConfigSource, Depth, Device, Overrides, RunFolder, Tiny, app, examples
 from morex.cli.terminal import console, number, print_json, print_table
 from morex.loading import ConfigError, load_config
@@ -27,6 +28,8 @@ SUMMARY_ROWS = {
     "final_train_loss": "last training loss",
     "val_loss": "held-out loss",
     "val_loss_oracle": "held-out loss, oracle",
+    "val_accuracy": "held-out accuracy",
+    "val_accuracy_oracle": "held-out accuracy, oracle",
     "bits_per_byte": "bits per byte",
     "peak_memory_bytes": "peak memory, bytes",
     "parameters": "parameters",
@@ -68,34 +71,51 @@ def train(
         [[label, number(summary[key])] for key, label in SUMMARY_ROWS.items() if summary.get(key) is not None],
     )
     quoted = shlex.quote(str(folder))
-    advice = f"Next: morex eval {quoted}, or morex generate {quoted} --prompt 'Once upon a time'"
+    advice = f"Next: morex eval {quoted}"
+    if settings.data.task is not None:
+        advice += " --by-difficulty"
+    else:
+        advice += f", or morex generate {quoted} --prompt 'Once upon a time'"
     progress.print(advice, style="dim", markup=False)
 
 
 @app.command(
     name="eval",
     epilog=examples(
-        "morex eval runs/first", "morex eval runs/first --depths", "morex eval runs/first --depth 2 --json"
+        "morex eval runs/first",
+        "morex eval runs/first --depths",
+        "morex eval runs/first --depth 2 --json",
+        "morex eval runs/sums --difficulty 11:20 --by-difficulty",
     ),
 )
 def evaluate(
     run: RunFolder,
     depth: Depth = None,
     depths: Annotated[bool, typer.Option("--depths", help="Also the loss at each fixed depth 1..R.")] = False,
+    by_difficulty: Annotated[
+        bool, typer.Option("--by-difficulty", help="Accuracy of a task at each difficulty.")
+    ] = False,
+    difficulty: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Held-out examples of these difficulties: data.task.eval_difficulty."),
+    ] = None,
     overrides: Overrides = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run on its whole held-out set.
 
-    Loss, perplexity and bits per byte; for expert choice by the causal rule of decoding, beside the oracle of training.
+    Loss, perplexity and bits per byte, or of a task accuracy; for expert choice by the causal rule of decoding, beside
+    the oracle of training.
     """
+    overrides = [*(overrides or []), *([] if difficulty is None else [_eval_difficulty(difficulty)])]
     from morex.eval.loss import evaluate as measure
     from morex.train.opening import open_run
     from morex.train.precision import autocast_dtype
 
-    opened = open_run(run, overrides or [], device)
+    opened = open_run(run, overrides, device)
     config = opened.config
+    _check_task_options(config, by_difficulty, difficulty)
     result = measure(
         opened.model,
         opened.data.val,
@@ -108,6 +128,8 @@ def evaluate(
     )
     if as_json:
         print_json(asdict(result))
+    elif result.scores is not None:
+        print_table(*accuracy_table(result, depth, by_difficulty))
     else:
         print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, depth))
 
@@ -185,6 +207,20 @@ def _run_to_train(
     return config, out or Path("runs") / f"{Path(source).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def _eval_difficulty(span: str) -> str:
+    """The override that --difficulty LOW:HIGH stands for."""
+    low, separator, high = span.partition(":")
+    if not (separator and low.isdigit() and high.isdigit()):
+        raise ConfigError(f"--difficulty {span} must have the form LOW:HIGH, such as 11:20")
+    return f"data.task.eval_difficulty=[{low}, {high}]"
+
+
+def _check_task_options(config: "Config", by_difficulty: bool, difficulty: str | None) -> None:
+    for option, given in (("--by-difficulty", by_difficulty), ("--difficulty", difficulty is not None)):
+        if given and config.data.task is None:
+            raise ConfigError(f"{option} is for runs on a task; this one was trained on {config.data.described}")
+
+
 def _read_lines(path: Path) -> list[str]:
     """Non-empty lines of a prompt file."""
     try:
@@ -196,15 +232,11 @@ def _read_lines(path: Path) -> list[str]:
 
 def _loss_rows(result: "EvalResult", depth: str | None) -> list[list[str]]:
     """Rows of the evaluation table; perplexity and bits per byte of every row follow from its loss."""
-    oracle = "oracle (sees later tokens)"
-    if depth is not None:
-        rows = [(f"depth {depth}", result.loss)]
-    elif result.is_oracle:
-        rows = [(oracle, result.loss)]
-    elif result.oracle_loss is not None:
-        rows = [("causal (as in decoding)", result.loss), (oracle, result.oracle_loss)]
-    else:
-        rows = [("held-out set", result.loss)]
-    rows += [(f"every token at depth {r}", loss) for r, loss in (result.by_depth or {}).items()]
+    losses: list[tuple[str | int, float]] = [*rules(result, depth, result.loss, result.oracle_loss)]
+    losses += (result.by_depth or {}).items()
+    assert result.bits_per_byte is not None
     bits_per_nat = result.bits_per_byte / result.loss
-    return [[name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{loss * bits_per_nat:.4f}"] for name, loss in rows]
+    return [
+        [rule_name(rule), f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{loss * bits_per_nat:.4f}"]
+        for rule, loss in losses
+    ]

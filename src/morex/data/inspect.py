@@ -1,14 +1,25 @@
-"""What a corpus holds, as plain data for a table."""
+"""What a corpus or a task holds, as plain data for a table."""
 
+from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from morex.config import Config
+from morex.data.corpora import open_corpus
+from morex.data.encoding import Tokenizer
 from morex.data.prepare import prepare
-from morex.data.sources import open_corpus
+from morex.data.source import prepare_source
 from morex.data.stream import TokenStream
+from morex.data.tasks.example import Example
+from morex.data.tasks.prepared import PreparedTask
 from morex.sections.data import DataConfig
 
 SAMPLE_CHARACTERS = 200
+SHOWN_EXAMPLES = 8
+COUNTED_EXAMPLES = 2000
+MOST_ANSWERS = 10
+"""Different answers, up to which the share of each is told."""
 
 
 def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -37,15 +48,15 @@ def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         "bytes": num_bytes,
         "tokens": num_tokens,
         "bytes_per_token": num_bytes / num_tokens,
-        "tokenizer": {
-            "kind": prepared.tokenizer.kind,
-            "vocab_size": prepared.tokenizer.vocab_size,
-            "eos_id": prepared.tokenizer.eos_id,
-        },
+        "tokenizer": _tokenizer(prepared.tokenizer),
         **{name: _side(stream, seq_len, num_bytes) for name, stream in sides.items()},
         "sample": "".join(islice(next(document), SAMPLE_CHARACTERS)),
         "folder": str(prepared.folder),
     }
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
 
 
 def _side(stream: TokenStream, seq_len: int, all_bytes: int) -> dict[str, Any]:
@@ -56,4 +67,50 @@ def _side(stream: TokenStream, seq_len: int, all_bytes: int) -> dict[str, Any]:
         "bytes_per_token": stream.num_bytes / stream.num_tokens,
         "windows": (stream.num_tokens - 1) // seq_len,
         "share": stream.num_bytes / all_bytes,
+    }
+
+
+def describe_task(config: Config) -> dict[str, Any]:
+    """What the task of a config looks like, from its first training examples and its held-out ones.
+
+    Returns:
+        task, tokenizer {kind, vocab_size, eos_id}, train and val {examples (None without end), easiest, hardest,
+        mean_tokens, most_tokens}, answers (share of each in training where there are few, else empty), shortened
+        (examples that lost their beginning to fit a sequence), examples [{difficulty, question, answer}].
+
+    Raises:
+        DataError: as `prepare_source`.
+    """
+    assert config.data.task is not None
+    task = prepare_source(config)
+    assert isinstance(task, PreparedTask)
+    training = task.training(config.train.seed).take(0, COUNTED_EXAMPLES if task.num_train is None else task.num_train)
+    decode = task.tokenizer.decode
+    answers = Counter(decode(example.answer) for example in training)
+    return {
+        "task": config.data.task.kind,
+        "tokenizer": _tokenizer(task.tokenizer),
+        "train": _examples(training, task.num_train),
+        "val": _examples(task.val.examples, len(task.val.examples)),
+        "answers": {answer: count / len(training) for answer, count in sorted(answers.items())}
+        if len(answers) <= MOST_ANSWERS
+        else {},
+        "shortened": task.shortened,
+        "examples": [
+            {"difficulty": one.difficulty, "question": decode(one.prompt), "answer": decode(one.answer)}
+            for one in training[:SHOWN_EXAMPLES]
+        ],
+    }
+
+
+def _examples(examples: Sequence[Example], count: int | None) -> dict[str, Any]:
+    # A model predicts the last token of an answer and does not read it; a classifier reads none of it.
+    sizes = [len(one.prompt) + (len(one.answer) - 1 if one.label is None else 0) for one in examples]
+    difficulties = [example.difficulty for example in examples]
+    return {
+        "examples": count,
+        "easiest": min(difficulties),
+        "hardest": max(difficulties),
+        "mean_tokens": sum(sizes) / len(sizes),
+        "most_tokens": max(sizes),
     }

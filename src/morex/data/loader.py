@@ -5,7 +5,6 @@ k alone, so its whole state is k: nothing is shuffled in memory and a loader res
 Shapes: B windows, T tokens.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,27 +15,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from morex.data.errors import DataError
+from morex.data.order import Counters, key_from, mixed, permuted
 from morex.data.stream import TokenStream
 
 IGNORED = -100
 PADDING = 0
-# Rounds after which the Feistel network below is as good as a random order.
-ROUNDS = 6
-Counters = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one training or evaluation step."""
+    """Windows, or examples of a task, of one training or evaluation step."""
 
     tokens: Tensor
     """[B, T] int64."""
     labels: Tensor
-    """[B, T+1] int64: the tokens and the token after them; -100 where nothing is to be predicted."""
+    """[B, T+1] int64: the tokens and the token after them; -100 where nothing is to be predicted. Or classes [B]."""
     document_ids: Tensor
     """[B, T] int64 number of the document that each token belongs to."""
     lengths: Tensor | None = None
     """[B] int64 true lengths where a window is padded on the right; None where all are full."""
+    difficulty: Tensor | None = None
+    """[B] int64 difficulties of the examples of a task; stays where it is."""
+
+    @property
+    def num_predicted(self) -> int:
+        """Tokens, or classes, that have to be predicted."""
+        targets = self.labels if self.labels.dim() == 1 else self.labels[:, 1:]
+        return int((targets != IGNORED).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -77,7 +82,7 @@ class Loader:
         self._batch_size = batch_size
         self._windows = windows
         self._seed = seed
-        self._key = np.uint64(int.from_bytes(hashlib.sha256(f"windows {seed}".encode()).digest()[:8], "big"))
+        self._key = key_from(f"windows {seed}")
         self._drawn = 0
 
     @property
@@ -123,13 +128,13 @@ class Loader:
         count = self.windows_per_epoch
         spare = self._stream.num_tokens - 1 - count * self._seq_len
         epochs = counters // np.uint64(count)
-        keys = _mixed(self._key ^ epochs)
-        order = _permuted(counters % np.uint64(count), count, keys)
-        offsets = _mixed(keys) % np.uint64(spare + 1)
+        keys = mixed(self._key ^ epochs)
+        order = permuted(counters % np.uint64(count), count, keys)
+        offsets = mixed(keys) % np.uint64(spare + 1)
         return (order * np.uint64(self._seq_len) + offsets).astype(np.int64)
 
     def _random_starts(self, counters: Counters) -> NDArray[np.int64]:
-        return (_mixed(self._key ^ counters) % np.uint64(self._stream.num_tokens - self._seq_len)).astype(np.int64)
+        return (mixed(self._key ^ counters) % np.uint64(self._stream.num_tokens - self._seq_len)).astype(np.int64)
 
 
 def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int) -> Iterator[Batch]:
@@ -172,28 +177,3 @@ def _check_size(stream: TokenStream, least: int, seq_len: int) -> None:
             f"{stream.num_tokens} tokens are fewer than the {least} of one window (train.seq_len {seq_len} and the "
             "token after it); give more text or lower train.seq_len"
         )
-
-
-def _mixed(values: Counters) -> Counters:
-    """Spreads 64-bit values over 64 bits, one to one: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _permuted(values: Counters, count: int, keys: Counters) -> Counters:
-    """Sends each of 0 .. count - 1 to another, one to one for equal keys: a Feistel network, walked until in range."""
-    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    values = values.copy()
-    outside = np.ones(len(values), bool)
-    while outside.any():
-        left, right = values[outside] >> half, values[outside] & mask
-        for round_number in range(ROUNDS):
-            mixed = _mixed(keys[outside] ^ _mixed(right + (np.uint64(round_number) << np.uint64(32)))) & mask
-            left, right = right, left ^ mixed
-        values[outside] = (left << half) | right
-        outside = values >= count
-    return values

@@ -7,7 +7,7 @@ to encode it. Each document ends with the end-of-text token where the tokenizer 
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,17 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from morex.data import subword
 from morex.data.cache import building, cache_folder, discard, key_of, read_json, write_file
-from morex.data.characters import ByteTokenizer, CharTokenizer, characters_of
+from morex.data.corpora import open_data
 from morex.data.corpus import Corpus, SeparateCorpora
 from morex.data.encoding import Tokenizer
 from morex.data.errors import DataError
 from morex.data.progress import Progress
-from morex.data.sources import open_data
 from morex.data.split import SIDES, By, Piece, Side, Survey, pieces, survey
 from morex.data.stream import StreamWriter, TokenStream, open_stream
-from morex.data.tokenizer import load_tokenizer
+from morex.data.tokenizer import check_vocabulary, make_tokenizer
 from morex.sections.data import DataConfig
 
 # Part of every key: raise it when the same settings come to mean other files.
@@ -72,13 +70,9 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, tokenizer: Tokenize
     """
     source = _Source(data)
     if tokenizer is None:
-        tokenizer = _tokenizer(source, vocab_size)
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} token ids but model.vocab_size is "
-            f"{vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more, or choose another data.tokenizer"
-        )
-    key = key_of(FORMAT, source.content, *source.split_settings, tokenizer.fingerprint)
+        tokenizer = make_tokenizer(data.tokenizer, vocab_size, source)
+    check_vocabulary(tokenizer, vocab_size)
+    key = key_of(FORMAT, source.content, *source.split, tokenizer.fingerprint)
     folder = cache_folder() / "tokens" / key
     prepared = _opened(folder, tokenizer)
     if prepared is None:
@@ -100,7 +94,7 @@ class _Source:
         self.corpus: Corpus = open_data(data)
 
     @property
-    def split_settings(self) -> tuple[Any, Any]:
+    def split(self) -> tuple[Any, Any]:
         """What decides, beside the content, which text is held out."""
         return (None, None) if isinstance(self.corpus, SeparateCorpora) else (self.data.val_fraction, self.data.seed)
 
@@ -128,55 +122,21 @@ class _Source:
     def pieces(self, size: int) -> Iterator[Piece]:
         return pieces(self.corpus, self.survey, size)
 
+    def texts(self) -> Iterator[str]:
+        """Pieces of all text."""
+        return chain.from_iterable(self.corpus.documents())
 
-def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
-    """The tokenizer that the config asks for: made at once, or trained on the corpus and kept in the cache."""
-    wanted = source.data.tokenizer
-    if wanted.kind == "byte":
-        return ByteTokenizer()
-    if wanted.kind == "char":
-        return _cached_tokenizer(key_of(FORMAT, "char", source.content), lambda: _characters(source))
-    if wanted.kind == "hf":
-        assert wanted.path is not None
-        return subword.read_hf(wanted.path)
-    size = wanted.vocab_size or vocab_size
-    subword.check_bpe_size(size)
-    if size > vocab_size:
-        raise DataError(
-            f"data.tokenizer.vocab_size {size} is more than model.vocab_size {vocab_size}; lower the first or raise "
-            "the second"
-        )
-    key = key_of(FORMAT, "bpe", source.content, *source.split_settings, size)
-    return _cached_tokenizer(key, lambda: subword.train_bpe(_training_text(source), size))
-
-
-def _cached_tokenizer(key: str, make: Callable[[], Tokenizer]) -> Tokenizer:
-    folder = cache_folder() / "tokenizers" / key
-    try:
-        return load_tokenizer(folder)
-    except DataError:
-        discard(folder)
-    tokenizer = make()
-    with building(folder) as temporary:
-        tokenizer.save(temporary)
-    return tokenizer
-
-
-def _characters(source: _Source) -> CharTokenizer:
-    return CharTokenizer(characters_of(chain.from_iterable(source.corpus.documents())))
-
-
-def _training_text(source: _Source) -> Iterator[str]:
-    """Text of the training side; of a very large corpus an even sample."""
-    share = min(1.0, BPE_CHARACTERS / source.survey.characters)
-    with Progress("Learning the tokenizer", source.survey.num_bytes) as progress:
-        taken = 0.0
-        for piece in source.pieces(Tokenizer.stretch):
-            progress.advance(len(piece.text))
-            if piece.side == "train":
-                before, taken = taken, taken + share
-                if int(taken) > int(before) or share == 1.0:
-                    yield piece.text
+    def training_texts(self) -> Iterator[str]:
+        """Text of the training side; of a very large corpus an even sample."""
+        share = min(1.0, BPE_CHARACTERS / self.survey.characters)
+        with Progress("Learning the tokenizer", self.survey.num_bytes) as progress:
+            taken = 0.0
+            for piece in self.pieces(Tokenizer.stretch):
+                progress.advance(len(piece.text))
+                if piece.side == "train":
+                    before, taken = taken, taken + share
+                    if int(taken) > int(before) or share == 1.0:
+                        yield piece.text
 
 
 def _encode(source: _Source, tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loss over a whole held-out set, each predicted token with the same weight.
+"""Loss over a whole held-out set, each predicted token with the same weight; of a task accuracy too.
 
 `expert_choice` trains with a rule that sees later tokens. It is measured twice: by the causal rule, which decoding uses
 (`loss`), and by the rule of training (`oracle_loss`). A model without a causal rule has only the second; then `loss`
@@ -6,13 +6,17 @@ repeats it and `is_oracle` says so.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from morex.data.loader import IGNORED, held_out_windows
+from morex.data.loader import Batch
+from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
+from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth
+from morex.eval.accuracy import Answered, Scores, answered, scores
 from morex.model.lm import LanguageModel
 from morex.sections.depth import ExpertChoiceConfig
 
@@ -22,23 +26,38 @@ class EvalResult:
     """What a model makes of a held-out set."""
 
     loss: float
-    """Mean negative log-likelihood of a token in nats."""
+    """Mean negative log-likelihood of a token, or of a class, in nats."""
     perplexity: float
-    bits_per_byte: float
-    """Bits per UTF-8 byte of the text: loss / ln 2 * tokens per byte."""
+    bits_per_byte: float | None
+    """Bits per UTF-8 byte of the text: loss / ln 2 * tokens per byte; None for a task."""
     tokens: int
-    """Predicted tokens."""
+    """Predicted tokens, or classes."""
     oracle_loss: float | None = None
     """Loss under top-k routing, which sees later tokens; None for models whose training rule is causal."""
     is_oracle: bool = False
     """Whether `loss` itself is the oracle's, because the model has no causal rule."""
     by_depth: dict[int, float] | None = None
     """Loss with every token at r = 1..R recursions, where it was asked for and the model recurs."""
+    scores: Scores | None = None
+    """Accuracy, where the set is of a task, under the rule of `loss`."""
+    oracle_scores: Scores | None = None
+    """Accuracy under the rule of `oracle_loss`."""
+    scores_by_depth: dict[int, Scores] | None = None
+    """Accuracy with every token at r = 1..R recursions."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pass over a held-out set under one depth policy."""
+
+    loss: float
+    tokens: int
+    scores: Scores | None
 
 
 def evaluate(
     model: LanguageModel,
-    stream: TokenStream,
+    held_out: TokenStream | HeldOut,
     seq_len: int,
     batch_size: int,
     depth: Depth = None,
@@ -46,12 +65,14 @@ def evaluate(
     by_depth: bool = False,
     mask_documents: bool = False,
 ) -> EvalResult:
-    """Evaluates on every token of `stream` but the first, in consecutive windows; the model's mode is put back.
+    """Evaluates on every token of a stream but the first, in consecutive windows, or on every answer of a task.
+
+    The model's mode is put back.
 
     Args:
-        stream: the held-out tokens.
-        seq_len: window in tokens; a token sees at most the seq_len - 1 before it.
-        batch_size: windows per forward call; the result does not depend on it.
+        held_out: the held-out tokens, or examples.
+        seq_len: window of a stream in tokens; a token sees at most the seq_len - 1 before it.
+        batch_size: windows or examples per forward call; the result does not depend on it.
         depth: depth policy of `model.forward`; with one, only that policy is measured.
         autocast: format that autocast computes in; None computes in the format of the weights.
         by_depth: also measure r = 1..R recursions for every token.
@@ -59,47 +80,49 @@ def evaluate(
     """
     config = model.config
 
-    def measure(policy: Depth) -> tuple[float, int]:
-        return _mean_loss(model, stream, seq_len, batch_size, policy, autocast, mask_documents)
+    def measure(policy: Depth) -> Measured:
+        return _measure(model, held_out_batches(held_out, seq_len, batch_size), policy, autocast, mask_documents)
 
     was_training = model.training
     model.eval()
     try:
         oracle, is_oracle = None, False
         if depth is None and isinstance(config.depth, ExpertChoiceConfig):
-            oracle, tokens = measure("oracle")
+            oracle = measure("oracle")
             is_oracle = config.depth.causal == "none"
-        loss, tokens = (oracle, tokens) if oracle is not None and is_oracle else measure(depth)
+        found = oracle if oracle is not None and is_oracle else measure(depth)
         recursions = config.schedule.resolved.recursions
-        depths = {r: measure(r)[0] for r in range(1, recursions + 1)} if by_depth and recursions > 1 else None
+        depths = {r: measure(r) for r in range(1, recursions + 1)} if by_depth and recursions > 1 else None
     finally:
         model.train(was_training)
+    loss, bits = found.loss, None
+    if isinstance(held_out, TokenStream):
+        bits = loss / math.log(2) * held_out.num_tokens / held_out.num_bytes
+    scored = {r: one.scores for r, one in (depths or {}).items() if one.scores is not None}
     return EvalResult(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=loss / math.log(2) * stream.num_tokens / stream.num_bytes,
-        tokens=tokens,
-        oracle_loss=oracle,
+        bits_per_byte=bits,
+        tokens=found.tokens,
+        oracle_loss=oracle.loss if oracle is not None else None,
         is_oracle=is_oracle,
-        by_depth=depths,
+        by_depth=None if depths is None else {r: one.loss for r, one in depths.items()},
+        scores=found.scores,
+        oracle_scores=None if oracle is None else oracle.scores,
+        scores_by_depth=scored or None,
     )
 
 
 @torch.no_grad()
-def _mean_loss(
-    model: LanguageModel,
-    stream: TokenStream,
-    seq_len: int,
-    batch_size: int,
-    depth: Depth,
-    autocast: torch.dtype | None,
-    mask_documents: bool,
-) -> tuple[float, int]:
-    """Mean loss of a predicted token in nats, and how many were predicted."""
+def _measure(
+    model: LanguageModel, batches: Iterator[Batch], depth: Depth, autocast: torch.dtype | None, mask_documents: bool
+) -> Measured:
+    """Loss of a predicted token in nats, how many were predicted, and of a task its scores."""
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
-    for batch in held_out_windows(stream, seq_len, batch_size):
-        count = int((batch.labels[:, 1:] != IGNORED).sum())
+    answers: list[Answered] = []
+    for batch in batches:
+        count = batch.num_predicted
         batch = batch.to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             out = model(
@@ -109,7 +132,9 @@ def _mean_loss(
                 document_ids=batch.document_ids if mask_documents else None,
                 depth=depth,
             )
-        total += float(out.losses["lm"]) * count
+        total += float(out.losses[out.objective]) * count
         predicted += count
+        if batch.difficulty is not None:
+            answers.append(answered(out.logits, batch.labels, batch.difficulty))
     assert predicted, "the data layer refuses a held-out set of one token"
-    return total / predicted, predicted
+    return Measured(total / predicted, predicted, scores(answers) if answers else None)

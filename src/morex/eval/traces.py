@@ -1,4 +1,4 @@
-"""Traces of held-out windows: what the routers of a model did with every token, a batch at a time."""
+"""Traces of a held-out set: what the routers of a model did with every token, a batch at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from morex.config import ModelConfig
-from morex.data.loader import held_out_windows
+from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
+from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth
 from morex.model.lm import LanguageModel, Trace
 from morex.sections.depth import ExpertChoiceConfig
@@ -16,7 +17,7 @@ from morex.sections.depth import ExpertChoiceConfig
 
 @dataclass(frozen=True)
 class TracedBatch:
-    """One batch of windows and its traces, all on the CPU but for the traces."""
+    """One batch and its traces, all on the CPU but for the traces."""
 
     tokens: Tensor
     """[B, T]."""
@@ -38,28 +39,28 @@ def own_rule(config: ModelConfig) -> Depth:
 
 
 @torch.no_grad()
-def traced_windows(
+def traced_batches(
     model: LanguageModel,
-    stream: TokenStream,
+    held_out: TokenStream | HeldOut,
     seq_len: int,
     batch_size: int,
     depths: tuple[Depth, ...],
     autocast: torch.dtype | None = None,
     mask_documents: bool = False,
 ) -> Iterator[TracedBatch]:
-    """Runs a model in eval mode over consecutive windows of a stream, once for each depth policy.
+    """Runs a model in eval mode over consecutive windows of a stream or examples of a task, once for each depth policy.
 
     Args:
         model: its mode is the caller's affair.
-        stream: held-out tokens.
+        held_out: tokens or examples.
         seq_len: window in tokens.
-        batch_size: windows per forward call.
+        batch_size: windows or examples per forward call.
         depths: depth policies of `model.forward`.
         autocast: format that autocast computes in; None computes in the format of the weights.
         mask_documents: tokens attend only to their own document.
     """
     device = next(model.parameters()).device
-    for batch in held_out_windows(stream, seq_len, batch_size):
+    for batch in held_out_batches(held_out, seq_len, batch_size):
         rows, time = batch.tokens.shape
         sent, traces = batch.to(device), []
         for depth in depths:
@@ -69,7 +70,7 @@ def traced_windows(
                     lengths=sent.lengths,
                     document_ids=sent.document_ids if mask_documents else None,
                     depth=depth,
-                    logits_to_keep=1,
+                    logits_to_keep=0 if model.config.head.kind == "classifier" else 1,
                     return_trace=True,
                 )
             assert out.trace is not None

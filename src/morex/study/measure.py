@@ -6,17 +6,20 @@ Everything is read from the run folder and written back to it as cell.json. Shap
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from morex.config import Config
-from morex.data.prepare import PreparedData, prepare
+from morex.data.prepare import PreparedData
+from morex.data.source import beginning, prepare_source
 from morex.data.stream import TokenStream
+from morex.data.tasks.prepared import HeldOut, PreparedTask
 from morex.data.tokenizer import Tokenizer
 from morex.depth.policy import Depth
 from morex.eval.loss import evaluate
-from morex.eval.traces import own_rule, traced_windows
+from morex.eval.traces import own_rule, traced_batches
 from morex.loading import is_depth_routed
 from morex.model.lm import LanguageModel
 from morex.sections.mixers import FeedForwardConfig
@@ -37,12 +40,14 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
     config = run.config()
     with cpu_threads(config.train.threads):
         model, tokenizer = load(run.path, device=str(resolve_device(config.train.device)))
-        data = prepare(config.data, config.model.vocab_size, config.train.seq_len, tokenizer=tokenizer)
+        data = prepare_source(config, tokenizer)
         first, second = (None, None) if study.learning_rates is None else _half_losses(model, data, config)
         refusal = None
         sample = speed = None
-        if own_rule(config.model) is None:
-            sample = _sample(model, tokenizer, study.sample)
+        if _classifies(config):
+            refusal = "This model is a classifier (model.head.kind), so it does not decode."
+        elif own_rule(config.model) is None:
+            sample = _sample(model, data, tokenizer, study.sample)
             speed = _decode_speed(model, data.val, study.report.decode_tokens)
         else:
             refusal = "This model has no causal rule (depth.causal is 'none'), so it cannot be decoded."
@@ -57,11 +62,16 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
     )
 
 
-def halves(stream: TokenStream, seq_len: int) -> tuple[TokenStream, TokenStream]:
-    """The first and the second half of the windows of a held-out stream.
+def halves(held_out: TokenStream | HeldOut, seq_len: int) -> tuple[TokenStream | HeldOut, TokenStream | HeldOut]:
+    """The first and the second half of the examples of a task, or of the windows of a held-out stream.
 
     The last token of the first half is predicted there and is context in the second, so every token is predicted once.
     """
+    if isinstance(held_out, HeldOut):
+        middle = len(held_out.examples) // 2
+        first, second = held_out.examples[:middle], held_out.examples[middle:]
+        return replace(held_out, examples=first), replace(held_out, examples=second)
+    stream = held_out
     windows = -(-(stream.num_tokens - 1) // seq_len)
     assert windows > 1, "the plan refuses a held-out set of one window"
     cut = windows // 2 * seq_len
@@ -90,7 +100,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def _half_losses(model: LanguageModel, data: PreparedData, config: Config) -> tuple[float, float]:
+def _half_losses(model: LanguageModel, data: PreparedData | PreparedTask, config: Config) -> tuple[float, float]:
     first, second = (
         evaluate(
             model,
@@ -105,8 +115,19 @@ def _half_losses(model: LanguageModel, data: PreparedData, config: Config) -> tu
     return first, second
 
 
-def _sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleConfig) -> Sample:
-    prompt = list(tokenizer.encode(sample.prompt))
+def _classifies(config: Config) -> bool:
+    return config.model.head.kind == "classifier"
+
+
+def _sample(
+    model: LanguageModel, data: PreparedData | PreparedTask, tokenizer: Tokenizer, sample: SampleConfig
+) -> Sample:
+    """What the model makes of the study's prompt, or of a task's first held-out question."""
+    if isinstance(data, PreparedTask):
+        prompt = list(map(int, data.val.examples[0].prompt))
+        shown = tokenizer.decode(prompt)
+    else:
+        prompt, shown = list(tokenizer.encode(sample.prompt)), sample.prompt
     [ids] = model.generate(
         [prompt],
         max_new_tokens=sample.max_new_tokens,
@@ -116,13 +137,13 @@ def _sample(model: LanguageModel, tokenizer: Tokenizer, sample: SampleConfig) ->
         seed=sample.seed,
     )
     new = [i for i in ids[len(prompt) :] if i != tokenizer.eos_id]
-    return Sample(prompt=sample.prompt, text=tokenizer.decode(new))
+    return Sample(prompt=shown, text=tokenizer.decode(new))
 
 
-def _decode_speed(model: LanguageModel, stream: TokenStream, new_tokens: int) -> float:
+def _decode_speed(model: LanguageModel, held_out: TokenStream | HeldOut, new_tokens: int) -> float:
     """Tokens per second of greedy decoding of one sequence, the median of three."""
     device = model.embedding.weight.device
-    prompt = torch.from_numpy(stream.tokens[:DECODE_PROMPT].astype(np.int64))[None].to(device)
+    prompt = torch.tensor([beginning(held_out, DECODE_PROMPT)], device=device)
     model.generate(prompt, max_new_tokens=4)
     speeds = []
     for _ in range(DECODE_RUNS):
@@ -138,7 +159,7 @@ def _decode_speed(model: LanguageModel, stream: TokenStream, new_tokens: int) ->
 
 @torch.no_grad()
 def _routing(
-    model: LanguageModel, data: PreparedData, tokenizer: Tokenizer, config: Config, report: ReportConfig
+    model: LanguageModel, data: PreparedData | PreparedTask, tokenizer: Tokenizer, config: Config, report: ReportConfig
 ) -> Routing | None:
     routed, mixer = is_depth_routed(config.model), config.model.mixer
     experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
@@ -150,7 +171,7 @@ def _routing(
     histogram = torch.zeros(deepest + 1, dtype=torch.long)
     loads: dict[str, torch.Tensor] = {}
     tokens = windows = 0
-    for batch in traced_windows(model, data.val, config.train.seq_len, TRACE_BATCH, (depth,)):
+    for batch in traced_batches(model, data.val, config.train.seq_len, TRACE_BATCH, (depth,)):
         (trace,), real = batch.traces, batch.real
         if routed:
             histogram += torch.bincount(trace.depth.cpu()[real], minlength=deepest + 1)
@@ -174,15 +195,18 @@ def _routing(
 
 def _depth_map(
     model: LanguageModel,
-    data: PreparedData,
+    data: PreparedData | PreparedTask,
     tokenizer: Tokenizer,
     config: Config,
     report: ReportConfig,
     depth: Depth,
 ) -> DepthMap:
     limit = min(report.map_tokens, config.train.seq_len)
-    text = data.val.tokens[:limit].tolist() if report.map_text is None else list(tokenizer.encode(report.map_text))
+    if report.map_text is None or isinstance(data, PreparedTask):
+        text = beginning(data.val, limit)
+    else:
+        text = list(tokenizer.encode(report.map_text))
     ids = text[:limit]
     device = model.embedding.weight.device
-    out = model(torch.tensor([ids], device=device), depth=depth, logits_to_keep=1, return_trace=True)
+    out = model(torch.tensor([ids], device=device), depth=depth, return_trace=True)
     return DepthMap(tokens=tuple(token_texts(tokenizer, ids)), depths=tuple(out.trace.depth[0].tolist()))

@@ -231,7 +231,7 @@ def _bars(panels: tuple[tuple[str, str, str], ...]) -> Callable[[Results, Looks]
                 height=0.66,
             )
             axes.bar_label(bars, [digits(v / divisor) for v in values], padding=4)
-            axes.set_xlim(0, max(values) / divisor * 1.16)
+            axes.set_xlim(0, max(values) / divisor * 1.16 or 1.0)
             axes.grid(axis="y", visible=False)
             axes.set_title(title)
             axes.set_xlabel(f"{prefix}{' ' if prefix and unit == 'tokens/s' else ''}{unit}")

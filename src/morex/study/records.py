@@ -94,6 +94,8 @@ class Summary(Section):
     val_loss_is_oracle: bool = False
     """Whether `val_loss` itself is the oracle's, because the model has no causal rule."""
     bits_per_byte: float | None = None
+    val_accuracy: float | None = None
+    """Share of a task's held-out answers that are right."""
     tokens_per_s: float
     peak_memory_bytes: int | None = None
     parameters: int
@@ -161,6 +163,8 @@ class Row(Section):
     val_loss_oracle: float | None = None
     """Held-out loss with top-k routing that sees the whole sequence."""
     bits_per_byte: float | None = None
+    val_accuracy: float | None = None
+    """Share of a task's held-out answers that are right, under the rule of `val_loss`."""
     mean_depth: float | None = None
     learning_rates: tuple[LearningRate, ...] = ()
 

@@ -88,12 +88,13 @@ def report_html(results: Results) -> str:
 def _head(results: Results) -> str:
     study, machine = results.study, results.environment
     seconds = sum(cell.summary.seconds for cell in results.cells if cell.summary is not None)
-    config = next(iter(results.configs.values()), {})
+    data = next(iter(results.configs.values()), {}).get("data", {})
+    task = data.get("task")
     facts = [
         (f"{len(results.rows)}", "variants"),
         (f"{len(study.seeds)}", "seed" if len(study.seeds) == 1 else "seeds"),
         (budget_text(study.budget), "each"),
-        (str(config.get("data", {}).get("corpus", "")), "corpus"),
+        (str(task["kind"]), "task") if task else (str(data.get("corpus", "")), "corpus"),
         (duration(seconds), "of training in all"),
         (str(machine.get("device_name") or machine.get("cpu") or ""), _threads(machine.get("threads"))),
     ]

@@ -43,6 +43,7 @@ AVERAGED = (
     "val_loss",
     "val_loss_oracle",
     "bits_per_byte",
+    "val_accuracy",
 )
 
 
@@ -175,7 +176,7 @@ def _row(variant: PlannedVariant, cells: list[Cell]) -> Row:
     row["val_loss_spread"] = spread(losses)
     if any(summary.val_loss_is_oracle for summary in summaries):
         # Without a causal rule there is no loss that compares with the others'.
-        row |= {"val_loss": None, "val_loss_spread": None, "bits_per_byte": None}
+        row |= {"val_loss": None, "val_loss_spread": None, "bits_per_byte": None, "val_accuracy": None}
     row["decode_tokens_per_s"] = _mean([cell.measures.decode_tokens_per_s for cell in chosen])
     row["mean_depth"] = _mean([cell.measures.routing.mean_depth if cell.measures.routing else None for cell in chosen])
     return Row(**row)

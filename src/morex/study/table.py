@@ -50,6 +50,14 @@ COLUMNS = (
         3,
     ),
     Column(
+        "val_accuracy",
+        "held-out|accuracy",
+        "",
+        "Share of the task's held-out answers that are right from the first token to the last; mean over seeds",
+        max,
+        3,
+    ),
+    Column(
         "final_train_loss",
         "train|loss",
         "",

@@ -60,7 +60,7 @@ class TrainState:
     max_seconds: float | None = None
     """Budget of the run, where it has one in seconds."""
     last_loss: float | None = None
-    """Language-model loss of the last step's tokens."""
+    """Loss of the objective on the last step's tokens."""
     best_val_loss: float | None = None
     evaluation: dict[str, Any] | None = None
     """Line of the last evaluation."""

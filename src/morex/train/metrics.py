@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from morex.depth.router import DepthRouter
+from morex.eval.accuracy import Scores
 from morex.eval.loss import EvalResult
 from morex.experts.router import ExpertRouter
 from morex.files import write_whole
@@ -58,7 +59,8 @@ class MetricsWriter:
 def training_line(
     t: Training, lr: float, losses: Mapping[str, float], grad_norm: float, stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """A line about the step just done; `loss` is the language-model loss of that step's tokens, no running mean."""
+    """A line about the step just done; `loss` is the objective's of that step's tokens, no running mean."""
+    objective = t.model.head.objective
     tokens_per_s, flops_per_s = t.pace.since_last(t.state)
     return {
         "kind": "train",
@@ -66,14 +68,14 @@ def training_line(
         "tokens": t.state.tokens,
         "seconds": t.state.seconds,
         "flops": t.state.flops,
-        "loss": losses["lm"],
+        "loss": losses[objective],
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens_per_s": tokens_per_s,
         "flops_per_s": flops_per_s,
         "memory_bytes": t.memory.bytes(),
         "losses": dict(losses),
-        **{f"loss_{name}": value for name, value in losses.items() if name != "lm"},
+        **{f"loss_{name}": value for name, value in losses.items() if name != objective},
         **router_report(stats),
         "router_state": router_state(t.model),
     }
@@ -95,15 +97,35 @@ def _held_out(result: EvalResult) -> dict[str, Any]:
     line: dict[str, Any] = {
         "val_loss": result.loss,
         "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
-        "bits_per_byte": result.bits_per_byte,
         "val_tokens": result.tokens,
     }
+    if result.bits_per_byte is not None:
+        line["bits_per_byte"] = result.bits_per_byte
     if result.oracle_loss is not None:
         line["val_loss_oracle"] = result.oracle_loss
     if result.is_oracle:
         line["val_loss_is_oracle"] = True
     if result.by_depth is not None:
         line["val_loss_by_depth"] = {str(depth): loss for depth, loss in result.by_depth.items()}
+    if result.scores is not None:
+        line |= _accuracies(result.scores, result)
+    return line
+
+
+def _accuracies(scores: Scores, result: EvalResult) -> dict[str, Any]:
+    """What a line about a task has beside its losses."""
+    levels = scores.by_difficulty.items()
+    line: dict[str, Any] = {
+        "val_accuracy": scores.all.accuracy,
+        "val_token_accuracy": scores.all.token_accuracy,
+        "val_examples": scores.all.examples,
+        "val_accuracy_by_difficulty": {str(level): score.accuracy for level, score in levels},
+        "val_loss_by_difficulty": {str(level): score.loss for level, score in levels},
+    }
+    if result.oracle_scores is not None:
+        line["val_accuracy_oracle"] = result.oracle_scores.all.accuracy
+    if result.scores_by_depth is not None:
+        line["val_accuracy_by_depth"] = {str(r): one.all.accuracy for r, one in result.scores_by_depth.items()}
     return line
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from morex.config import Config
-from morex.data.prepare import PreparedData, prepare
+from morex.data.prepare import PreparedData
+from morex.data.source import prepare_source
+from morex.data.tasks.prepared import PreparedTask
 from morex.data.tokenizer import Tokenizer
 from morex.loading import ConfigError, load_config
 from morex.model.lm import LanguageModel
@@ -24,7 +26,7 @@ class OpenRun:
     model: LanguageModel
     """In eval mode."""
     tokenizer: Tokenizer
-    data: PreparedData
+    data: PreparedData | PreparedTask
 
 
 def run_of(path: Path) -> RunFolder:
@@ -53,10 +55,10 @@ def open_run(path: Path, overrides: Sequence[str] = (), device: str = "auto") ->
     run = run_of(path)
     config = load_config(run.config_path, overrides)
     model, tokenizer = load(path, device)
-    data = prepare(config.data, config.model.vocab_size, config.train.seq_len, tokenizer=tokenizer)
+    data = prepare_source(config, tokenizer)
     if not any(override.startswith("data.") for override in overrides) and trained_on(path)["text"] != data.content:
         raise ConfigError(
-            f"data.corpus '{config.data.corpus}' has changed since '{path}' was trained, and its held-out set with it; "
-            f"put the old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
+            f"{config.data.described} has changed since '{path}' was trained, and its held-out set with it; put the "
+            f"old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
         )
     return OpenRun(run, int(read_state(checkpoint_of(path)[0])["step"]), config, model, tokenizer, data)

@@ -61,11 +61,12 @@ class ProgressDisplay:
         elif time.monotonic() - self.said >= PLAIN_EVERY:
             self._say(done)
 
-    def show_evaluation(self, step: int, loss: float, oracle: float | None) -> None:
+    def show_evaluation(self, step: int, loss: float, oracle: float | None, accuracy: float | None = None) -> None:
         """Shows an evaluation on a line that stays."""
         self.evaluated = f"  held-out {loss:.4f}"
         both = "" if oracle is None else f" (oracle {oracle:.4f})"
-        self.console.print(f"step {step:,}: held-out loss {loss:.4f}{both}  {self.text}", highlight=False)
+        right = "" if accuracy is None else f", accuracy {accuracy:.1%}"
+        self.console.print(f"step {step:,}: held-out loss {loss:.4f}{both}{right}  {self.text}", highlight=False)
         self.said = time.monotonic()
 
     def _say(self, done: float) -> None:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from morex.config import Config
+from morex.data.corpora import lasting_name
 from morex.data.loader import Loader
-from morex.data.prepare import PreparedData, prepare
-from morex.data.sources import lasting_name
+from morex.data.prepare import PreparedData
+from morex.data.source import prepare_source, training_loader
+from morex.data.tasks.loader import TaskLoader
+from morex.data.tasks.prepared import PreparedTask
 from morex.data.tokenizer import load_tokenizer
 from morex.files import write_json
 from morex.loading import ConfigError, validate
@@ -44,8 +47,8 @@ class Training:
     """Resolved, as written to the run folder."""
     model: LanguageModel
     optimizer: torch.optim.Optimizer
-    data: PreparedData
-    loader: Loader
+    data: PreparedData | PreparedTask
+    loader: Loader | TaskLoader
     state: TrainState
     counts: Count
     device: torch.device
@@ -92,13 +95,12 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
     device = resolve_device(config.train.device)
     tokenizer = load_tokenizer(run.tokenizer_path) if stored is not None and run.tokenizer_path.is_dir() else None
-    seq_len = config.train.seq_len
-    data = prepare(config.data, vocab_size=config.model.vocab_size, seq_len=seq_len, tokenizer=tokenizer)
+    data = prepare_source(config, tokenizer)
     keep_freed_memory()
     memory = PeakMemory(device)
     model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
     optimizer = build_optimizer(model, config.train)
-    loader = Loader(data.train, seq_len, config.train.batch_size, config.data.windows, config.train.seed)
+    loader = training_loader(data, config)
     torch.manual_seed(config.train.seed)
     state = TrainState(data=_identity(data))
     if checkpoint is not None:
@@ -115,7 +117,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         data=data,
         loader=loader,
         state=state,
-        counts=count(config.model, seq_len=seq_len),
+        counts=count(config.model, seq_len=config.train.seq_len),
         device=device,
         autocast=autocast_dtype(config.train.precision),
         memory=memory,
@@ -201,7 +203,7 @@ def _continued_budget(
     return max_seconds
 
 
-def _identity(data: PreparedData) -> dict[str, str]:
+def _identity(data: PreparedData | PreparedTask) -> dict[str, str]:
     """What tells one corpus, as tokens, from another."""
     return {"text": data.content, "tokenizer": data.tokenizer.fingerprint}
 
@@ -210,12 +212,14 @@ def _refuse_other_data(run: RunFolder, config: Config, before: dict[str, str], n
     for part, digest in now.items():
         if before.get(part) != digest:
             raise CheckpointError(
-                f"the {part} of data.corpus '{config.data.corpus}' has changed since run folder '{run.path}' was "
+                f"the {part} of {config.data.described} has changed since run folder '{run.path}' was "
                 f"begun; put the old one back, or train in another folder"
             )
 
 
-def _write_start(run: RunFolder, config: Config, data: PreparedData, device: torch.device, step: int | None) -> None:
+def _write_start(
+    run: RunFolder, config: Config, data: PreparedData | PreparedTask, device: torch.device, step: int | None
+) -> None:
     """Writes config, tokenizer and environment; `step` is where an earlier run goes on."""
     write_config(run.config_path, config)
     if not run.tokenizer_path.exists():

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from morex.config import Config
-from morex.data.loader import IGNORED, Batch
+from morex.data.loader import Batch
 from morex.eval.loss import evaluate
 from morex.files import write_json
 from morex.loading import is_depth_routed
@@ -102,11 +102,11 @@ def loop(t: Training, console: Console) -> None:
             state.tokens += num_tokens(batch)
             state.flops += num_tokens(batch) * flops_per_token(t, stats)
             state.seconds += time.perf_counter() - started
-            state.last_loss = losses["lm"]
+            state.last_loss = losses[t.model.head.objective]
 
             if state.step == 1 or is_due(t, plan.log_every):
                 metrics.write(training_line(t, lr, losses, grad_norm, stats))
-            display.update(progress(t)[1], losses["lm"], state.tokens / state.seconds)
+            display.update(progress(t)[1], state.last_loss, state.tokens / state.seconds)
 
 
 def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], RouterStats]:
@@ -117,9 +117,9 @@ def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], Route
     """
     means: dict[str, Tensor] = {}
     stats = RouterStats()
-    everything = num_predicted(batch)
+    everything = batch.num_predicted
     for part in microbatches(batch, t.config.train.accumulation):
-        share = num_predicted(part) / max(everything, 1)
+        share = part.num_predicted / max(everything, 1)
         part = part.to(t.device)
         with torch.autocast(t.device.type, t.autocast, enabled=t.autocast is not None):
             out = t.model(
@@ -149,11 +149,6 @@ def microbatches(batch: Batch, parts: int) -> Iterator[Batch]:
             document_ids=batch.document_ids[rows],
             lengths=None if batch.lengths is None else batch.lengths[rows],
         )
-
-
-def num_predicted(batch: Batch) -> int:
-    """Tokens that have a target."""
-    return int((batch.labels[:, 1:] != IGNORED).sum())
 
 
 def num_tokens(batch: Batch) -> int:
@@ -224,7 +219,8 @@ def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisp
     best = t.state.best_val_loss
     t.state.best_val_loss = result.loss if best is None else min(best, result.loss)
     metrics.write(line)
-    display.show_evaluation(t.state.step, result.loss, result.oracle_loss)
+    accuracy = None if result.scores is None else result.scores.all.accuracy
+    display.show_evaluation(t.state.step, result.loss, result.oracle_loss, accuracy)
 
 
 def save(t: Training) -> None:

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from morex.data.corpora import open_corpus
 from morex.data.formats import columnar, files
 from morex.data.formats.kinds import FORMATS, documents_of, format_of
 from morex.data.prepare import prepare
-from morex.data.sources import open_corpus
 from morex.sections.data import DataConfig
 
 Config = Callable[..., DataConfig]

@@ -1,0 +1,72 @@
+"""What a config trains on, a corpus or a task, and batches of either."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from morex.config import Config
+from morex.data.encoding import Tokenizer
+from morex.data.errors import DataError
+from morex.data.loader import Batch, Loader, held_out_windows
+from morex.data.prepare import PreparedData, prepare
+from morex.data.stream import TokenStream
+from morex.data.tasks.loader import TaskLoader
+from morex.data.tasks.prepared import HeldOut, PreparedTask, prepare_task
+
+PIECE_TOKENS = 1 << 22
+SAMPLE_EXAMPLES = 4096
+
+
+def prepare_source(config: Config, tokenizer: Tokenizer | None = None) -> PreparedData | PreparedTask:
+    """Prepares the corpus or the task of a config; `tokenizer` takes the place of `data.tokenizer`.
+
+    Raises:
+        DataError: as `prepare` and `prepare_task`, or for a classifier without a task.
+    """
+    vocab_size, seq_len = config.model.vocab_size, config.train.seq_len
+    classifies = config.model.head.kind == "classifier"
+    if config.data.task is not None:
+        return prepare_task(config.data, vocab_size, seq_len, tokenizer, classifies)
+    if classifies:
+        raise DataError(
+            f"data.corpus '{config.data.corpus}' has no classes for model.head.kind 'classifier'; choose a task, such "
+            "as data.task.kind pattern, or use model.head.kind 'lm'"
+        )
+    return prepare(config.data, vocab_size, seq_len, tokenizer)
+
+
+def training_loader(source: PreparedData | PreparedTask, config: Config) -> Loader | TaskLoader:
+    """Training batches in the order of train.seed."""
+    train = config.train
+    if isinstance(source, PreparedTask):
+        return TaskLoader(source, train.batch_size, train.seed)
+    return Loader(source.train, train.seq_len, train.batch_size, config.data.windows, train.seed)
+
+
+def held_out_batches(held_out: TokenStream | HeldOut, seq_len: int, batch_size: int) -> Iterator[Batch]:
+    """The whole held-out set once: windows of `seq_len` tokens, or examples, which have their own lengths."""
+    if isinstance(held_out, HeldOut):
+        return held_out.batches(batch_size)
+    return held_out_windows(held_out, seq_len, batch_size)
+
+
+def num_windows(held_out: TokenStream | HeldOut, seq_len: int) -> int:
+    """Rows of all batches of a held-out set."""
+    return len(held_out.examples) if isinstance(held_out, HeldOut) else -(-(held_out.num_tokens - 1) // seq_len)
+
+
+def training_tokens(source: PreparedData | PreparedTask) -> Iterator[NDArray[np.integer]]:
+    """The tokens of a training set in pieces [N]; of a task without end, those of its first examples."""
+    if isinstance(source, PreparedTask):
+        examples = source.training(0).take(0, min(source.num_train or SAMPLE_EXAMPLES, SAMPLE_EXAMPLES))
+        yield from (np.concatenate((example.prompt, example.answer)).astype(np.int64) for example in examples)
+        return
+    for start in range(0, source.train.num_tokens, PIECE_TOKENS):
+        yield np.asarray(source.train.tokens[start : start + PIECE_TOKENS])
+
+
+def beginning(held_out: TokenStream | HeldOut, limit: int) -> list[int]:
+    """The first tokens of a held-out set, at most `limit`; of a task those of its first question."""
+    tokens = held_out.examples[0].prompt if isinstance(held_out, HeldOut) else held_out.tokens
+    return [int(token) for token in tokens[:limit]]

@@ -1,0 +1,53 @@
+"""`p_hop`: induction heads in a row.
+
+Sanford, Hsu and Telgarsky 2024, "Transformers, Parallel Computation, and Logarithmic Depth": their k-hop induction.
+"""
+
+import numpy as np
+
+from morex.data.tasks.generated import GeneratedTask, Question, redrawn
+from morex.sections.tasks import LETTERS
+
+
+class PHop(GeneratedTask):
+    """The question is the number of hops, `:` and a sequence X_1 .. X_N; the answer the letter where p hops lead.
+
+    A hop goes from i to the place after the latest earlier letter that equals X_i: the greatest j <= i with
+    X_{j-1} = X_i. Starting at N, p hops must exist. Other than in the paper neighbours always differ: every hop leads
+    to an earlier place, and p hops are really p.
+    """
+
+    def __init__(self, length: int, letters: int) -> None:
+        self.length, self.letters = length, letters
+
+    def draw(self, rng: np.random.Generator, difficulty: int) -> Question:
+        return redrawn(
+            lambda: self._attempt(rng, difficulty),
+            f"with {difficulty} hops among {self.length} letters; raise data.task.length",
+        )
+
+    def _attempt(self, rng: np.random.Generator, hops: int) -> Question | None:
+        # Each letter is its neighbour's plus 1 .. letters - 1, so all others are equally likely.
+        steps = rng.integers(1, self.letters, self.length)
+        sequence = (np.cumsum(steps) % self.letters).tolist()
+        place = destination(sequence, hops)
+        if place is None:
+            return None
+        text = "".join(LETTERS[letter] for letter in sequence)
+        return f"{hops}:{text}", LETTERS[sequence[place]]
+
+
+def destination(sequence: list[int], hops: int) -> int | None:
+    """Where `hops` hops from the last place lead, or None where one of them has nowhere to go."""
+    after: dict[int, int] = {}
+    # The hop from each place, found in one pass: `after` has the place after the latest occurrence of each letter.
+    target: list[int | None] = []
+    for place, letter in enumerate(sequence):
+        target.append(after.get(letter))
+        after[letter] = place + 1
+    here: int | None = len(sequence) - 1
+    for _ in range(hops):
+        if here is None:
+            return None
+        here = target[here]
+    return here
