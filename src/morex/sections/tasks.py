@@ -261,6 +261,8 @@ class ChainConfig(GeneratedTaskConfig):
     """Least and greatest number of pointers to follow in training, drawn evenly."""
     pairs: Annotated[int, Field(ge=2, le=13)] = 12
     """Pointers that there are; those that are not followed form chains of their own."""
+    queries: PositiveInt = 1
+    """First letters that are asked for; the answer has a letter for each."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -268,10 +270,10 @@ class ChainConfig(GeneratedTaskConfig):
 
     @property
     def classes(self) -> int | None:
-        return len(LETTERS)
+        return len(LETTERS) if self.queries == 1 else None
 
     def longest(self, difficulty: int) -> tuple[int, int]:
-        return 3 * self.pairs + 1, 1
+        return 3 * self.pairs + self.queries, self.queries
 
     @model_validator(mode="after")
     def _pointers_fit(self) -> Self:

@@ -74,12 +74,14 @@ def hops(question: list[str]) -> int:
 
 
 def pointers(question: list[str]) -> int:
-    """How many are followed, told from the last one back."""
-    text, _, letter = "".join(question).partition(":")
-    links, count = text.split(",") if letter else [], 0
-    while found := [link for link in links if link[0] == letter]:
-        letter, count = found[0][1], count + 1
-    return count
+    """How many are followed from the first letter that is farthest from its end."""
+    text, _, asked = "".join(question).partition(":")
+    table = dict(text.split(",")) if "," in text else {}
+    counts = [0] * len(asked)
+    for i, letter in enumerate(asked):
+        while letter in table:
+            letter, counts[i] = table[letter], counts[i] + 1
+    return max(counts, default=0)
 
 
 def nesting(question: list[str]) -> int:
