@@ -51,6 +51,13 @@ def held_out_batches(held_out: TokenStream | HeldOut, seq_len: int, batch_size: 
     return held_out_windows(held_out, seq_len, batch_size)
 
 
+def first_part(held_out: TokenStream | HeldOut, num_tokens: int, seq_len: int) -> TokenStream | HeldOut:
+    """The first windows, or examples, that have so many tokens in all; the whole set where it is smaller."""
+    if isinstance(held_out, HeldOut):
+        return held_out.head(num_tokens)
+    return held_out.head(-(-num_tokens // seq_len) * seq_len + 1)
+
+
 def num_windows(held_out: TokenStream | HeldOut, seq_len: int) -> int:
     """Rows of all batches of a held-out set."""
     return len(held_out.examples) if isinstance(held_out, HeldOut) else -(-(held_out.num_tokens - 1) // seq_len)

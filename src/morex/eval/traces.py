@@ -23,6 +23,8 @@ class TracedBatch:
     """[B, T]."""
     lengths: Tensor
     """True lengths of the rows [B]."""
+    difficulty: Tensor | None
+    """Of the examples of a task [B]."""
     traces: tuple[Trace, ...]
     """One for each depth policy that was asked for."""
 
@@ -76,4 +78,4 @@ def traced_batches(
             assert out.trace is not None
             traces.append(out.trace)
         lengths = torch.full((rows,), time) if batch.lengths is None else batch.lengths
-        yield TracedBatch(batch.tokens, lengths, tuple(traces))
+        yield TracedBatch(batch.tokens, lengths, batch.difficulty, tuple(traces))
