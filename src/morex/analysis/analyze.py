@@ -23,14 +23,14 @@ from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth, parse_depth
 from morex.depth.routers import ROUTERS
-from morex.eval.loss import EvalResult, evaluate
+from morex.eval.loss import EvalResult
 from morex.eval.traces import own_rule, traced_batches
 from morex.files import write_json
 from morex.loading import ConfigError, decides_depth
 from morex.model.lm import LanguageModel, build_model, takes_any_depth
 from morex.sections.depth import ExpertChoiceConfig, FixedConfig
 from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
-from morex.train.opening import OpenRun, open_run, run_of
+from morex.train.opening import OpenRun, evaluate_by, open_run, run_of
 from morex.train.precision import autocast_dtype
 from morex.train.setup import cpu_threads
 
@@ -215,20 +215,8 @@ def _losses(
     config, model = opened.config, opened.model
     recursions = config.model.schedule.resolved.recursions
 
-    def measure(of: LanguageModel, policy: Depth, by_depth: bool = False) -> EvalResult:
-        return evaluate(
-            of,
-            held_out,
-            config.train.seq_len,
-            config.eval.batch_size,
-            depth=policy,
-            autocast=autocast_dtype(config.train.precision),
-            by_depth=by_depth,
-            mask_documents=config.data.mask_documents,
-        )
-
     _say(console, f"losses at {recursions} depths" if recursions > 1 else "loss")
-    whole = measure(model, depth, by_depth=True)
+    whole = evaluate_by(config, model, held_out, depth, by_depth=True)
     by_depth: dict[int, float] | Missing = Missing("there is one recursion")
     if whole.by_depth is not None:
         by_depth = whole.by_depth
@@ -240,7 +228,7 @@ def _losses(
         _say(console, "loss with one expert step less")
         steps = config.model.mixer.steps  # type: ignore[union-attr]
         own = own_rule(config.model) if depth is None else depth
-        by_steps = {steps - 1: measure(shallow, own).loss, steps: whole.loss}
+        by_steps = {steps - 1: evaluate_by(config, shallow, held_out, own).loss, steps: whole.loss}
     values = [whole.loss, *(v for found in (by_depth, by_steps) if isinstance(found, dict) for v in found.values())]
     accuracy = _accuracy(whole)
     if not all(math.isfinite(value) for value in values):

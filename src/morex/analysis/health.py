@@ -143,7 +143,7 @@ def place(layer: LayerReport, recursion: int, step: int) -> str:
 
 def short(name: str) -> str:
     """A module path without what all of them share."""
-    return name.removeprefix("stack.").removesuffix(".mixer.router")
+    return name.removeprefix("stack.").removesuffix(".mixer.router").replace(".mixer.depth", " steps")
 
 
 def _expert_entropy(kind_recurs: bool) -> Callable[[Analysis], Values]:
@@ -272,7 +272,9 @@ def _depths_by(classes: Callable[[DepthReport], Mapping[Any, ClassDepth] | Missi
         if isinstance(analysis.depth, Missing):
             return {"": analysis.depth}
         found = classes(analysis.depth)
-        return {"": found} if isinstance(found, Missing) else {str(kind): depth.mean for kind, depth in found.items()}
+        if isinstance(found, Missing):
+            return {"": found}
+        return {f"difficulty {kind}" if isinstance(kind, int) else kind: one.mean for kind, one in found.items()}
 
     return values
 

@@ -239,8 +239,12 @@ def drift(analysis: Analysis) -> "Figure | None":
         "Router entropy": (course.entropy_share, "entropy over the largest"),
     }
     shown = {title: entry for title, entry in titles.items() if entry[0]}
-    figure, grid = new_figure(max(4.8, 4.2 * len(shown)), 3.6, columns=len(shown))
-    for axes, (title, (series, label)) in zip(grid[0], shown.items(), strict=True):
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, grid = new_figure(max(4.8, 4.2 * columns), 3.6 * rows, columns, rows)
+    for unused in grid.flat[len(shown) :]:
+        unused.remove()
+    for axes, (title, (series, label)) in zip(grid.flat, shown.items(), strict=False):
         for number, (name, values) in enumerate(series.items()):
             axes.plot(course.steps, values, label=short(name).removesuffix(".router"), **_look(number, len(series)))
         axes.set_title(title)

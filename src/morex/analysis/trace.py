@@ -45,8 +45,7 @@ from morex.config import ModelConfig
 from morex.data.errors import DataError
 from morex.files import write_whole
 from morex.loading import ConfigError, validate
-from morex.model.lm import Trace
-from morex.model.stack import GroupTrace
+from morex.model.trace import GroupTrace, Trace
 from morex.nn.signals import Choice
 from morex.sections.depth import FixedConfig
 from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, RecursiveExpertsConfig

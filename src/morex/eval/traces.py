@@ -11,7 +11,8 @@ from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth
-from morex.model.lm import LanguageModel, Trace
+from morex.model.lm import LanguageModel
+from morex.model.trace import Trace
 from morex.sections.depth import ExpertChoiceConfig
 
 

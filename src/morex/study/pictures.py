@@ -263,10 +263,12 @@ def depth_bars(
     figure, grid = new_figure(8, 1.5 + 0.4 * len(shares))
     axes = grid[0][0]
     left = [0.0] * len(shares)
-    for level in range(deepest + 1):
-        values = [100 * share[level] if level < len(share) else 0.0 for share in shares.values()]
-        if not any(values):
-            continue
+    columns = [
+        [100 * share[level] if level < len(share) else 0.0 for share in shares.values()] for level in range(deepest + 1)
+    ]
+    taken = [level for level, values in enumerate(columns) if any(values)]
+    for level in taken:
+        values = columns[level]
         colour = depth_colour(level, deepest)
         bars = axes.barh(
             list(shares),
@@ -276,7 +278,7 @@ def depth_bars(
             edgecolor="#9fb0c0",
             linewidth=0.6,
             height=0.68,
-            label=named(level),
+            label=named(level) if level == taken[-1] else str(level),  # once is enough, and many fit
         )
         axes.bar_label(bars, [f"{v:.0f}" if v >= 4 else "" for v in values], label_type="center", color=ink_on(colour))
         left = [a + b for a, b in zip(left, values, strict=True)]
@@ -285,7 +287,12 @@ def depth_bars(
     axes.set_xlabel(f"share of the {total}, %")
     axes.set_title(title)
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=10, handlelength=1.5, columnspacing=1.2, borderpad=0
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.985),
+        ncols=deepest + 1,
+        handlelength=1.5,
+        columnspacing=1.2,
+        borderpad=0,
     )
     return figure
 
