@@ -109,7 +109,7 @@ def test_halting() -> None:
 
 
 def test_routers_without_scores_say_so() -> None:
-    for preset, why in (("mor-random", "scores nothing"), ("recursive", "there is no router")):
+    for preset, why in (("mor-random", "scores nothing"), ("recursive", "no router decides depth")):
         group = tallied(routed(tiny(preset).model, ACTIVE, None, LENGTHS)).groups[GROUP].report()
         assert isinstance(group.entropy, Missing) and why in group.entropy.missing
         assert isinstance(group.gate, Missing)

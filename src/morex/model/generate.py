@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morex.depth.policy import Depth
+from morex.model.checks import refuse_decoding
 
 if TYPE_CHECKING:
     from morex.model.lm import LanguageModel
@@ -49,8 +50,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, options out of range, a model without a causal rule, or a classifier.
     """
-    if model.config.head.kind == "classifier":
-        raise ValueError("generate is for language models, and model.head.kind 'classifier' has no next token")
+    refuse_decoding(model.config, "generate")
     prompts = _prompts(tokens)
     _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
     _check_room(model, max(map(len, prompts)), max_new_tokens)

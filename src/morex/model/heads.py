@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from morex.model.checks import check_below
 from morex.nn.costs import Costs, linear_costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Exits
@@ -185,15 +186,6 @@ def _arranged(flat: Tensor, kept: Tensor | None, packing: Packing, time: int) ->
 def classifier_costs(d_model: int, classes: int) -> Costs:
     """Closed-form costs of a `ClassifierHead`, whose one visit is that of a sequence, not of a token."""
     return linear_costs(d_model, classes) + Costs(classes)
-
-
-def check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
-    """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
-    if numbers.device.type != "cpu" or not numbers.numel():
-        return
-    low, high = (int(value) for value in numbers.aminmax())
-    if low < 0 or high >= end:
-        raise ValueError(f"{what} {low if low < 0 else high} is outside {place}")
 
 
 def _check_integers(labels: Tensor, end: int, place: str) -> None:
