@@ -99,7 +99,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(corpus: Path, tmp_path
         loss = math.nan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate", lambda *arguments, **options: Nonsense())
+        patch.setattr(trainer, "evaluate_by", lambda *arguments, **options: Nonsense())
         with pytest.raises(NonFiniteError, match=r"the held-out loss is nan at step 6; training stopped .*step-3"):
             run(configure("vanilla", corpus), tmp_path / "run")
     assert RunFolder(tmp_path / "run").metrics("eval") == []
