@@ -26,7 +26,8 @@ CONFIG = re.compile(r"here, in `(.+)`")
 DOCUMENTS = {
     "": ["git clone", "pip install -r requirements.txt", "uv venv", "uv pip install", "uv init", "uv add -r"],
     "Mixture of Recursive Experts (MORE)": [
-        "variable number of steps", "step_embedding[step]", "TinyAttention(z)", "SwiGLU_FFN(z)", "python more.py", "python benchmark_more.py",
+        "variable number of steps", "step_embedding[step]", "TinyAttention(z)", "SwiGLU_FFN(z)", "python more.py",
+        "python benchmark_more.py",
         "learning_curves.png", "speed_comparison.png", "memory_comparison.png", "sample_output.png", "vocab_size",
         "n_embd", "n_head", "n_layer", "num_experts", "top_k", "n_recursions", "intermediate_size",
     ],
@@ -40,9 +41,9 @@ DOCUMENTS = {
         "python scripts/demo.py", "SimpleMoRModel", "SyntheticDataGenerator(vocab_size=1000, max_seq_len=64)",
         "vocab_size=1000", "hidden_size=256", "num_classes=4", "num_layers=4", "num_recursions=3",
         'mor_type="expert_choice"', "capacity_factor=0.8", 'mor_type="token_choice"', "alpha=0.1",
-        'create_dataloader("pattern", num_samples=1000)', "batch_size=32", "expert_model(inputs)", "token_model(inputs)",
-        "router(hidden_states)", "select_top_k(router_scores, capacity_factor)", "recursion_block(top_k_tokens)",
-        "scatter_add(processed, original_positions)", "argmax(router_logits, dim=-1)",
+        'create_dataloader("pattern", num_samples=1000)', "batch_size=32", "expert_model(inputs)",
+        "token_model(inputs)", "router(hidden_states)", "select_top_k(router_scores, capacity_factor)",
+        "recursion_block(top_k_tokens)", "scatter_add(processed, original_positions)", "argmax(router_logits, dim=-1)",
         "process_through_depth(hidden_states, depth)", 'create_dataloader("copy", num_samples=1000, copy_length=10)',
         'create_dataloader("counting", num_samples=1000, target_token=42)',
         "analyze_routing_patterns(expert_model, val_loader)", "['mean_entropy']",

@@ -265,7 +265,8 @@ def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
 def decides_depth(config: ModelConfig, policy: str) -> bool:
     """Whether a router or the caller lets tokens go differently deep."""
     if policy in ("router", "oracle"):
-        return is_depth_routed(config)
+        # A sampled depth is everybody's.
+        return is_depth_routed(config) and config.depth.kind != "sampled"
     return config.schedule.resolved.recursions > 1
 
 

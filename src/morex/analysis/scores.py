@@ -129,8 +129,18 @@ def _of_depths(group: GroupDecisions, scores: Array, depth: Any, recursions: int
     return Reading(entropy=entropy, limit=math.log(recursions), gate=gate)
 
 
+def _of_leaving(group: GroupDecisions, scores: Array, depth: Any, recursions: int) -> Reading:
+    """The probability of leaving after a recursion; after the last one all leave."""
+    return Reading(
+        entropy=bernoulli_entropy(scores.astype(np.float64)),
+        missing={len(scores): "every token leaves after the last recursion, and the router is not asked"},
+        why_no_gate=f"router {depth.kind!r} says who leaves, and weighs nothing",
+    )
+
+
 READERS: dict[str, Callable[[GroupDecisions, Array, Any, int], Reading]] = {
     "logits": _of_logits,
     "halting": _of_halting,
+    "leaving": _of_leaving,
     "depths": _of_depths,
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from morex.depth.policy import Depth
 
 if TYPE_CHECKING:
+    from morex.config import ModelConfig
     from morex.model.lm import LanguageModel
 
 LARGEST_SEED = 2**40
@@ -49,8 +50,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, options out of range, a model without a causal rule, or a classifier.
     """
-    if model.config.head.kind == "classifier":
-        raise ValueError("generate is for language models, and model.head.kind 'classifier' has no next token")
+    check_decodes(model.config, depth)
     prompts = _prompts(tokens)
     _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
     _check_room(model, max(map(len, prompts)), max_new_tokens)
@@ -80,6 +80,20 @@ def generate(
     if isinstance(tokens, Tensor) and bool((ends == ends[0]).all()):
         return texts[:, : int(ends[0])].to(device)
     return [row[:end] for row, end in zip(texts.tolist(), ends.tolist(), strict=True)]
+
+
+def check_decodes(config: "ModelConfig", depth: Depth) -> None:
+    """Raises ValueError for a model that has no next token, or none without later ones."""
+    if config.head.kind == "classifier":
+        raise ValueError(
+            "generate is for language models, and model.head.kind 'classifier' has no next token; its classes are the "
+            "logits of a forward pass, and its accuracy is what eval measures"
+        )
+    if depth is None and config.depth.kind == "expert_choice" and config.depth.causal == "none":
+        raise ValueError(
+            "this model was trained with depth.causal 'none' and has no causal rule to decode by; give a fixed depth, "
+            f"such as {config.schedule.recursions}, or train with depth.causal 'aux_loss'"
+        )
 
 
 def sample(
@@ -164,4 +178,4 @@ def _check(
         if value is not None and temperature == 0:
             raise ValueError(f"{name} {value} has no effect at temperature 0, the likeliest token; set both")
     if depth == "oracle":
-        raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out")
+        raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out or give a fixed one")

@@ -187,6 +187,15 @@ def classifier_costs(d_model: int, classes: int) -> Costs:
     return linear_costs(d_model, classes) + Costs(classes)
 
 
+def check_tensors(**given: object) -> None:
+    """Refuses what is given and no tensor, such as a list of lists."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor of integers, not of the type {type(value).__name__}; use torch.tensor"
+            )
+
+
 def check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
     """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
     if numbers.device.type != "cpu" or not numbers.numel():

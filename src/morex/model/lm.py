@@ -18,7 +18,7 @@ from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
-from morex.model.heads import ClassifierHead, Head, LanguageModelHead, check_below
+from morex.model.heads import ClassifierHead, Head, LanguageModelHead, check_below, check_tensors
 from morex.model.init import initialise
 from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
 from morex.nn.attention import Attention, AttentionShape, Local, attention_maps
@@ -171,6 +171,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
+        check_tensors(tokens=tokens, labels=labels, lengths=lengths, positions=positions, document_ids=document_ids)
         self._check(tokens, lengths, positions, document_ids, cache)
         self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
         policy = self._policy(depth, cache)
