@@ -44,7 +44,7 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["train", "vanilla", "--set", "train.lr"], "'train.lr' must have the form a.b=value"),
         (["train", "vanilla", "--set", "model.d_model=30"], "d_model 30 .*heads 4"),
         (["train", "recursive", "--set", "model.schedule.layers=9"], "layers 9 .*8 and 11"),
-        (["train", "vanilla", "--set", "model.depth.kind=token_choice"], "token_choice.*sharing"),
+        (["train", "vanilla", "--set", "model.depth.kind=token_choice"], "token_choice.*recursions is 1, use 2"),
         (["train", "moe", "--set", "model.mixer.router.top_k=5"], "top_k 5 .*4 experts"),
         (["train", "vanilla", "--resume"], "--resume needs the run"),
         (["train", "--resume", "nowhere", "--out", "nowhere"], "unknown preset 'nowhere'"),

@@ -14,6 +14,7 @@ from morex.data.loader import Loader
 from morex.data.prepare import prepare
 from morex.data.stream import TokenStream
 from morex.eval.loss import evaluate
+from morex.loading import ConfigError
 from morex.model.lm import LanguageModel, build_model
 from train.helpers import write_corpus
 
@@ -106,6 +107,19 @@ def test_loss_at_each_depth(preset: str) -> None:
     if preset == "recursive":
         assert result.by_depth[3] == result.loss
     assert evaluate(model_of("vanilla"), stream, SEQ_LEN, 4, by_depth=True).by_depth is None
+
+
+def test_loss_at_more_depths_than_in_training() -> None:
+    model, stream = model_of("recursive"), stream_of(70)
+    found = evaluate(model, stream, SEQ_LEN, 4, by_depth=True, deepest=5)
+    assert found.by_depth is not None and list(found.by_depth) == [1, 2, 3, 4, 5]
+    assert found.by_depth[5] == evaluate(model, stream, SEQ_LEN, 4, depth=5).loss
+
+
+def test_more_depths_than_a_model_takes_are_refused() -> None:
+    model, stream = model_of("mor-token"), stream_of(70)
+    with pytest.raises(ConfigError, match=r"eval\.deepest 4 is more than the 3 recursions"):
+        evaluate(model, stream, SEQ_LEN, 4, by_depth=True, deepest=4)
 
 
 def test_a_depth_policy_is_measured_alone() -> None:

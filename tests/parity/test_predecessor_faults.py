@@ -64,11 +64,11 @@ def test_future_leaks(preset: str) -> None:
 def test_future_leaks_are_found_in_a_mask_of_opposite_meaning(monkeypatch: Patch) -> None:
     plain = attention._sdpa
 
-    def opposite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def opposite(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
         earlier = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril()
         allowed = ~(earlier if mask is None else mask).expand(q.shape[0], -1, -1).clone()
         allowed[:, -1] = True  # a row without any key would be NaN
-        return plain(q, k, v, allowed, scale)
+        return plain(q, k, v, allowed, scale, dropout)
 
     monkeypatch.setattr(attention, "_sdpa", opposite)
     with plain_path():
@@ -231,13 +231,13 @@ def test_nan_at_saturation_is_found_in_the_logarithm_of_what_vanished(monkeypatc
 def test_nan_at_saturation_is_found_in_a_row_that_is_masked_entirely(monkeypatch: Patch) -> None:
     plain = attention._sdpa
 
-    def halted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def halted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
         earlier = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril()
         allowed = (earlier if mask is None else mask).expand(q.shape[0], -1, -1).clone()
         allowed[:, -1] = False
         scores = (q.transpose(1, 2) @ k.repeat_interleave(q.shape[2] // k.shape[2], 2).permute(0, 2, 3, 1)) * scale
         weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
-        return plain(q, k, v, mask, scale) + 0 * weights.sum()
+        return plain(q, k, v, mask, scale, dropout) + 0 * weights.sum()
 
     monkeypatch.setattr(attention, "_sdpa", halted)
     with plain_path():

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from morex.loading import ConfigError, validate
+from morex.study.plan import plan
 from morex.study.spec import StudyConfig, as_overrides, load_study, studies
 
 
@@ -43,6 +44,26 @@ def test_the_name_of_the_file_is_the_default_name(tmp_path: Path) -> None:
     path = tmp_path / "by-file.yaml"
     path.write_text("variants: [{name: vanilla}]", encoding="utf-8")
     assert load_study(path).name == "by-file"
+
+
+def test_a_study_starts_from_another(tmp_path: Path) -> None:
+    """What it says itself comes after what the other says, and all else is the other's."""
+    (tmp_path / "first.yaml").write_text(
+        "variants: [{name: vanilla}]\nseeds: [1, 2]\ntitle: First\nset: {train: {lr: 0.5, steps: 7}}", encoding="utf-8"
+    )
+    second = tmp_path / "second.yaml"
+    second.write_text(f"study: {tmp_path / 'first.yaml'}\ntitle: Second\nset: {{train.lr: 0.25}}", encoding="utf-8")
+    loaded, first = load_study(second), load_study(tmp_path / "first.yaml")
+    assert (loaded.name, loaded.title, loaded.seeds, loaded.variants) == ("second", "Second", (1, 2), first.variants)
+    train = plan(loaded).cells[0].config.train
+    assert (train.lr, train.steps) == (0.25, 7)
+
+
+def test_a_study_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ring.yaml"
+    path.write_text(f"study: {path}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"ring\.yaml' starts from itself: .* -> "):
+        load_study(path)
 
 
 def test_overrides_reach_the_study_or_every_variant(file: Path) -> None:

@@ -86,6 +86,7 @@ def evaluate(
     run: RunFolder,
     depth: Depth = None,
     depths: Annotated[bool, typer.Option("--depths", help="Also the loss at each fixed depth 1..R.")] = False,
+    deepest: Annotated[int | None, typer.Option(min=1, help="Last depth of --depths; default: R.")] = None,
     by_difficulty: Annotated[
         bool, typer.Option("--by-difficulty", help="Accuracy of a task at each difficulty.")
     ] = False,
@@ -117,7 +118,8 @@ def evaluate(
         config.eval.batch_size,
         depth=depth,
         autocast=autocast_dtype(config.train.precision),
-        by_depth=depths or config.eval.depths,
+        by_depth=depths or deepest is not None or config.eval.depths,
+        deepest=deepest or config.eval.deepest,
         mask_documents=config.data.mask_documents,
     )
     if as_json:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
+from morex.config import ModelConfig
 from morex.data.loader import Batch
 from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth
 from morex.eval.accuracy import Answered, Scores, answered, scores
-from morex.model.lm import LanguageModel
+from morex.loading import ConfigError
+from morex.model.lm import LanguageModel, takes_any_depth
 from morex.sections.depth import ExpertChoiceConfig
 
 
@@ -55,6 +57,19 @@ class Measured:
     scores: Scores | None
 
 
+def depths_to_measure(config: ModelConfig, deepest: int | None = None) -> list[int]:
+    """The fixed depths 1..R, or up to `deepest`; none where the model does not recur.
+
+    Raises:
+        ConfigError: `deepest` is more than the model can take.
+    """
+    recursions = config.schedule.resolved.recursions
+    if deepest is not None and deepest > recursions and not takes_any_depth(config):
+        raise ConfigError(f"eval.deepest {deepest} is more than the {recursions} recursions that this model can take")
+    last = recursions if deepest is None else deepest
+    return list(range(1, last + 1)) if last > 1 else []
+
+
 def evaluate(
     model: LanguageModel,
     held_out: TokenStream | HeldOut,
@@ -64,6 +79,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     by_depth: bool = False,
     mask_documents: bool = False,
+    deepest: int | None = None,
 ) -> EvalResult:
     """Evaluates on every token of a stream but the first, in consecutive windows, or on every answer of a task.
 
@@ -77,8 +93,13 @@ def evaluate(
         autocast: format that autocast computes in; None computes in the format of the weights.
         by_depth: also measure r = 1..R recursions for every token.
         mask_documents: tokens attend only to their own document.
+        deepest: last depth that `by_depth` measures; default: R.
+
+    Raises:
+        ConfigError: `deepest` is more than the model can take.
     """
     config = model.config
+    depths = depths_to_measure(config, deepest) if by_depth else []
 
     def measure(policy: Depth) -> Measured:
         return _measure(model, held_out_batches(held_out, seq_len, batch_size), policy, autocast, mask_documents)
@@ -91,14 +112,13 @@ def evaluate(
             oracle = measure("oracle")
             is_oracle = config.depth.causal == "none"
         found = oracle if oracle is not None and is_oracle else measure(depth)
-        recursions = config.schedule.resolved.recursions
-        depths = {r: measure(r) for r in range(1, recursions + 1)} if by_depth and recursions > 1 else None
+        measured = {r: measure(r) for r in depths}
     finally:
         model.train(was_training)
     loss, bits = found.loss, None
     if isinstance(held_out, TokenStream):
         bits = loss / math.log(2) * held_out.num_tokens / held_out.num_bytes
-    scored = {r: one.scores for r, one in (depths or {}).items() if one.scores is not None}
+    scored = {r: one.scores for r, one in measured.items() if one.scores is not None}
     return EvalResult(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -106,7 +126,7 @@ def evaluate(
         tokens=found.tokens,
         oracle_loss=oracle.loss if oracle is not None else None,
         is_oracle=is_oracle,
-        by_depth=None if depths is None else {r: one.loss for r, one in depths.items()},
+        by_depth={r: one.loss for r, one in measured.items()} or None,
         scores=found.scores,
         oracle_scores=None if oracle is None else oracle.scores,
         scores_by_depth=scored or None,

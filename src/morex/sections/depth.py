@@ -60,7 +60,10 @@ class GatedConfig(RouterConfig):
     def check(self, recursions: int, option: str, number: str) -> None:
         shares = self.shares(recursions)
         if len(shares) != recursions:
-            raise ValueError(f"{option}.capacities has {len(shares)} entries for {number} {recursions}")
+            raise ValueError(
+                f"{option}.capacities has {len(shares)} entries for {number} {recursions}; give one for each, or leave "
+                "it out"
+            )
         if self.is_nested and any(later > earlier for earlier, later in pairwise(shares)):
             raise ValueError(
                 f"{option}.capacities {list(shares)} must not grow: only tokens active at r - 1 are candidates at r"
@@ -113,7 +116,7 @@ class ChoosingConfig(RouterConfig):
 
     def check(self, recursions: int, option: str, number: str) -> None:
         if recursions == 1:
-            raise ValueError(f"{option}.kind {self.kind!r} needs depths to choose from; {number} is 1")
+            raise ValueError(f"{option}.kind {self.kind!r} needs depths to choose from; {number} is 1, use 2 or more")
 
 
 class TokenChoiceConfig(ChoosingConfig):

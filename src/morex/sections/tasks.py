@@ -253,6 +253,37 @@ class PHopConfig(GeneratedTaskConfig):
         return self
 
 
+class ChainConfig(GeneratedTaskConfig):
+    """Pointers in random order, followed from a first letter to where they end."""
+
+    kind: Literal["chain"]
+    difficulty: Range = (1, 4)
+    """Least and greatest number of pointers to follow in training, drawn evenly."""
+    pairs: Annotated[int, Field(ge=2, le=13)] = 12
+    """Pointers that there are; those that are not followed form chains of their own."""
+    queries: PositiveInt = 1
+    """First letters that are asked for; the answer has a letter for each."""
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return (*LETTERS, ",", ":")
+
+    @property
+    def classes(self) -> int | None:
+        return len(LETTERS) if self.queries == 1 else None
+
+    def longest(self, difficulty: int) -> tuple[int, int]:
+        return 3 * self.pairs + self.queries, self.queries
+
+    @model_validator(mode="after")
+    def _pointers_fit(self) -> Self:
+        for name in ("difficulty", "eval_difficulty"):
+            span = getattr(self, name)
+            if span is not None and span[1] > self.pairs:
+                raise ValueError(f"{name} up to {span[1]} needs as many pairs, and there are {self.pairs}; raise pairs")
+        return self
+
+
 class ArithmeticConfig(GeneratedTaskConfig):
     """The value of an expression in nested brackets, modulo a small number."""
 
@@ -317,6 +348,7 @@ TaskConfig = Annotated[
     | ParityConfig
     | AdditionConfig
     | PHopConfig
+    | ChainConfig
     | ArithmeticConfig
     | BabiConfig
     | Gsm8kConfig,

@@ -74,3 +74,11 @@ class EvalConfig(Section):
     """Windows that are evaluated together."""
     depths: bool = False
     """Also report the loss at each fixed depth 1..R."""
+    deepest: PositiveInt | None = None
+    """Last depth of `depths`, for models that take any number of recursions; default: R."""
+
+    @model_validator(mode="after")
+    def _deepest_of_depths(self) -> Self:
+        if self.deepest is not None and not self.depths:
+            raise ValueError(f"eval.deepest {self.deepest} is the last of eval.depths; set eval.depths to true as well")
+        return self

@@ -156,14 +156,15 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> StudyConfig
     """Reads a study by name or from a YAML file.
 
     Args:
-        source: a shipped study's name, or the path of a YAML file.
+        source: a shipped study's name, or the path of a YAML file. One may start from another: `study: OTHER` at its
+            top takes over everything that it does not say itself, and its `set` comes after that of the other.
         overrides: `a.b=value` strings. `model.`, `data.`, `train.` and `eval.` keys change every variant; all others
             are keys of the study, such as `budget.value` or `seeds`.
 
     Raises:
         ConfigError: unknown study or key, or values that do not fit together.
     """
-    tree: dict[str, Any] = {"name": Path(source).stem} | STUDIES.read(source)
+    tree: dict[str, Any] = {"name": Path(source).stem} | _read(source)
     cells: list[str] = []
     for override in overrides:
         if override.partition("=")[0].split(".")[0].strip() in Config.model_fields:
@@ -176,6 +177,23 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> StudyConfig
         except ValueError as error:
             raise ConfigError(f"set: {error}") from None
     return validate(StudyConfig, tree)
+
+
+def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The mapping of a study; with `study: OTHER` it is laid over that one, whose changes come first."""
+    name = str(source)
+    if name in readers:
+        raise ConfigError(f"study '{name}' starts from itself: {' -> '.join((*readers, name))}")
+    tree = STUDIES.read(source)
+    base = tree.pop("study", None)
+    if base is None:
+        return tree
+    below = _read(str(base), (*readers, name))
+    try:
+        changes = [*as_overrides(below.get("set", ())), *as_overrides(tree.get("set", ()))]
+    except ValueError as error:
+        raise ConfigError(f"set: {error}") from None
+    return below | {"name": Path(source).stem} | tree | {"set": changes}
 
 
 def as_overrides(value: Any) -> tuple[str, ...]:

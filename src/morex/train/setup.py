@@ -16,6 +16,7 @@ from morex.data.source import prepare_source, training_loader
 from morex.data.tasks.loader import TaskLoader
 from morex.data.tasks.prepared import PreparedTask
 from morex.data.tokenizer import load_tokenizer
+from morex.eval.loss import depths_to_measure
 from morex.files import write_json
 from morex.loading import ConfigError, validate
 from morex.model.count import Count, count
@@ -93,6 +94,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         refuse_other_config(f"checkpoint '{checkpoint}'", content["config"], config)
         before = validate(TrainConfig, content["config"]["train"])
         max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
+    depths_to_measure(config.model, config.eval.deepest)  # refused now, not at the first evaluation
     device = resolve_device(config.train.device)
     tokenizer = load_tokenizer(run.tokenizer_path) if stored is not None and run.tokenizer_path.is_dir() else None
     data = prepare_source(config, tokenizer)

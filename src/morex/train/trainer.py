@@ -208,6 +208,7 @@ def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisp
             t.config.eval.batch_size,
             autocast=t.autocast,
             by_depth=t.config.eval.depths,
+            deepest=t.config.eval.deepest,
             mask_documents=t.config.data.mask_documents,
         )
     if not math.isfinite(result.loss):

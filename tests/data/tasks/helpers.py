@@ -27,6 +27,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "addition with a reversed sum": {"kind": "addition", "difficulty": [1, 9], "order": "reversed_sum"},
     "p_hop": {"kind": "p_hop", "difficulty": [1, 8]},
     "p_hop far": {"kind": "p_hop", "difficulty": [9, 12], "length": 60, "letters": 5},
+    "chain": {"kind": "chain", "difficulty": [1, 8]},
+    "chain asked often": {"kind": "chain", "difficulty": [1, 6], "pairs": 9, "queries": 5},
+    "chain of all": {"kind": "chain", "difficulty": [1, 13], "pairs": 13},
     "arithmetic": {"kind": "arithmetic", "difficulty": [1, 5]},
     "arithmetic in a chain": {"kind": "arithmetic", "difficulty": [1, 7], "modulus": 10, "side_depth": 0},
 }
@@ -101,6 +104,21 @@ def hopped(question: list[str]) -> set[str]:
     return {letters[place]}
 
 
+def followed(question: list[str]) -> set[str]:
+    """By a table of pointers; every letter has one way in and one way out at most."""
+    text, asked = "".join(question).split(":")
+    links = [tuple(pair) for pair in text.split(",")]
+    table = dict(links)
+    assert len(table) == len({end for _, end in links}) == len(links)
+    ends = ""
+    for letter in asked:
+        assert letter in table
+        while letter in table:
+            letter = table[letter]
+        ends += letter
+    return {ends}
+
+
 def evaluated(question: list[str], modulus: int = 5) -> set[str]:
     """By Python itself."""
     return {str(eval("".join(question)) % modulus)}
@@ -118,6 +136,9 @@ ANSWERS: dict[str, Callable[[list[str]], set[str]]] = {
     "addition with a reversed sum": lambda question: added(question, "reversed_sum"),
     "p_hop": hopped,
     "p_hop far": hopped,
+    "chain": followed,
+    "chain asked often": followed,
+    "chain of all": followed,
     "arithmetic": evaluated,
     "arithmetic in a chain": lambda question: evaluated(question, 10),
 }

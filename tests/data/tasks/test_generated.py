@@ -56,7 +56,8 @@ def test_sizes_and_difficulties_are_as_the_section_says(name: str) -> None:
             "pattern": len(question),
             "parity": len(question),
             "addition": len("".join(question).partition("+")[0]),
-            "p_hop": int("".join(question).partition(":")[0]) if ":" in question else 0,
+            "p_hop": hops(question),
+            "chain": pointers(question),
             "arithmetic": nesting(question),
         }
         assert measured[config.kind] == example.difficulty  # type: ignore[attr-defined]
@@ -65,6 +66,22 @@ def test_sizes_and_difficulties_are_as_the_section_says(name: str) -> None:
     expected = 600 / (high - low + 1)
     for difficulty in range(max(low, 5), high + 1):
         assert abs(seen[difficulty] - expected) < 6 * math.sqrt(expected)
+
+
+def hops(question: list[str]) -> int:
+    number = "".join(question).partition(":")[0]
+    return int(number) if number.isdigit() else 0
+
+
+def pointers(question: list[str]) -> int:
+    """How many are followed from the first letter that is farthest from its end."""
+    text, _, asked = "".join(question).partition(":")
+    table = dict(text.split(",")) if "," in text else {}
+    counts = [0] * len(asked)
+    for i, letter in enumerate(asked):
+        while letter in table:
+            letter, counts[i] = table[letter], counts[i] + 1
+    return max(counts, default=0)
 
 
 def nesting(question: list[str]) -> int:

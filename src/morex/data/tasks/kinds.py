@@ -3,6 +3,7 @@
 from morex.data.tasks.addition import Addition
 from morex.data.tasks.arithmetic import Arithmetic
 from morex.data.tasks.babi import Babi
+from morex.data.tasks.chain import Chain
 from morex.data.tasks.copying import Copy
 from morex.data.tasks.counting import Counting
 from morex.data.tasks.generated import GeneratedTask
@@ -19,6 +20,7 @@ TASKS: dict[str, type[GeneratedTask] | type[TextTask]] = {
     "parity": Parity,
     "addition": Addition,
     "p_hop": PHop,
+    "chain": Chain,
     "arithmetic": Arithmetic,
     "babi": Babi,
     "gsm8k": Gsm8k,
