@@ -166,7 +166,7 @@ def shrunk(words: list[str]) -> list[str]:
     training = {key: value for key, value in TINY_TRAINING.items() if not (own_corpus and key == "data.corpus")}
     changes = [f"{key}={value}" for key, value in training.items()]
     match words:
-        case ["train", source, *rest] if "--resume" not in rest:
+        case ["train", source, *rest] if "--resume" not in words:
             own = [change for option, change in pairwise(rest) if option == "--set"]
             changes = TINY_TASK if on_generated_task(load_config(source, own)) else [*changes, *TINY_MODEL]
         case ["data", source, *_] if on_generated_task(load_config(source)):
