@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from morex.config import Config, ModelConfig
-from morex.sections.depth import FixedConfig
+from morex.sections.depth import FixedConfig, SampledConfig
 from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, MoEConfig
 from morex.sections.tasks import GeneratedTaskConfig
 
@@ -219,6 +219,11 @@ def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
 def is_depth_routed(model: ModelConfig) -> bool:
     """Whether a router decides how many recursions a token takes."""
     return not isinstance(model.depth, FixedConfig)
+
+
+def decides_depth(model: ModelConfig) -> bool:
+    """Whether a router lets one token go deeper than another; a drawn depth is equal for all."""
+    return not isinstance(model.depth, FixedConfig | SampledConfig)
 
 
 def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from morex.analysis.trace import Array, Decisions, GroupDecisions, LayerDecision
 from morex.config import Config, ModelConfig
 from morex.data.characters import ByteTokenizer
 from morex.data.prepare import PreparedData
+from morex.data.source import prepare_source
 from morex.data.stream import TokenStream
 from morex.train.opening import OpenRun
 from morex.train.runs import RunFolder
@@ -19,7 +20,10 @@ GROUP, LAYER = "stack.core.groups.0", "stack.core.blocks.0.mixer.router"
 
 
 def tiny(preset: str, *overrides: str) -> Config:
-    return morex.load_config(preset, ["train.seq_len=16", "train.precision=fp64", *overrides], tiny=True)
+    small = ["train.seq_len=16", "train.precision=fp64"]
+    if morex.load_config(preset, tiny=True).data.task is not None:
+        small += ["data.task.difficulty=[11,16]", "data.task.held_out=12"]
+    return morex.load_config(preset, [*small, *overrides], tiny=True)
 
 
 def perturbed(config: ModelConfig, std: float = 0.1) -> Any:
@@ -33,7 +37,10 @@ def perturbed(config: ModelConfig, std: float = 0.1) -> Any:
 
 
 def opened(config: Config, folder: Path, std: float = 0.1) -> OpenRun:
-    """A model that was never trained, with random held-out tokens below 97, as an open run."""
+    """A model that was never trained, with its task or random held-out tokens below 97, as an open run."""
+    if config.data.task is not None:
+        task = prepare_source(config)
+        return OpenRun(RunFolder(folder), 0, config, perturbed(config.model, std), task.tokenizer, task)
     ids = np.random.default_rng(0).integers(0, 97, 16 * 9 + 6).astype(np.uint16)
     stream = TokenStream(ids, np.array([0, 50]), len(ids))
     data = PreparedData(ByteTokenizer(), stream, stream, "document", 2, "", folder)

@@ -42,15 +42,17 @@ def test_every_preset(preset: str, tmp_path: Path) -> None:
     """Nothing is NaN; what the model has is there, and what it has not is said to be missing; the trace agrees."""
     config = tiny(preset)
     found = analyze_opened(opened(config, tmp_path), preset, tokens=100, trace=tmp_path / "t.npz")
-    assert found.tokens == 7 * 16 and found.windows == 7
+    is_task, rows = config.data.task is not None, found.windows
+    assert rows < 12 and 100 <= found.tokens <= 115 if is_task else found.tokens == 7 * 16 and rows == 7
     plain = json.loads(json.dumps(to_dict(found), allow_nan=False))
     assert all(math.isfinite(value) for value in numbers(plain))
-    assert len(found.health) == len({line.quantity for line in found.health}) == 25
+    assert len(found.health) == len({line.quantity for line in found.health}) == 29
     assert all(line.status != "none" or line.reason for line in found.health)
     mixer, recursions = config.model.mixer, config.model.schedule.resolved.recursions
     assert bool(found.layers) == hasattr(mixer, "router")
-    assert isinstance(found.depth, Missing) == (config.model.depth.kind == "fixed")
+    assert isinstance(found.depth, Missing) == (config.model.depth.kind in ("fixed", "sampled"))
     assert not isinstance(found.losses, Missing)
+    assert isinstance(found.accuracy, Missing) != is_task
     assert isinstance(found.losses.by_depth, Missing) == (recursions == 1)
     assert isinstance(found.losses.by_steps, Missing) == (getattr(mixer, "steps", 1) == 1)
     assert isinstance(found.agreement, Missing) == (config.model.depth.kind != "expert_choice")

@@ -28,7 +28,7 @@ def analysis_of(batch: Decisions, **known: Any) -> Analysis:
         groups=tuple(group.report() for group in tally.groups.values()),
         layers=tuple(layer.report() for layer in tally.layers.values()),
         depth=tally.depth_report(True),
-        **{"agreement": nothing, "losses": nothing, "drift": nothing, **known},
+        **{"agreement": nothing, "losses": nothing, "accuracy": nothing, "drift": nothing, **known},
     )
 
 
@@ -130,6 +130,7 @@ def test_late_in_training() -> None:
     course = Drift(
         steps=(1, 2, 3, 4, 5, 6, 7, 8),
         mean_depth={f"{GROUP}.router": (3, 3, 3, 3, 3, 3, 2, 1)},
+        mean_steps={},
         load_cv={"stack.core.blocks.1.mixer.router": (0, 0, 0, 0, 0, 0, 0.2, 0.6)},
         effective_experts={},
         entropy_share={},
@@ -156,7 +157,7 @@ def test_losses_and_agreement() -> None:
 def test_what_cannot_be_computed_says_why() -> None:
     found = lines(analysis_of(all_deep(tiny("recursive").model)))
     assert found["expert load CV"].reason == "this model has no experts"
-    assert found["gate"].reason == "every token takes every recursion; there is no router"
+    assert found["gate"].reason == "every token takes every recursion; no router decides depth"
     assert found["loss that the last recursion takes off"].text.endswith("not computed (not asked)")
     for line in found.values():
         assert (line.value is None) == (line.status == "none") == (line.reason is not None)

@@ -108,18 +108,8 @@ def test_halting() -> None:
         assert_spread(group.gate[r], [weights[depth[b, t]][r] for b, t in TOKENS if depth[b, t] > r])
 
 
-def test_leaving() -> None:
-    config = tiny("ouro", "model.schedule.recursions=3").model
-    p = np.where(ACTIVE, np.array([0.3, 0.5, np.nan])[:, None, None], np.nan)
-    group = tallied(routed(config, ACTIVE, p, LENGTHS)).groups[GROUP].report()
-    assert_spread(group.entropy[0], [entropy_of([0.3, 0.7])] * 7)
-    assert_spread(group.entropy[1], [entropy_of([0.5, 0.5])] * 4)
-    assert isinstance(group.entropy[2], Missing) and "is not asked" in group.entropy[2].missing
-    assert isinstance(group.gate, Missing) and "weighs nothing" in group.gate.missing
-
-
 def test_routers_without_scores_say_so() -> None:
-    for preset, why in (("mor-random", "scores nothing"), ("recursive", "there is no router")):
+    for preset, why in (("mor-random", "scores nothing"), ("recursive", "no router decides depth")):
         group = tallied(routed(tiny(preset).model, ACTIVE, None, LENGTHS)).groups[GROUP].report()
         assert isinstance(group.entropy, Missing) and why in group.entropy.missing
         assert isinstance(group.gate, Missing)

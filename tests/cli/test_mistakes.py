@@ -124,7 +124,7 @@ def test_a_model_without_a_causal_rule_is_told_how_to_decode(shell: Shell) -> No
 def test_a_classifier_is_not_asked_for_text(shell: Shell) -> None:
     short = [word for option in ("steps=1", "batch_size=2", "device=cpu") for word in ("--set", f"train.{option}")]
     shell.succeeds("train", "sandbox-token", "--tiny", "--out", "run", *short, "--set", "data.task.held_out=4")
-    assert "'classifier' has no next token" in shell.refuses("generate", "run", "--prompt", "To be")
+    assert "'classifier' does not decode" in shell.refuses("generate", "run", "--prompt", "To be")
 
 
 def test_the_tiny_form_keeps_the_sharing(shell: Shell) -> None:

@@ -7,10 +7,10 @@ import torch
 
 import morex
 from data.tasks.helpers import prepared
-from morex.data.loader import IGNORED
 from morex.data.tasks.prepared import HeldOut, PreparedTask
 from morex.eval.accuracy import answered, scores
 from morex.eval.loss import EvalResult, evaluate
+from morex.model.heads import IGNORED
 from morex.model.lm import LanguageModel, build_model
 
 SUMS: dict[str, Any] = {"kind": "addition", "difficulty": [1, 2], "held_out": 60}

@@ -201,8 +201,11 @@ def test_learning_rates_need_two_windows(source: Path, tmp_path: Path) -> None:
     config = plan(load_study(source)).cells[0].config
     held_out = prepare(config.data, config.model.vocab_size, 16).val.num_tokens
     overrides = ["learning_rates=[0.1]", f"train.seq_len={held_out - 1}", f"model.max_seq_len={held_out}"]
-    with pytest.raises(ConfigError, match="there is one window only"):
+    with pytest.raises(ConfigError, match=r"one window or example alone; raise data\.val_fraction"):
         compare(source, tmp_path / "out", overrides, console=quiet(), output=quiet())
+    task = ["learning_rates=[0.1]", "data.task={kind: parity, difficulty: [1, 12], held_out: 1}"]
+    with pytest.raises(ConfigError, match=r"one window or example alone; raise data\.task\.held_out 1"):
+        compare(source, tmp_path / "task", task, console=quiet(), output=quiet())
 
 
 def test_seconds_are_a_budget(tmp_path: Path) -> None:

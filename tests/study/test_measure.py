@@ -8,13 +8,14 @@ import torch
 import yaml
 from rich.console import Console
 
+from morex.data.source import halves
 from morex.data.stream import TokenStream
 from morex.data.tokenizer import ByteTokenizer
 from morex.eval.loss import evaluate
 from morex.loading import load_config
 from morex.model.lm import build_model
 from morex.study.cell import main, run_cell
-from morex.study.measure import halves, token_texts
+from morex.study.measure import token_texts
 from morex.study.plan import plan
 from morex.study.results import cell_folder, collect, failure_path, is_finished
 from morex.train.runs import RunFolder, write_config

@@ -124,3 +124,31 @@ def test_another_task_does_not_go_on(tmp_path: Path) -> None:
     other["data"]["task"]["difficulty"] = [11, 12]
     with pytest.raises(ConfigError, match=r"data.task.difficulty"):
         run(Config.model_validate(other), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("head", [(), (CLASSIFIER,)])
+@pytest.mark.parametrize("preset", ["vanilla", "mor-token"])
+def test_flops_are_counted_at_the_length_of_the_examples(tmp_path: Path, preset: str, head: tuple[str, ...]) -> None:
+    """Room that no example needs costs nothing."""
+    plan = ("train.steps=2", "train.log_every=1", "data.task.difficulty=[12,12]", *head)
+    tight, wide = (run(configure(preset, *plan, f"train.seq_len={n}"), tmp_path / str(n)) for n in (16, 60))
+    ours, theirs = tight.summary(), wide.summary()
+    assert ours is not None and theirs is not None
+    for key in ("train_flops", "train_flops_per_token", "decode_flops_per_token"):
+        assert ours[key] == theirs[key]
+    if preset == "vanilla":
+        length = 12 if head else 12 + 2  # the cue and the answer; the end of the text is predicted alone
+        counted = morex.count(tight.config().model, seq_len=length)
+        assert ours["train_flops_per_token"] == counted.train_flops_per_token
+        assert ours["train_flops"] == ours["tokens"] * counted.train_flops_per_token
+
+
+def test_the_mean_length_weighs_tokens() -> None:
+    """Attention costs a token as many pairs as its own sequence is long."""
+    from morex.data.source import mean_length, prepare_source, training_loader
+
+    config = configure("vanilla", "data.task.difficulty=[11,14]", "train.batch_size=2048")
+    task = prepare_source(config)
+    lengths = training_loader(task, config).next_batch().lengths
+    assert lengths is not None
+    assert mean_length(task, config) == round(float((lengths**2).sum() / lengths.sum()))

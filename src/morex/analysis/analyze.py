@@ -12,24 +12,25 @@ import torch
 from morex.analysis.drift import drift
 from morex.analysis.health import judge
 from morex.analysis.pictures import write_pictures
-from morex.analysis.records import Analysis, LossReport, Missing
+from morex.analysis.records import AccuracyReport, Analysis, LossReport, Missing
 from morex.analysis.tally import AgreementTally, Tally
 from morex.analysis.trace import Decisions, decisions, join, load_trace, write_trace
 from morex.analysis.vocabulary import token_classes, token_rarities
 from morex.config import ModelConfig
 from morex.data.errors import DataError
-from morex.data.source import num_windows, training_tokens
+from morex.data.source import first_part, num_windows, training_tokens
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth, parse_depth
-from morex.eval.loss import evaluate
+from morex.depth.routers import ROUTERS
+from morex.eval.loss import EvalResult
 from morex.eval.traces import own_rule, traced_batches
 from morex.files import write_json
-from morex.loading import ConfigError, is_depth_routed
+from morex.loading import ConfigError, decides_depth
 from morex.model.lm import LanguageModel, build_model, takes_any_depth
-from morex.sections.depth import ExpertChoiceConfig
-from morex.sections.mixers import FeedForwardConfig
-from morex.train.opening import OpenRun, open_run, run_of
+from morex.sections.depth import ExpertChoiceConfig, FixedConfig
+from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
+from morex.train.opening import OpenRun, evaluate_by, open_run, run_of
 from morex.train.precision import autocast_dtype
 from morex.train.setup import cpu_threads
 
@@ -82,12 +83,12 @@ def analyze_opened(
     config = opened.config
     # A depth that is not understood is better refused before the work begins.
     recursions, span = config.model.schedule.resolved.recursions, config.model.max_seq_len
-    parse_depth(depth, recursions, span, takes_any_depth(config.model))
-    seq_len = config.train.seq_len
-    held_out = opened.data.val.head(-(-tokens // seq_len) * seq_len + 1)
+    rules = ROUTERS[config.model.depth.kind].exit_rules
+    parse_depth(depth, recursions, span, takes_any_depth(config.model), rules)
+    held_out = first_part(opened.data.val, tokens, config.train.seq_len)
     with cpu_threads(config.train.threads):
         tally, agreement, policy = _trace(opened, held_out, depth, trace, console)
-        losses = _losses(opened, held_out, depth, console)
+        losses, accuracy = _losses(opened, held_out, depth, console)
     found = Analysis(
         source=source,
         step=opened.step,
@@ -97,9 +98,10 @@ def analyze_opened(
         model=config.model.model_dump(mode="json"),
         groups=tuple(group.report() for group in tally.groups.values()),
         layers=tuple(layer.report() for layer in tally.layers.values()),
-        depth=tally.depth_report(decides_depth(config.model, policy)),
+        depth=tally.depth_report(goes_differently_deep(config.model, policy)),
         agreement=agreement if isinstance(agreement, Missing) else {n: agreement.report(n) for n in agreement.counts},
         losses=losses,
+        accuracy=accuracy,
         drift=drift(opened.run.metrics("train"), config.model),
     )
     return replace(found, health=judge(found))
@@ -125,9 +127,10 @@ def analyze_trace(path: str | Path) -> Analysis:
         model=trace.config.model_dump(mode="json"),
         groups=tuple(group.report() for group in tally.groups.values()),
         layers=tuple(layer.report() for layer in tally.layers.values()),
-        depth=tally.depth_report(decides_depth(trace.config, trace.policy)),
+        depth=tally.depth_report(goes_differently_deep(trace.config, trace.policy)),
         agreement=Missing(NO_RUN),
         losses=Missing(NO_RUN),
+        accuracy=Missing(NO_RUN),
         drift=Missing("a trace file has no training; analyse the run"),
     )
     return replace(found, health=judge(found))
@@ -183,7 +186,7 @@ def _trace(
     with _bar(console, "tracing", windows) as advance:
         for batch in batches:
             first, *others = (
-                decisions(trace, batch.tokens, batch.lengths, config.model, policy, classes, rarities)
+                decisions(trace, batch.tokens, batch.lengths, config.model, policy, classes, rarities, batch.difficulty)
                 for trace in batch.traces
             )
             tally.add(first)
@@ -208,24 +211,12 @@ def _why_no_agreement(config: ModelConfig, depth: Depth) -> str:
 
 def _losses(
     opened: OpenRun, held_out: TokenStream | HeldOut, depth: Depth, console: "Console | None"
-) -> LossReport | Missing:
+) -> tuple[LossReport | Missing, AccuracyReport | Missing]:
     config, model = opened.config, opened.model
     recursions = config.model.schedule.resolved.recursions
 
-    def measure(of: LanguageModel, policy: Depth, by_depth: bool = False) -> Any:
-        return evaluate(
-            of,
-            held_out,
-            config.train.seq_len,
-            config.eval.batch_size,
-            depth=policy,
-            autocast=autocast_dtype(config.train.precision),
-            by_depth=by_depth,
-            mask_documents=config.data.mask_documents,
-        )
-
     _say(console, f"losses at {recursions} depths" if recursions > 1 else "loss")
-    whole = measure(model, depth, by_depth=True)
+    whole = evaluate_by(config, model, held_out, depth, by_depth=True)
     by_depth: dict[int, float] | Missing = Missing("there is one recursion")
     if whole.by_depth is not None:
         by_depth = whole.by_depth
@@ -237,11 +228,25 @@ def _losses(
         _say(console, "loss with one expert step less")
         steps = config.model.mixer.steps  # type: ignore[union-attr]
         own = own_rule(config.model) if depth is None else depth
-        by_steps = {steps - 1: measure(shallow, own).loss, steps: whole.loss}
+        by_steps = {steps - 1: evaluate_by(config, shallow, held_out, own).loss, steps: whole.loss}
     values = [whole.loss, *(v for found in (by_depth, by_steps) if isinstance(found, dict) for v in found.values())]
+    accuracy = _accuracy(whole)
     if not all(math.isfinite(value) for value in values):
-        return Missing("a loss is not finite")
-    return LossReport(whole.loss, whole.oracle_loss, by_depth, by_steps)
+        return Missing("a loss is not finite"), accuracy
+    return LossReport(whole.loss, whole.oracle_loss, by_depth, by_steps), accuracy
+
+
+def _accuracy(result: EvalResult) -> AccuracyReport | Missing:
+    if result.scores is None:
+        return Missing("a text has no answers; the examples of a task have")
+    by_depth = {r: scores.all.accuracy for r, scores in (result.scores_by_depth or {}).items()}
+    return AccuracyReport(
+        examples=result.scores.all.examples,
+        accuracy=result.scores.all.accuracy,
+        oracle_accuracy=None if result.oracle_scores is None else result.oracle_scores.all.accuracy,
+        by_depth=by_depth or Missing("there is one recursion"),
+        by_difficulty={level: score.accuracy for level, score in result.scores.by_difficulty.items()},
+    )
 
 
 def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
@@ -252,6 +257,8 @@ def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
     steps = getattr(mixer, "steps", 1)
     if steps == 1:
         return Missing(f"mixer.kind {mixer.kind!r} has experts of one step")
+    if isinstance(mixer, RecursiveExpertsConfig) and not isinstance(mixer.depth, FixedConfig):
+        return Missing(f"router {mixer.depth.kind!r} decides how many steps a token takes")
     shorter = model.config.model_copy(update={"mixer": mixer.model_copy(update={"steps": steps - 1})})
     weight = model.embedding.weight
     shallow = build_model(shorter, device=weight.device, dtype=weight.dtype)
@@ -262,11 +269,10 @@ def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
     return shallow.eval()
 
 
-def decides_depth(config: ModelConfig, policy: str) -> bool:
-    """Whether a router or the caller lets tokens go differently deep."""
+def goes_differently_deep(config: ModelConfig, policy: str) -> bool:
+    """Whether a router or the caller may let one token go deeper than another."""
     if policy in ("router", "oracle"):
-        # A sampled depth is everybody's.
-        return is_depth_routed(config) and config.depth.kind != "sampled"
+        return decides_depth(config)
     return config.schedule.resolved.recursions > 1
 
 

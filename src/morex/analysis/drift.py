@@ -7,6 +7,8 @@ from typing import Any
 from morex.analysis.health import effective_experts, load_cv
 from morex.analysis.records import Drift, Missing
 from morex.config import ModelConfig
+from morex.loading import decides_depth
+from morex.nn.signals import STEP_ROUTER
 from morex.sections.mixers import FeedForwardConfig
 
 MOST_POINTS = 200
@@ -24,24 +26,31 @@ def drift(lines: Sequence[Mapping[str, Any]], config: ModelConfig) -> Drift | Mi
     stride = -(-len(lines) // MOST_POINTS)
     kept = list(lines[::-1][::stride])[::-1]
     mixer = config.mixer
-    experts = 1 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
-    recursions = config.schedule.resolved.recursions
+
+    def choices(name: str) -> int:
+        """Among how many things the router of this path chooses."""
+        if name.endswith(STEP_ROUTER):
+            return getattr(mixer, "steps", 1)
+        if name.endswith(".mixer.router"):
+            return 1 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
+        return config.schedule.resolved.recursions
 
     def share(name: str, entropy: float) -> float:
-        return entropy / math.log(experts if name.endswith(".mixer.router") else recursions)
+        return entropy / math.log(choices(name))
 
-    def has_choice(name: str) -> bool:
-        return (experts if name.endswith(".mixer.router") else recursions) > 1
-
-    routed = config.depth.kind != "fixed"
+    taken = _series(kept, "active_share", lambda _, shares: sum(shares))
+    # All tokens of a training pass go through all exits; where they would leave, the gate says.
+    taken |= _series(kept, "exit_probability", lambda _, p: sum(r * each for r, each in enumerate(p, start=1)))
+    routed = decides_depth(config)
     found = Drift(
         steps=tuple(line["step"] for line in kept),
-        mean_depth=_series(kept, "active_share", lambda _, shares: sum(shares)) if routed else {},
+        mean_depth={name: each for name, each in taken.items() if routed and not name.endswith(STEP_ROUTER)},
+        mean_steps={name: each for name, each in taken.items() if name.endswith(STEP_ROUTER)},
         load_cv=_series(kept, "expert_load", lambda _, load: load_cv(load)),
         effective_experts=_series(kept, "expert_load", lambda _, load: effective_experts(load)),
-        entropy_share=_series(kept, "router_entropy", share, has_choice),
+        entropy_share=_series(kept, "router_entropy", share, lambda name: choices(name) > 1),
     )
-    if not (found.mean_depth or found.load_cv or found.entropy_share):
+    if not (found.mean_depth or found.mean_steps or found.load_cv or found.entropy_share):
         return Missing("no router decides anything in this model")
     return found
 
@@ -62,4 +71,4 @@ def _series(
 def _usable(line: Mapping[str, Any], key: str, name: str) -> bool:
     """Whether a line has the field, and not for a step in which no token came by."""
     value = line.get(key, {}).get(name)
-    return value is not None and (not isinstance(value, list) or key == "active_share" or sum(value) > 0)
+    return value is not None and (not isinstance(value, list) or key != "expert_load" or sum(value) > 0)

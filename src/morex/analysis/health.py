@@ -3,8 +3,20 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from morex.analysis.records import Analysis, Drift, GroupReport, Health, LayerReport, Missing, Spread
+from morex.analysis.records import (
+    NO_DEPTHS,
+    Analysis,
+    ClassDepth,
+    DepthReport,
+    Drift,
+    GroupReport,
+    Health,
+    LayerReport,
+    Missing,
+    Spread,
+)
 
 DEAD = 0.01
 """An expert below this share of an even load is dead."""
@@ -131,7 +143,7 @@ def place(layer: LayerReport, recursion: int, step: int) -> str:
 
 def short(name: str) -> str:
     """A module path without what all of them share."""
-    return name.removeprefix("stack.").removesuffix(".mixer.router")
+    return name.removeprefix("stack.").removesuffix(".mixer.router").replace(".mixer.depth", " steps")
 
 
 def _expert_entropy(kind_recurs: bool) -> Callable[[Analysis], Values]:
@@ -253,14 +265,16 @@ def _mean_depth(analysis: Analysis) -> Values:
     return {"": analysis.depth} if isinstance(analysis.depth, Missing) else {"all groups": analysis.depth.mean}
 
 
-def _class_depths(rarities: bool) -> Callable[[Analysis], Values]:
+def _depths_by(classes: Callable[[DepthReport], Mapping[Any, ClassDepth] | Missing]) -> Callable[[Analysis], Values]:
+    """Mean depths of one way to tell tokens apart."""
+
     def values(analysis: Analysis) -> Values:
         if isinstance(analysis.depth, Missing):
             return {"": analysis.depth}
-        found = analysis.depth.by_rarity if rarities else analysis.depth.by_class
+        found = classes(analysis.depth)
         if isinstance(found, Missing):
             return {"": found}
-        return {name: depth.mean for name, depth in found.items()}
+        return {f"difficulty {kind}" if isinstance(kind, int) else kind: one.mean for kind, one in found.items()}
 
     return values
 
@@ -296,6 +310,19 @@ def _step_change(analysis: Analysis) -> Values:
     }
 
 
+def _steps(analysis: Analysis) -> Values:
+    """Mean steps inside the experts of each choice."""
+    if not analysis.layers:
+        return {"": Missing("this model has no experts")}
+    return {
+        place(layer, call.recursion, call.step): (
+            call.mean_steps.mean if isinstance(call.mean_steps, Spread) else call.mean_steps
+        )
+        for layer in analysis.layers
+        for call in layer.calls
+    }
+
+
 def _last_share(analysis: Analysis) -> Values:
     return {
         short(group.name): group.last_share.mean if isinstance(group.last_share, Spread) else group.last_share
@@ -318,6 +345,21 @@ def _last_loss(steps: bool) -> Callable[[Analysis], Values]:
     return values
 
 
+def _accuracy(analysis: Analysis) -> Values:
+    if isinstance(analysis.accuracy, Missing):
+        return {"": analysis.accuracy}
+    return {f"difficulty {level}": value for level, value in analysis.accuracy.by_difficulty.items()}
+
+
+def _last_accuracy(analysis: Analysis) -> Values:
+    """Rise of the accuracy by the last recursion."""
+    found = analysis.accuracy if isinstance(analysis.accuracy, Missing) else analysis.accuracy.by_depth
+    if isinstance(found, Missing):
+        return {"": found}
+    *_, before, last = sorted(found)
+    return {f"recursion {last}": found[last] - found[before]}
+
+
 QUANTITIES = (
     Quantity("expert load CV", lambda a: _of_layers(a, load_cv), Range(high=0.3)),
     Quantity("busiest expert over an even share", lambda a: _of_layers(a, lambda x: max(x) * len(x)), Range(high=1.5)),
@@ -334,12 +376,16 @@ QUANTITIES = (
     Quantity("active share off its capacity", _off_capacity, Range(high=0.1)),
     Quantity("depths in use", _depths_in_use, Range(2), is_count=True),
     Quantity("mean depth", _mean_depth),
-    Quantity("mean depth by class", _class_depths(False)),
-    Quantity("mean depth by rarity", _class_depths(True)),
+    Quantity("mean depth by class", _depths_by(lambda d: d.by_class)),
+    Quantity("mean depth by rarity", _depths_by(lambda d: d.by_rarity)),
+    Quantity("mean depth by difficulty", _depths_by(lambda d: d.by_difficulty)),
     Quantity("agreement of the causal rule with top-k", _agreement, Range(0.9)),
     Quantity("change of the state by a later recursion", _change, Range(0.1, 2)),
     Quantity("change of the state by an expert step", _step_change, Range(0.1, 2)),
     Quantity("last recursion's share of the path", _last_share, Range(0.05, 0.5)),
+    Quantity("mean steps inside experts", _steps),
+    Quantity("accuracy", _accuracy),
+    Quantity("accuracy that the last recursion adds", _last_accuracy, Range(-ROOM)),
     Quantity("loss that the last recursion takes off", _last_loss(False), Range(-ROOM)),
     Quantity("loss that the last expert step takes off", _last_loss(True), Range(-ROOM)),
     Quantity(
@@ -347,7 +393,7 @@ QUANTITIES = (
     ),
     Quantity(
         "mean depth late in training",
-        _late(lambda a: a.mean_depth, "every token takes every recursion; no router decides depth"),
+        _late(lambda a: a.mean_depth, NO_DEPTHS.missing),
     ),
 )
 """Everything that is judged, in the order of the report."""

@@ -33,6 +33,9 @@ def write_pictures(analysis: Analysis, folder: Path) -> list[Path]:
         "expert-loads": expert_loads,
         "depth": depth,
         "depth-by-class": depth_by_class,
+        "depth-by-difficulty": depth_by_difficulty,
+        "expert-steps": expert_steps,
+        "accuracy": accuracy,
         "state-change": state_change,
         "entropy": entropy,
         "drift": drift,
@@ -110,8 +113,63 @@ def depth_by_class(analysis: Analysis) -> "Figure | None":
             classes |= dict(reversed(found.items()))
     if not classes:
         return None
-    shares = {f"{name}, mean {each.mean:.2f}": each.shares for name, each in classes.items()}
-    return depth_bars(shares, "Depth by class")
+    return depth_bars(_with_means(classes), "Depth by class")
+
+
+def depth_by_difficulty(analysis: Analysis) -> "Figure | None":
+    """Depths of the tokens in a task's examples, the easiest at the top."""
+    report = analysis.depth
+    if isinstance(report, Missing) or isinstance(report.by_difficulty, Missing) or len(report.by_difficulty) < 2:
+        return None
+    levels = {f"difficulty {level}": each for level, each in reversed(report.by_difficulty.items())}
+    return depth_bars(_with_means(levels), "Depth by difficulty")
+
+
+def _with_means(classes: Mapping[str, ClassDepth]) -> dict[str, tuple[float, ...]]:
+    return {f"{name}, mean {each.mean:.2f}": each.shares for name, each in classes.items()}
+
+
+def expert_steps(analysis: Analysis) -> "Figure | None":
+    """Steps that tokens take inside the experts of each layer, the first layer at the top."""
+    shares = {
+        f"{place(layer, call.recursion, call.step)}, mean {call.mean_steps.mean:.2f}": call.steps
+        for layer in reversed(analysis.layers)
+        for call in reversed(layer.calls)
+        if not isinstance(call.steps, Missing) and not isinstance(call.mean_steps, Missing)
+    }
+    if not shares:
+        return None
+    return depth_bars(
+        shares,
+        "Steps inside experts",
+        lambda s: "1 step" if s == 1 else f"{s} steps",
+        "tokens that come to the experts",
+    )
+
+
+def accuracy(analysis: Analysis) -> "Figure | None":
+    """Accuracy on a task by difficulty, and with every token at each depth."""
+    found = analysis.accuracy
+    if isinstance(found, Missing):
+        return None
+    panels: list[tuple[Mapping[int, float], str, str]] = [
+        (found.by_difficulty, f"Accuracy: {100 * found.accuracy:.1f} %", "difficulty")
+    ]
+    if not isinstance(found.by_depth, Missing):
+        panels.append((found.by_depth, "Every token at one depth", "recursions"))
+    figure, grid = new_figure(4.8 * len(panels), 3.6, columns=len(panels))
+    for axes, (values, title, label) in zip(grid[0], panels, strict=True):
+        bars = axes.bar(list(values), [100 * value for value in values.values()], width=0.72, color=HUES[0])
+        if len(values) <= MOST_LINES:
+            axes.bar_label(bars, [f"{100 * value:.0f}" for value in values.values()], padding=3, fontsize=8.5)
+            axes.set_xticks(list(values))
+        axes.set_xlim(min(values) - 0.8, max(values) + 0.8)
+        axes.set_ylim(0, 108)
+        axes.grid(axis="x", visible=False)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+        axes.set_ylabel("right answers, %")
+    return figure
 
 
 def state_change(analysis: Analysis) -> "Figure | None":
@@ -175,13 +233,18 @@ def drift(analysis: Analysis) -> "Figure | None":
         return None
     titles: dict[str, tuple[Mapping[str, Sequence[float]], str]] = {
         "Depth": (course.mean_depth, "recursions of a token"),
+        "Steps inside experts": (course.mean_steps, "steps of a token"),
         "Expert load": (course.load_cv, "CV of the loads"),
         "Experts in use": (course.effective_experts, "effective experts"),
         "Router entropy": (course.entropy_share, "entropy over the largest"),
     }
     shown = {title: entry for title, entry in titles.items() if entry[0]}
-    figure, grid = new_figure(max(4.8, 4.2 * len(shown)), 3.6, columns=len(shown))
-    for axes, (title, (series, label)) in zip(grid[0], shown.items(), strict=True):
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, grid = new_figure(max(4.8, 4.2 * columns), 3.6 * rows, columns, rows)
+    for unused in grid.flat[len(shown) :]:
+        unused.remove()
+    for axes, (title, (series, label)) in zip(grid.flat, shown.items(), strict=False):
         for number, (name, values) in enumerate(series.items()):
             axes.plot(course.steps, values, label=short(name).removesuffix(".router"), **_look(number, len(series)))
         axes.set_title(title)

@@ -16,6 +16,9 @@ class Missing:
     """Why."""
 
 
+NO_DEPTHS = Missing("every token takes every recursion; no router decides depth")
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and standard deviation over tokens."""
@@ -69,6 +72,9 @@ class CallReport:
     """Weight of the expert that counts most."""
     change: Found
     cosine: Found
+    steps: tuple[float, ...] | Missing
+    """Share of the assignments that takes 0, 1, ... steps in the expert."""
+    mean_steps: Found
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ class DepthReport:
     """Tokens that took 0, 1, ... recursions."""
     by_class: dict[str, ClassDepth] | Missing
     by_rarity: dict[str, ClassDepth] | Missing
+    by_difficulty: dict[int, ClassDepth] | Missing
+    """By the difficulty of the example that a token is in."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class LossReport:
-    """Held-out loss of the tokens that were looked at, in nats per token."""
+    """Held-out loss of what was looked at, in nats per predicted token, or per class of a classifier."""
 
     loss: float
     oracle_loss: float | None
@@ -129,12 +137,26 @@ class LossReport:
 
 
 @dataclass(frozen=True)
+class AccuracyReport:
+    """Share of the answers to the examples that were looked at which are right from the first token to the last."""
+
+    examples: int
+    accuracy: float
+    oracle_accuracy: float | None
+    by_depth: dict[int, float] | Missing
+    """Accuracy with every token at r = 1..R recursions."""
+    by_difficulty: dict[int, float]
+
+
+@dataclass(frozen=True)
 class Drift:
     """Routing over the training, from the lines that the run logged; a series for each router."""
 
     steps: tuple[int, ...]
     mean_depth: dict[str, tuple[float, ...]]
-    """Recursions that a token of the batch took."""
+    """Recursions that a token of the batch took, or that an exit gate expects it to."""
+    mean_steps: dict[str, tuple[float, ...]]
+    """Steps that a token of the batch took in an expert."""
     load_cv: dict[str, tuple[float, ...]]
     effective_experts: dict[str, tuple[float, ...]]
     entropy_share: dict[str, tuple[float, ...]]
@@ -186,6 +208,7 @@ class Analysis:
     depth: DepthReport | Missing
     agreement: dict[str, tuple[Agreement, ...]] | Missing
     losses: LossReport | Missing
+    accuracy: AccuracyReport | Missing
     drift: Drift | Missing
     health: tuple[Health, ...] = field(default=())
 

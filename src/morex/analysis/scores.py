@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from morex.analysis.records import NO_DEPTHS
 from morex.analysis.trace import Array, GroupDecisions
 from morex.config import ModelConfig
 from morex.depth.gated import scored
 from morex.depth.routers import ROUTERS
 from morex.depth.token_choice import DEFAULT_ALPHA
+from morex.loading import decides_depth
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,17 @@ class Reading:
     why_no_gate: str = ""
 
 
-def read_scores(group: GroupDecisions, config: ModelConfig) -> Reading:
-    """Reads one group's scores by the kind of its router."""
+def read_scores(group: GroupDecisions, config: ModelConfig, policy: str = "router") -> Reading:
+    """Reads one group's scores by the kind of its router; `policy` says who decided the depth."""
     kind = ROUTERS[config.depth.kind].scores_are
+    if kind is None and policy.startswith("exit"):
+        why = f"the rule {policy!r} compares with a threshold, and no probability decides"
+        return Reading(why=why, why_no_gate=why)
     if group.scores is None or kind is None:
         if config.schedule.resolved.recursions == 1:
             why = "there is one recursion, and nothing to decide"
-        elif config.depth.kind == "fixed":
-            why = "every token takes every recursion; there is no router"
+        elif not decides_depth(config):
+            why = NO_DEPTHS.missing
         elif group.scores is not None:
             why = f"router {config.depth.kind!r} does not say what its scores are"
         else:
@@ -114,6 +119,20 @@ def _of_halting(group: GroupDecisions, scores: Array, depth: Any, recursions: in
     )
 
 
+def _of_exits(group: GroupDecisions, scores: Array, depth: Any, recursions: int) -> Reading:
+    """The probability of leaving after a recursion, of those who came so far; p_r, with which they leave there, is the
+    weight of that exit. The last recursion is not asked, and takes what is left."""
+    leaving = scores.astype(np.float64)
+    left = np.cumprod(np.concatenate([np.ones_like(leaving[:1]), 1 - leaving[:-1]]), axis=0)
+    last = len(scores)
+    weight = left * np.concatenate([leaving[:-1], np.ones_like(leaving[:1])])
+    return Reading(
+        entropy=bernoulli_entropy(leaving),
+        gate=np.where(group.active, weight, np.nan),
+        missing={last: "every token leaves after the last recursion, and the gate is not asked"},
+    )
+
+
 def _of_depths(group: GroupDecisions, scores: Array, depth: Any, recursions: int) -> Reading:
     """One decision over all depths, before recursion 1."""
     wide = scores.astype(np.float64)
@@ -129,18 +148,9 @@ def _of_depths(group: GroupDecisions, scores: Array, depth: Any, recursions: int
     return Reading(entropy=entropy, limit=math.log(recursions), gate=gate)
 
 
-def _of_leaving(group: GroupDecisions, scores: Array, depth: Any, recursions: int) -> Reading:
-    """The probability of leaving after a recursion; after the last one all leave."""
-    return Reading(
-        entropy=bernoulli_entropy(scores.astype(np.float64)),
-        missing={len(scores): "every token leaves after the last recursion, and the router is not asked"},
-        why_no_gate=f"router {depth.kind!r} says who leaves, and weighs nothing",
-    )
-
-
 READERS: dict[str, Callable[[GroupDecisions, Array, Any, int], Reading]] = {
     "logits": _of_logits,
     "halting": _of_halting,
-    "leaving": _of_leaving,
+    "exits": _of_exits,
     "depths": _of_depths,
 }

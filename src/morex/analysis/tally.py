@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from morex.analysis.records import (
+    NO_DEPTHS,
     Agreement,
     CallReport,
     ClassDepth,
@@ -82,8 +83,8 @@ def present(values: Array) -> Array:
 class GroupTally:
     """One routed group."""
 
-    def __init__(self, name: str, config: ModelConfig, recursions: int) -> None:
-        self.name, self.config, self.recursions = name, config, recursions
+    def __init__(self, name: str, config: ModelConfig, recursions: int, policy: str) -> None:
+        self.name, self.config, self.recursions, self.policy = name, config, recursions, policy
         self.tokens = 0
         self.active = np.zeros(recursions, np.int64)
         self.entropy: list[Moments] = []
@@ -99,7 +100,7 @@ class GroupTally:
         path = group.moves.moved.sum(0)
         whole = taken.all(0) & (path > 0)
         self.last.add(group.moves.moved[-1][whole] / path[whole])
-        reading = read_scores(group, self.config)
+        reading = read_scores(group, self.config, self.policy)
         self.why, self.why_no_gate, self.limit = reading.why, reading.why_no_gate, reading.limit
         self.missing = reading.missing or {}
         if reading.entropy is not None:
@@ -142,13 +143,19 @@ class GroupTally:
 class LayerTally:
     """One expert layer."""
 
-    def __init__(self, name: str, layer: LayerDecisions, experts: int) -> None:
+    def __init__(self, name: str, layer: LayerDecisions, experts: int, steps: int) -> None:
+        """Args:
+        experts: E of the layer.
+        steps: S that a token takes at most in an expert.
+        """
         self.name, self.calls, self.experts = name, layer.calls, experts
         count = len(layer.calls)
         self.tokens = np.zeros(count, np.int64)
         self.load = np.zeros((count, experts), np.int64)
         self.entropy, self.confidence, self.weight = ([Moments() for _ in range(count)] for _ in range(3))
         self.moves = None if layer.moves is None else MoveMoments.of(count)
+        self.steps = [Moments() for _ in range(count)]
+        self.by_steps = None if layer.steps is None else np.zeros((count, steps + 1), np.int64)
 
     def add(self, layer: LayerDecisions, real: Array) -> None:
         came = (layer.experts[..., 0] >= 0) & real
@@ -163,6 +170,10 @@ class LayerTally:
             self.entropy[c].add(entropy)
             self.confidence[c].add(probabilities.max(1) if len(chosen) else np.zeros(0))
             self.weight[c].add(weights.max(1) if len(chosen) else np.zeros(0))
+            if self.by_steps is not None and layer.steps is not None:
+                taken = layer.steps[c][mask].ravel()
+                self.steps[c].add(taken)
+                self.by_steps[c] += np.bincount(taken, minlength=self.by_steps.shape[1])
         if self.moves is not None and layer.moves is not None:
             # The state before a first step is not in the trace, and so neither is its change.
             taken = came & ~np.isnan(layer.moves.start)
@@ -170,6 +181,7 @@ class LayerTally:
 
     def report(self) -> LayerReport:
         nobody = "no token came by"
+        no_steps = Missing("no router decides steps inside experts")
         calls = []
         for c, (recursion, step) in enumerate(self.calls.tolist()):
             change: Spread | Missing = Missing("the experts' states are not in the trace")
@@ -188,6 +200,8 @@ class LayerTally:
                     weight=self.weight[c].spread(nobody),
                     change=change,
                     cosine=cosine,
+                    steps=no_steps if self.by_steps is None else shares(self.by_steps[c]) or Missing(nobody),
+                    mean_steps=no_steps if self.by_steps is None else self.steps[c].spread(nobody),
                 )
             )
         return LayerReport(name=self.name, experts=self.experts, load=shares(self.load.sum(0)), calls=tuple(calls))
@@ -207,9 +221,7 @@ class Tally:
         self.groups: dict[str, GroupTally] = {}
         self.layers: dict[str, LayerTally] = {}
         self.histogram = np.zeros(1, np.int64)
-        self.by_class = np.zeros((len(CLASSES), 1), np.int64)
-        self.by_rarity = np.zeros((len(RARITIES), 1), np.int64)
-        self.has_classes = self.has_rarities = True
+        self.by_class, self.by_rarity, self.by_difficulty = (dict[int, Array]() for _ in range(3))
 
     def add(self, batch: Decisions) -> None:
         """Adds a batch."""
@@ -219,14 +231,17 @@ class Tally:
         self.tokens += int(real.sum())
         self.windows += len(real)
         depth = batch.depth[real]
-        size = len(self.histogram)
-        self.histogram += np.bincount(depth, minlength=size)
-        for kinds, counts in ((batch.token_class, self.by_class), (batch.token_rarity, self.by_rarity)):
+        self.histogram += np.bincount(depth, minlength=len(self.histogram))
+        difficulty = None
+        if batch.difficulty is not None:
+            difficulty = np.broadcast_to(batch.difficulty[:, None], real.shape)
+        for counts, kinds in (
+            (self.by_class, batch.token_class),
+            (self.by_rarity, batch.token_rarity),
+            (self.by_difficulty, difficulty),
+        ):
             if kinds is not None:
-                joined = kinds[real].astype(np.int64) * size + depth
-                counts += np.bincount(joined, minlength=counts.size).reshape(counts.shape)
-        self.has_classes &= batch.token_class is not None
-        self.has_rarities &= batch.token_rarity is not None
+                self._count(counts, kinds[real], depth)
         for name, group in batch.groups.items():
             self.groups[name].add(group, real)
         for name, layer in batch.layers.items():
@@ -234,41 +249,38 @@ class Tally:
 
     def _begin(self, batch: Decisions) -> None:
         config = self.config
-        deepest = sum(len(group.active) for group in batch.groups.values())
-        self.histogram = np.zeros(deepest + 1, np.int64)
-        self.by_class = np.zeros((len(CLASSES), deepest + 1), np.int64)
-        self.by_rarity = np.zeros((len(RARITIES), deepest + 1), np.int64)
-        self.groups = {name: GroupTally(name, config, len(group.active)) for name, group in batch.groups.items()}
+        self.histogram = np.zeros(1 + sum(len(group.active) for group in batch.groups.values()), np.int64)
+        self.groups = {
+            name: GroupTally(name, config, len(group.active), batch.policy) for name, group in batch.groups.items()
+        }
         if not isinstance(config.mixer, FeedForwardConfig):
-            experts = config.mixer.router.experts
-            self.layers = {name: LayerTally(name, layer, experts) for name, layer in batch.layers.items()}
+            experts, steps = config.mixer.router.experts, getattr(config.mixer, "steps", 1)
+            self.layers = {name: LayerTally(name, layer, experts, steps) for name, layer in batch.layers.items()}
+
+    def _count(self, counts: dict[int, Array], kinds: Array, depth: Array) -> None:
+        """Adds tokens [N] to the depths of their kinds [N]."""
+        for kind in np.unique(kinds).tolist():
+            found = np.bincount(depth[kinds == kind], minlength=len(self.histogram))
+            counts[kind] = counts.get(kind, 0) + found
 
     def depth_report(self, routed: bool) -> DepthReport | Missing:
         """How deep tokens went; `routed` whether anything decides that."""
         if not routed:
-            return Missing("every token takes every recursion; no router decides depth")
-        by_class: dict[str, ClassDepth] | Missing = Missing("the texts of the tokens are not known")
-        by_rarity: dict[str, ClassDepth] | Missing = Missing("the training set is not known")
-        if self.has_classes:
-            by_class = _classes(CLASSES, self.by_class)
-        if self.has_rarities:
-            by_rarity = _classes(RARITIES, self.by_rarity)
+            return NO_DEPTHS
+        by_class, by_rarity, by_difficulty = (
+            {kind: ClassDepth(int(row.sum()), _mean_depth(row), shares(row) or ()) for kind, row in sorted(one.items())}
+            for one in (self.by_class, self.by_rarity, self.by_difficulty)
+        )
         return DepthReport(
             deepest=len(self.histogram) - 1,
             mean=_mean_depth(self.histogram),
             histogram=tuple(self.histogram.tolist()),
-            by_class=by_class,
-            by_rarity=by_rarity,
+            by_class={CLASSES[kind]: one for kind, one in by_class.items()}
+            or Missing("the texts of the tokens are not known"),
+            by_rarity={RARITIES[kind]: one for kind, one in by_rarity.items()}
+            or Missing("the training set is not known"),
+            by_difficulty=by_difficulty or Missing("a text has no difficulty; examples of a task have one"),
         )
-
-
-def _classes(names: tuple[str, ...], counts: Array) -> dict[str, ClassDepth]:
-    """Depth of every class that occurs."""
-    return {
-        name: ClassDepth(int(row.sum()), _mean_depth(row), shares(row) or ())
-        for name, row in zip(names, counts, strict=True)
-        if row.sum()
-    }
 
 
 def _mean_depth(histogram: Array) -> float:

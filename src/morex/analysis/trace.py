@@ -11,6 +11,7 @@ experts, C choices of an expert layer; GROUP and LAYER are module paths.
 | `tokens` | [B, T], int | token ids |
 | `lengths` | [B], int | true lengths of the rows; what follows is padding |
 | `depth` | [B, T], int | recursions taken, summed over groups; 0 for padding |
+| `difficulty` | [B], int | optional: of the examples of a task |
 | `token_class` | [B, T], int | optional: place in `token_class_names` |
 | `token_rarity` | [B, T], int | optional: place in `token_rarity_names` |
 | `active/GROUP` | [R, B, T], bool | tokens that took recursion r |
@@ -20,6 +21,7 @@ experts, C choices of an expert layer; GROUP and LAYER are module paths.
 | `cosine/GROUP` | [R, B, T], float | cosine between the states before and after; NaN where one of them is zero |
 | `experts/LAYER` | [C, B, T, K], int | experts chosen; -1 where a token did not come by |
 | `expert_logits/LAYER` | [C, B, T, E], float | logits of the choice; NaN where a token did not come by |
+| `expert_steps/LAYER` | [C, B, T, K], int | optional: steps taken in each chosen expert, where a router decides; -1 where a token did not come by |
 | `expert_calls/LAYER` | [C, 2], int | recursion and expert step of each choice, from 1 |
 | `expert_start`, `expert_moved`, `expert_cosine` `/LAYER` | [C, B, T], float | as for groups, for layers that choose again on their own state; NaN for a first step |
 """  # noqa: E501
@@ -43,10 +45,10 @@ from morex.config import ModelConfig
 from morex.data.errors import DataError
 from morex.files import write_whole
 from morex.loading import ConfigError, validate
-from morex.model.lm import Trace
-from morex.model.stack import GroupTrace
+from morex.model.trace import GroupTrace, Trace
 from morex.nn.signals import Choice
-from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig
+from morex.sections.depth import FixedConfig
+from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, RecursiveExpertsConfig
 
 Array = NDArray[Any]
 FORMAT = 1
@@ -93,6 +95,8 @@ class LayerDecisions:
     """[C, B, T, E]; NaN likewise."""
     moves: Moves | None
     """For layers that choose again on their own state; NaN for a first step."""
+    steps: Array | None = None
+    """Steps taken in each chosen expert [C, B, T, K], where a router decides; -1 where a token did not come by."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Decisions:
     """[B, T], place in `vocabulary.CLASSES`."""
     token_rarity: Array | None = None
     """[B, T], place in `vocabulary.RARITIES`."""
+    difficulty: Array | None = None
+    """Of the examples of a task [B]."""
 
     @property
     def real(self) -> Array:
@@ -130,6 +136,7 @@ def decisions(
     policy: str = "router",
     token_class: Array | None = None,
     token_rarity: Array | None = None,
+    difficulty: Tensor | None = None,
 ) -> Decisions:
     """A trace as arrays of one size whatever the tokens did.
 
@@ -141,6 +148,7 @@ def decisions(
         policy: who decided the depth.
         token_class: class of each token id of the vocabulary [V], from `vocabulary.token_classes`.
         token_rarity: likewise, from `vocabulary.token_rarities`.
+        difficulty: of the examples of a task [B].
     """
     ids = tokens.cpu().numpy()
     groups = {name: _group(group) for name, group in trace.groups.items()}
@@ -154,6 +162,7 @@ def decisions(
         layers={name: _layer(name, trace, config, groups) for name in expert_layers(config)},
         token_class=None if token_class is None else token_class[ids],
         token_rarity=None if token_rarity is None else token_rarity[ids],
+        difficulty=None if difficulty is None else difficulty.cpu().numpy(),
     )
 
 
@@ -193,6 +202,7 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
     """All choices that a layer can make, those of recursions that nobody took included."""
     mixer = config.mixer
     assert not isinstance(mixer, FeedForwardConfig)
+    routes_steps = isinstance(mixer, RecursiveExpertsConfig) and not isinstance(mixer.depth, FixedConfig)
     steps = mixer.steps if isinstance(mixer, LayerRecurrentConfig) else 1
     visited = [True]
     if ".core." in name:
@@ -205,10 +215,13 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
     logits = np.full((len(visited) * steps, rows, time, mixer.router.experts), np.nan, np.float32)
     missing = np.full((len(visited) * steps, rows, time), np.nan, np.float32)
     moves = Moves(missing.copy(), missing.copy(), missing.copy()) if steps > 1 else None
+    taken = np.full_like(experts, -1) if routes_steps else None
     for r, is_visited in enumerate(visited):
         choices: list[Choice] = [next(made) for _ in range(steps)] if is_visited else []
         for c, choice in enumerate(choices, start=r * steps):
             experts[c], logits[c] = _array(choice.experts), _array(choice.logits)
+            if taken is not None and choice.steps is not None:
+                taken[c] = _array(choice.steps)
         states = [choice.state for choice in choices if choice.state is not None]
         if moves is not None and states:
             made_here, own = _moves(states), slice(r * steps + 1, (r + 1) * steps)
@@ -218,7 +231,7 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
                 made_here.cosine,
             )
     calls = [(r, s) for r in range(1, len(visited) + 1) for s in range(1, steps + 1)]
-    return LayerDecisions(np.array(calls), experts, logits, moves)
+    return LayerDecisions(np.array(calls), experts, logits, moves, taken)
 
 
 def join(parts: Sequence[Decisions]) -> Decisions:
@@ -249,15 +262,18 @@ def join(parts: Sequence[Decisions]) -> Decisions:
         of = [part.layers[name] for part in parts]
         moved = None if layer.moves is None else moves([part.moves for part in of if part.moves is not None])
         experts, logits = put([p.experts for p in of], 1, -1), put([p.logits for p in of], 1, np.nan)
-        layers[name] = LayerDecisions(layer.calls, experts, logits, moved)
+        steps = None if layer.steps is None else put([p.steps for p in of if p.steps is not None], 1, -1)
+        layers[name] = LayerDecisions(layer.calls, experts, logits, moved, steps)
     optional = {
         name: put([getattr(part, name) for part in parts], 0, 0)
         for name in ("token_class", "token_rarity")
         if getattr(first, name) is not None
     }
     whole = {name: put([getattr(part, name) for part in parts], 0, 0) for name in ("tokens", "depth")}
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Decisions(first.config, first.policy, lengths=lengths, groups=groups, layers=layers, **whole, **optional)
+    whole["lengths"] = np.concatenate([part.lengths for part in parts])
+    if first.difficulty is not None:
+        optional["difficulty"] = np.concatenate([part.difficulty for part in parts if part.difficulty is not None])
+    return Decisions(first.config, first.policy, groups=groups, layers=layers, **whole, **optional)
 
 
 def save_trace(
@@ -278,6 +294,8 @@ def write_trace(path: str | Path, found: Decisions) -> None:
     for name, known in (("token_class", CLASSES), ("token_rarity", RARITIES)):
         if getattr(found, name) is not None:
             arrays |= {name: getattr(found, name), f"{name}_names": np.array(known)}
+    if found.difficulty is not None:
+        arrays["difficulty"] = found.difficulty
     for name, group in found.groups.items():
         arrays[f"active/{name}"] = group.active
         if group.scores is not None:
@@ -286,6 +304,8 @@ def write_trace(path: str | Path, found: Decisions) -> None:
     for name, layer in found.layers.items():
         arrays |= {f"experts/{name}": layer.experts, f"expert_logits/{name}": layer.logits}
         arrays[f"expert_calls/{name}"] = layer.calls
+        if layer.steps is not None:
+            arrays[f"expert_steps/{name}"] = layer.steps
         if layer.moves is not None:
             arrays |= {f"expert_{key}/{name}": value for key, value in vars(layer.moves).items()}
     buffer = io.BytesIO()
@@ -328,6 +348,7 @@ def _read(arrays: dict[str, Array]) -> Decisions:
             arrays[f"experts/{name}"],
             arrays[f"expert_logits/{name}"],
             moves("expert_", name) if f"expert_moved/{name}" in arrays else None,
+            arrays.get(f"expert_steps/{name}"),
         )
         for name in named("experts")
     }
@@ -341,6 +362,7 @@ def _read(arrays: dict[str, Array]) -> Decisions:
         layers=layers,
         token_class=arrays.get("token_class"),
         token_rarity=arrays.get("token_rarity"),
+        difficulty=arrays.get("difficulty"),
         **{name: arrays[name] for name in WHOLE},
     )
     frame = found.tokens.shape

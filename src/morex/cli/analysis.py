@@ -51,8 +51,8 @@ def analyze(
     Entropies, gates, depths, expert loads, changes of the state, and how they moved in training; analysis.json and
     figures go to the folder. A trace file, which --trace writes, is analysed as far as it goes.
     """
+    from morex.analysis import Missing, analyze_trace, to_dict, write
     from morex.analysis import analyze as analyze_run
-    from morex.analysis import analyze_trace, to_dict, write
     from morex.analysis.analyze import TOKENS, folder_for
 
     folder = folder_for(run) if out is None else out
@@ -70,7 +70,8 @@ def analyze(
         print_json(to_dict(found))
     else:
         step = "" if found.step is None else f", step {found.step:,}"
-        print(f"{found.source}{step}: {found.tokens:,} tokens in {found.windows:,} windows, depth by {found.policy}\n")
+        rows = f"{found.windows:,} {'windows' if isinstance(found.accuracy, Missing) else 'examples'}"
+        print(f"{found.source}{step}: {found.tokens:,} tokens in {rows}, depth by {found.policy}\n")
         _print_health(found.health)
     if not draws:
         said.print("No figures: matplotlib is not installed; run pip install 'morex[viz]'", style="dim", markup=False)

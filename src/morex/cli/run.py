@@ -104,24 +104,13 @@ def evaluate(
     the oracle of training.
     """
     overrides = [*(overrides or []), *([] if difficulty is None else [_eval_difficulty(difficulty)])]
-    from morex.eval.loss import evaluate as measure
-    from morex.train.opening import open_run
-    from morex.train.precision import autocast_dtype
+    from morex.train.opening import evaluate_by, open_run
 
     opened = open_run(run, overrides, device)
     config = opened.config
     _check_task_options(config, by_difficulty, difficulty)
-    result = measure(
-        opened.model,
-        opened.data.val,
-        config.train.seq_len,
-        config.eval.batch_size,
-        depth=depth,
-        autocast=autocast_dtype(config.train.precision),
-        by_depth=depths or deepest is not None or config.eval.depths,
-        deepest=deepest or config.eval.deepest,
-        mask_documents=config.data.mask_documents,
-    )
+    by_depth = depths or deepest is not None or config.eval.depths
+    result = evaluate_by(config, opened.model, opened.data.val, depth, by_depth, deepest or config.eval.deepest)
     if as_json:
         print_json(asdict(result))
     elif result.scores is not None:
@@ -159,7 +148,7 @@ def generate(
     texts = [*(prompt or []), *(_read_lines(prompts) if prompts else [])]
     if not texts:
         raise ConfigError("there is nothing to continue: give --prompt TEXT, or --prompts FILE with one prompt a line")
-    from morex.model.generate import check_decodes
+    from morex.model.checks import check_decodes
     from morex.train.checkpoint import load
 
     model, tokenizer = load(run, device)

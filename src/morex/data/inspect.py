@@ -104,8 +104,7 @@ def describe_task(config: Config) -> dict[str, Any]:
 
 
 def _examples(examples: Sequence[Example], count: int | None) -> dict[str, Any]:
-    # A model predicts the last token of an answer and does not read it; a classifier reads none of it.
-    sizes = [len(one.prompt) + (len(one.answer) - 1 if one.label is None else 0) for one in examples]
+    sizes = [example.num_read for example in examples]
     difficulties = [example.difficulty for example in examples]
     return {
         "examples": count,

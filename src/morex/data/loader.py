@@ -17,8 +17,8 @@ from torch import Tensor
 from morex.data.errors import DataError
 from morex.data.order import Counters, key_from, mixed, permuted
 from morex.data.stream import TokenStream
+from morex.model.heads import IGNORED
 
-IGNORED = -100
 PADDING = 0
 
 
@@ -137,6 +137,11 @@ class Loader:
         return (mixed(self._key ^ counters) % np.uint64(self._stream.num_tokens - self._seq_len)).astype(np.int64)
 
 
+def num_windows(stream: TokenStream, seq_len: int) -> int:
+    """Consecutive windows that a stream has, the last of which may be shorter."""
+    return -(-(stream.num_tokens - 1) // seq_len)
+
+
 def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int) -> Iterator[Batch]:
     """Goes through a stream once in consecutive windows, so that every token but the first is predicted once.
 
@@ -146,8 +151,7 @@ def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int) -> Iter
         DataError: the stream has nothing to predict.
     """
     _check_size(stream, 2, 1)
-    targets = stream.num_tokens - 1
-    count = -(-targets // seq_len)
+    count = num_windows(stream, seq_len)
     for begin in range(0, count, batch_size):
         starts = np.arange(begin, min(begin + batch_size, count), dtype=np.int64) * seq_len
         yield _gather(stream, starts, seq_len)

@@ -46,7 +46,7 @@ class ExitGateRouter(DepthRouter):
     any_depth = True
     exit_rules = ("gate",)
     reads_every_state = True
-    scores_are = "leaving"
+    scores_are = "exits"
 
     def __init__(
         self, d_model: int, recursions: int, threshold: float, entropy_weight: float, initial_bias: float

@@ -27,9 +27,9 @@ from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
-ScoreKind = Literal["logits", "halting", "leaving", "depths"] | None
-"""`logits`: of going on at recursion r; `halting`: probability of stopping after it, and a weight; `leaving`: such a
-probability, and no weight; `depths`: score of the depth r, one decision for all; None: there are none."""
+ScoreKind = Literal["logits", "halting", "exits", "depths"] | None
+"""`logits`: of going on at recursion r; `halting`, `exits`: probability of stopping after it, that adds up or that is
+asked of those who are left; `depths`: score of the depth r, one decision for all; None: there are none."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morex.data.loader import IGNORED
+from morex.model.heads import IGNORED
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth
-from morex.model.lm import LanguageModel, Trace
+from morex.model.lm import LanguageModel
+from morex.model.trace import Trace
 from morex.sections.depth import ExpertChoiceConfig
 
 
@@ -23,6 +24,8 @@ class TracedBatch:
     """[B, T]."""
     lengths: Tensor
     """True lengths of the rows [B]."""
+    difficulty: Tensor | None
+    """Of the examples of a task [B]."""
     traces: tuple[Trace, ...]
     """One for each depth policy that was asked for."""
 
@@ -76,4 +79,4 @@ def traced_batches(
             assert out.trace is not None
             traces.append(out.trace)
         lengths = torch.full((rows,), time) if batch.lengths is None else batch.lengths
-        yield TracedBatch(batch.tokens, lengths, tuple(traces))
+        yield TracedBatch(batch.tokens, lengths, batch.difficulty, tuple(traces))

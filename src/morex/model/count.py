@@ -7,7 +7,6 @@ full square, the causal half and what a window hides included.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from operator import mul
 
@@ -73,67 +72,92 @@ def count(
     expect_model(config)
     if seq_len < 1 or (context is not None and context < 0):
         raise ValueError(f"seq_len {seq_len} must be 1 or more, and context {context} 0 or more")
-    schedule = config.schedule.resolved
+    schedule, policy = config.schedule.resolved, _policy(config, depth)
     active = shares or expected_shares(config, seq_len, depth)
-    block, extra, policy = block_costs(config, step_shares), lora_costs(config), _policy(config, depth)
-    recurring = block + extra
-    injection = partial(injection_costs, config.d_model, config.input_injection)
-    router = router_costs(config, active, depth) + injection(sum(active))
-    groups = len(schedule.groups)
+    block, extra, head = block_costs(config, step_shares), lora_costs(config), head_costs(config)
+    router = router_costs(config, active, depth) + _injection(config, sum(active))
     embedding = config.vocab_size * config.d_model
     classifies = isinstance(config.head, ClassifierHeadConfig)
-    head = head_costs(config)
     positions = config.max_seq_len * config.d_model * (config.attention.positions == "learned")
     steps = config.d_model * schedule.recursions * config.step_embedding
     last = norm_costs(config.norm, config.d_model).parameters
     norms = last * (2 if config.norm_placement == "pre" else 4)
-    unique = schedule.num_blocks * block.parameters + groups * (router.parameters + steps) + last
+    unique = schedule.num_blocks * block.parameters + len(schedule.groups) * (router.parameters + steps) + last
     unique += schedule.core * (extra.parameters + config.recursion_norms * (schedule.recursions - 1) * norms)
-
-    met = {"per_recursion": active, "shared_first": (active[0],) * len(active), "refresh": _reached(config, active)}
-
-    def forward(tokens: int) -> float:
-        """Forward FLOPs of a token among `tokens`."""
-        flops = (schedule.prelude + schedule.coda) * _visit(block, 1.0, 1.0, tokens, rereads=False)
-        for r, share in enumerate(active, start=1):
-            rereads = config.kv == "shared_first" and r > 1
-            flops += schedule.core * _visit(recurring, share, met[config.kv][r - 1], tokens, rereads)
-        if policy.rule in PEEKING:  # after every recursion but the last, the coda on each token alone, and the head
-            peek = schedule.coda * _visit(block, 1.0, 1.0, 1, rereads=False) + head.per_token
-            flops += sum(active[:-1]) * peek
-        return flops + groups * router.per_token + (head.per_token / tokens if classifies else head.per_token)
-
-    def training(tokens: int) -> float:
-        """Forward and backward FLOPs of a token among `tokens`."""
-        flops, trained = 3 * (forward(tokens) + (exits - 1) * head.per_token), sum(active)
-        taken = len(active) if shares or policy.is_forced else None
-        drawn = ROUTERS[config.depth.kind].train_visits(
-            taken, schedule.recursions, **config.depth.options(schedule.recursions)
-        )
-        if drawn is not None:
-            # Recursions without a gradient have no backward pass.
-            trained = drawn[1]
-            one = schedule.core * _visit(recurring, 1.0, 1.0, tokens, rereads=config.kv == "shared_first")
-            one += groups * (injection(1).per_token - injection(0).per_token)
-            flops += (drawn[0] + 2 * drawn[1] - 3 * len(active)) * one
-        visits = schedule.prelude + schedule.coda + schedule.core * trained
-        return flops - visits * block.per_token_stopped - groups * router.per_token_stopped
-
-    visits = schedule.prelude + schedule.coda + schedule.core * sum(active)
-    alone = visits * block.per_token_alone
-    exits = policy.recursions if ROUTERS[config.depth.kind].reads_every_state and not policy.is_forced else 1
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
         values += schedule.core * _cached(block, share, config.kv == "shared_first" and r > 1)
+    flops = _Flops(config, policy, active, shares is not None or policy.is_forced, block, block + extra, router, head)
     return Count(
         parameters=unique + embedding + head.parameters + positions,
         unique_non_embedding=unique,
         unrolled_depth=schedule.unrolled_depth,
-        forward_flops_per_token=forward(seq_len),
-        train_flops_per_token=training(seq_len),
-        decode_flops_per_token=0.0 if classifies else forward(seq_len if context is None else context) + alone,
+        forward_flops_per_token=flops.forward(seq_len),
+        train_flops_per_token=flops.training(seq_len),
+        decode_flops_per_token=0.0 if classifies else flops.decoding(seq_len if context is None else context),
         kv_bytes_per_token=0.0 if classifies else values * bytes_per_value,
     )
+
+
+@dataclass(frozen=True)
+class _Flops:
+    """FLOPs of a token, from the costs of the parts and the share of the tokens that visits each of them."""
+
+    config: ModelConfig
+    policy: DepthPolicy
+    active: tuple[float, ...]
+    """Share of the tokens at each recursion that is run."""
+    is_known: bool
+    """Whether training runs these recursions, and not those that its router would draw."""
+    block: Costs
+    recurring: Costs
+    """Of a block in the core."""
+    router: Costs
+    """Of one group, what is injected there included."""
+    head: Costs
+
+    def forward(self, tokens: int) -> float:
+        """Forward FLOPs of a token among `tokens`."""
+        config, schedule, active = self.config, self.config.schedule.resolved, self.active
+        met = {"per_recursion": active, "shared_first": (active[0],) * len(active), "refresh": _reached(config, active)}
+        flops = (schedule.prelude + schedule.coda) * _visit(self.block, 1.0, 1.0, tokens, rereads=False)
+        for r, share in enumerate(active, start=1):
+            rereads = config.kv == "shared_first" and r > 1
+            flops += schedule.core * _visit(self.recurring, share, met[config.kv][r - 1], tokens, rereads)
+        if (
+            self.policy.rule in PEEKING
+        ):  # after every recursion but the last, the coda on each token alone, and the head
+            peek = schedule.coda * _visit(self.block, 1.0, 1.0, 1, rereads=False) + self.head.per_token
+            flops += sum(active[:-1]) * peek
+        read = self.head.per_token / (tokens if isinstance(config.head, ClassifierHeadConfig) else 1)
+        return flops + len(schedule.groups) * self.router.per_token + read
+
+    def training(self, tokens: int) -> float:
+        """Forward and backward FLOPs of a token among `tokens`."""
+        config, schedule, router = self.config, self.config.schedule.resolved, ROUTERS[self.config.depth.kind]
+        groups, trained = len(schedule.groups), sum(self.active)
+        exits = self.policy.recursions if router.reads_every_state and not self.policy.is_forced else 1
+        flops = 3 * (self.forward(tokens) + (exits - 1) * self.head.per_token)
+        taken = len(self.active) if self.is_known else None
+        drawn = router.train_visits(taken, schedule.recursions, **config.depth.options(schedule.recursions))
+        if drawn is not None:
+            # Recursions without a gradient have no backward pass.
+            trained = drawn[1]
+            one = schedule.core * _visit(self.recurring, 1.0, 1.0, tokens, rereads=config.kv == "shared_first")
+            one += groups * (_injection(config, 1).per_token - _injection(config, 0).per_token)
+            flops += (drawn[0] + 2 * drawn[1] - 3 * len(self.active)) * one
+        visits = schedule.prelude + schedule.coda + schedule.core * trained
+        return flops - visits * self.block.per_token_stopped - groups * self.router.per_token_stopped
+
+    def decoding(self, context: int) -> float:
+        """FLOPs of a token that is decoded after `context` others."""
+        schedule = self.config.schedule.resolved
+        visits = schedule.prelude + schedule.coda + schedule.core * sum(self.active)
+        return self.forward(context) + visits * self.block.per_token_alone
+
+
+def _injection(config: ModelConfig, visits: float) -> Costs:
+    return injection_costs(config.d_model, config.input_injection, visits)
 
 
 def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = None) -> Costs:

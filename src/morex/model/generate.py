@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morex.depth.policy import Depth
+from morex.model.checks import check_decodes
 
 if TYPE_CHECKING:
-    from morex.config import ModelConfig
     from morex.model.lm import LanguageModel
 
 LARGEST_SEED = 2**40
@@ -80,20 +80,6 @@ def generate(
     if isinstance(tokens, Tensor) and bool((ends == ends[0]).all()):
         return texts[:, : int(ends[0])].to(device)
     return [row[:end] for row, end in zip(texts.tolist(), ends.tolist(), strict=True)]
-
-
-def check_decodes(config: "ModelConfig", depth: Depth) -> None:
-    """Raises ValueError for a model that has no next token, or none without later ones."""
-    if config.head.kind == "classifier":
-        raise ValueError(
-            "generate is for language models, and model.head.kind 'classifier' has no next token; its classes are the "
-            "logits of a forward pass, and its accuracy is what eval measures"
-        )
-    if depth is None and config.depth.kind == "expert_choice" and config.depth.causal == "none":
-        raise ValueError(
-            "this model was trained with depth.causal 'none' and has no causal rule to decode by; give a fixed depth, "
-            f"such as {config.schedule.recursions}, or train with depth.causal 'aux_loss'"
-        )
 
 
 def sample(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from morex.model.checks import check_below
 from morex.nn.costs import Costs, linear_costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Exits
@@ -185,24 +186,6 @@ def _arranged(flat: Tensor, kept: Tensor | None, packing: Packing, time: int) ->
 def classifier_costs(d_model: int, classes: int) -> Costs:
     """Closed-form costs of a `ClassifierHead`, whose one visit is that of a sequence, not of a token."""
     return linear_costs(d_model, classes) + Costs(classes)
-
-
-def check_tensors(**given: object) -> None:
-    """Refuses what is given and no tensor, such as a list of lists."""
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise ValueError(
-                f"{name} must be a tensor of integers, not of the type {type(value).__name__}; use torch.tensor"
-            )
-
-
-def check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
-    """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
-    if numbers.device.type != "cpu" or not numbers.numel():
-        return
-    low, high = (int(value) for value in numbers.aminmax())
-    if low < 0 or high >= end:
-        raise ValueError(f"{what} {low if low < 0 else high} is outside {place}")
 
 
 def _check_integers(labels: Tensor, end: int, place: str) -> None:

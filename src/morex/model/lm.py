@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.cache.contiguous import ContiguousCache
@@ -18,9 +17,11 @@ from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
-from morex.model.heads import ClassifierHead, Head, LanguageModelHead, check_below, check_tensors
+from morex.model.checks import check_batch, check_below, check_exit, check_tensors, refuse_decoding
+from morex.model.heads import ClassifierHead, Head, LanguageModelHead
 from morex.model.init import initialise
-from morex.model.stack import Core, GroupTrace, Record, RoutedGroup, Stack, Windows
+from morex.model.stack import Core, RoutedGroup, Stack, Windows
+from morex.model.trace import Trace, full_trace
 from morex.nn.attention import Attention, AttentionShape, Local, attention_maps
 from morex.nn.block import NORM_NAMES, Block
 from morex.nn.dropout import dropped
@@ -30,72 +31,9 @@ from morex.nn.mixers import FeedForward, GatedFeedForward, feed_forward_maps
 from morex.nn.norm import NORMS
 from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
-from morex.nn.signals import Choice, RouterStats, loss_name
+from morex.nn.signals import RouterStats, loss_name
 from morex.sections.head import ClassifierHeadConfig
 from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
-
-
-@dataclass
-class Trace:
-    """What every token did in one forward pass."""
-
-    depth: Tensor
-    """Recursions that each token took, summed over routed groups [B, T]; 0 for padding."""
-    groups: dict[str, GroupTrace]
-    """Active tokens, scores and states of each routed group, by module path."""
-    choices: dict[str, list[Choice]]
-    """Choices of experts in the order in which a layer made them, by module path of its router."""
-    num_experts: int = 0
-    """Experts E of a layer; 0 without expert layers."""
-
-    @property
-    def active(self) -> dict[str, list[Tensor]]:
-        """Tokens active at recursion r [B, T], bool, by group."""
-        return {name: group.active for name, group in self.groups.items()}
-
-    @property
-    def scores(self) -> dict[str, list[Tensor]]:
-        """Scores at recursion r [B, T], NaN where a token was no candidate, by group."""
-        return {name: group.scores for name, group in self.groups.items()}
-
-    @property
-    def states(self) -> dict[str, list[Tensor]]:
-        """Hidden states after recursion r [B, T, D], by group."""
-        return {name: group.states for name, group in self.groups.items()}
-
-    @property
-    def experts(self) -> dict[str, list[Tensor]]:
-        """Experts chosen in each choice of an expert layer [B, T, K]; -1 where a token did not come by."""
-        return {name: [choice.experts for choice in choices] for name, choices in self.choices.items()}
-
-    @property
-    def expert_logits(self) -> dict[str, list[Tensor]]:
-        """Logits of each choice of an expert layer [B, T, E]; NaN where a token did not come by."""
-        return {name: [choice.logits for choice in choices] for name, choices in self.choices.items()}
-
-    @property
-    def expert_states(self) -> dict[str, list[Tensor]]:
-        """States after each step of the layers that choose again at every step [B, T, D]; NaN likewise."""
-        return {
-            name: [choice.state for choice in choices if choice.state is not None]
-            for name, choices in self.choices.items()
-        }
-
-    @property
-    def expert_steps(self) -> dict[str, list[Tensor]]:
-        """Steps that a token took in each of its experts [B, T, K], where a depth router decides; -1 likewise."""
-        return {
-            name: [choice.steps for choice in choices if choice.steps is not None]
-            for name, choices in self.choices.items()
-        }
-
-    @property
-    def loads(self) -> dict[str, list[Tensor]]:
-        """Tokens that came to each expert in each choice [E], by expert layer."""
-        return {
-            name: [torch.bincount(chosen[chosen >= 0], minlength=self.num_experts) for chosen in calls]
-            for name, calls in self.experts.items()
-        }
 
 
 @dataclass
@@ -172,7 +110,7 @@ class LanguageModel(nn.Module):
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
         check_tensors(tokens=tokens, labels=labels, lengths=lengths, positions=positions, document_ids=document_ids)
-        self._check(tokens, lengths, positions, document_ids, cache)
+        check_batch(self.config, self.training, tokens, lengths, positions, document_ids, cache)
         self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
@@ -193,7 +131,7 @@ class LanguageModel(nn.Module):
         if losses:
             out.loss = self._weighted(out)
         if return_trace:
-            out.trace = _full_trace(record, packing, tokens, self._num_experts)
+            out.trace = full_trace(record.groups, record.choices, tokens, self._num_experts)
         return out
 
     def new_cache(self, batch_size: int, room: int = 64) -> KVCache:
@@ -202,7 +140,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: a classifier, which does not decode.
         """
-        self._refuse_decoding("a cache")
+        refuse_decoding(self.config, "a cache")
         return ContiguousCache(batch_size, self.embedding.weight.device, room)
 
     @torch.no_grad()
@@ -243,10 +181,6 @@ class LanguageModel(nn.Module):
                     loss = loss + weight * out.losses[name]
         return loss
 
-    def _refuse_decoding(self, what: str) -> None:
-        if self.config.head.kind == "classifier":
-            raise ValueError(f"{what} is for decoding, and model.head.kind 'classifier' does not decode; use kind 'lm'")
-
     def _read(self, x: Tensor) -> Tensor:
         """States [N, D] before the last norm -> logits of the next token [N, V]."""
         assert isinstance(self.head, LanguageModelHead)
@@ -259,7 +193,7 @@ class LanguageModel(nn.Module):
         recursions, span = self.config.schedule.recursions, self.config.max_seq_len
         policy = parse_depth(depth, recursions, span, any_depth, router.exit_rules)
         if policy.kind == "exit":
-            self._check_exit(policy, f"depth {depth!r}")
+            check_exit(self.config, self.training, policy, f"depth {depth!r}")
         chooses = self.config.depth.kind == "expert_choice"
         if policy.kind == "oracle" and not chooses:
             raise ValueError(f"depth 'oracle' is for expert_choice; this model's router is {self.config.depth.kind!r}")
@@ -271,63 +205,6 @@ class LanguageModel(nn.Module):
                 "fixed depth, or train with depth.causal 'aux_loss'"
             )
         return router.settle(policy)
-
-    def _check_exit(self, policy: DepthPolicy, asked: str) -> None:
-        config = self.config
-        if config.kv == "per_recursion":
-            raise ValueError(
-                f"{asked} lets tokens leave that later tokens still have to see, and with model.kv 'per_recursion' "
-                "these have no keys beyond the recursion where they left; use a model with kv 'refresh' or "
-                "'shared_first'"
-            )
-        if self.training and policy.rule != "gate":
-            raise ValueError(f"{asked} is a rule for inference, and this model is in training mode; call eval() first")
-        if len(config.schedule.resolved.groups) > 1 or config.head.kind != "lm":
-            raise ValueError(
-                f"{asked} asks what a state would become at once, which needs one routed group and a language model; "
-                f"this model has schedule.sharing {config.schedule.sharing!r} and head.kind {config.head.kind!r}"
-            )
-
-    def _check(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        cache: KVCache | None,
-    ) -> None:
-        if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
-            raise ValueError(
-                "tokens must be integers of the shape [batch, time], at least one of each, not "
-                f"{tokens.dtype} of the shape {list(tokens.shape)}"
-            )
-        if cache is not None:
-            self._refuse_decoding("a cache")
-        if documents is not None and self.config.head.kind == "classifier":
-            raise ValueError(
-                "document_ids tell several texts of a row apart, and model.head.kind 'classifier' gives a row one "
-                "class; give each text a row of its own"
-            )
-        if cache is not None and self.training:
-            raise ValueError("a cache is for inference, and this model is in training mode; call eval() first")
-        size = self.config.vocab_size
-        check_below(size, "token id", tokens, f"the vocabulary of {size} (model.vocab_size)")
-        batch, time = tokens.shape
-        if lengths is not None and tuple(lengths.shape) != (batch,):
-            raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
-        if lengths is not None and lengths.is_floating_point():
-            raise ValueError(f"lengths must be integers, not {lengths.dtype}")
-        for name, given in (("positions", positions), ("document_ids", documents)):
-            if given is not None and tuple(given.shape) != (batch, time):
-                raise ValueError(f"{name} must have the shape {[batch, time]}, not {list(given.shape)}")
-        if lengths is not None and lengths.device.type == "cpu":
-            least, most = int(lengths.min()), int(lengths.max())
-            if least < 0 or most > time:
-                raise ValueError(f"lengths must lie between 0 and the {time} columns of tokens, not {least}..{most}")
-        if cache is not None and documents is not None:
-            raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
-        if cache is not None and cache.seen.shape[0] != batch:
-            raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
 
 
 def takes_any_depth(config: ModelConfig) -> bool:
@@ -444,34 +321,3 @@ def _block(config: ModelConfig, has_norms: bool = True) -> Block:
     attention = Attention(d_model, shape, norm_q, norm_k, config.dropout.attention)
     norms = _norms(config) if has_norms else {}
     return Block(attention, built, config.norm_placement, norms, config.dropout.residual)
-
-
-def _full_trace(record: Record, packing: Packing, tokens: Tensor, num_experts: int) -> Trace:
-    def widen(frame: Tensor, value: float) -> Tensor:
-        missing = tokens.shape[1] - frame.shape[1]
-        return frame if missing == 0 else F.pad(frame, (0, 0) * (frame.dim() - 2) + (0, missing), value=value)
-
-    groups = {
-        name: GroupTrace(
-            [widen(mask, 0) for mask in group.active],
-            [widen(score, torch.nan) for score in group.scores],
-            [widen(state, 0) for state in group.states],
-            widen(group.start, 0),
-        )
-        for name, group in record.groups.items()
-    }
-    choices = {
-        name: [
-            Choice(
-                widen(choice.experts, -1),
-                widen(choice.logits, torch.nan),
-                None if choice.state is None else widen(choice.state, torch.nan),
-                None if choice.steps is None else widen(choice.steps, -1),
-            )
-            for choice in found
-        ]
-        for name, found in record.choices.items()
-    }
-    active = [mask for group in groups.values() for mask in group.active]
-    depth = torch.stack(active).sum(0) if active else torch.zeros_like(tokens)
-    return Trace(depth, groups, choices, num_experts)

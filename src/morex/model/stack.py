@@ -16,25 +16,12 @@ from morex.cache.slots import CallStore, KVCache, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step
+from morex.model.trace import GroupTrace
 from morex.nn.attention import Local
 from morex.nn.block import WHOLE, Block, StepParts
 from morex.nn.injection import Injection
 from morex.nn.packing import Packing
 from morex.nn.signals import Choice, Exits, RouterStats, Signals, loss_name
-
-
-@dataclass
-class GroupTrace:
-    """What one routed group did: entry r - 1 of each list is recursion r, in the frame of the batch [B, T]."""
-
-    active: list[Tensor]
-    """Tokens that took the recursion, bool."""
-    scores: list[Tensor]
-    """Scores of the candidates, NaN elsewhere; empty for routers that score nothing."""
-    states: list[Tensor]
-    """Hidden states after the recursion [B, T, D]."""
-    start: Tensor
-    """Hidden states before recursion 1 [B, T, D]."""
 
 
 @dataclass

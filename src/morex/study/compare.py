@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from morex.data.source import prepare_source
+from morex.data.source import num_windows, prepare_source
 from morex.data.tasks.prepared import PreparedTask
 from morex.files import write_json, write_whole
 from morex.loading import ConfigError
@@ -112,17 +112,20 @@ def check_data(study: StudyConfig, planned: Plan) -> None:
     """Prepares the data once, so that a fault of the corpus or the prompt shows before anything is trained."""
     config = planned.cells[0].config
     data = prepare_source(config)
+    if study.learning_rates is not None and num_windows(data.val, config.train.seq_len) < 2:
+        more = f"data.val_fraction {config.data.val_fraction:g}"
+        if isinstance(data, PreparedTask):
+            more = f"data.task.held_out {len(data.val.examples)}"
+        raise ConfigError(
+            "learning_rates are chosen on the first half of the held-out set, but that is one window or example alone; "
+            f"raise {more}"
+        )
     if isinstance(data, PreparedTask):
         return
     texts = {"sample.prompt": study.sample.prompt, "report.map_text": study.report.map_text}
     for option, text in texts.items():
         if text is not None and not len(data.tokenizer.encode(text)):
             raise ConfigError(f"{option} '{text}' has no tokens; give at least one character")
-    if study.learning_rates is not None and data.val.num_tokens - 1 <= config.train.seq_len:
-        raise ConfigError(
-            f"learning_rates are chosen on the first half of the held-out windows, but there is one window only "
-            f"({data.val.num_tokens} held-out tokens); raise data.val_fraction {config.data.val_fraction:g}"
-        )
 
 
 def _check_jobs(study: StudyConfig, jobs: int) -> None:

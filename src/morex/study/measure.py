@@ -6,27 +6,25 @@ Everything is read from the run folder and written back to it as cell.json. Shap
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
 import torch
 
 from morex.config import Config
 from morex.data.prepare import PreparedData
-from morex.data.source import beginning, prepare_source
+from morex.data.source import beginning, halves, prepare_source
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut, PreparedTask
 from morex.data.tokenizer import Tokenizer
 from morex.depth.policy import Depth
-from morex.eval.loss import evaluate
 from morex.eval.traces import own_rule, traced_batches
-from morex.loading import is_depth_routed
+from morex.loading import decides_depth
 from morex.model.lm import LanguageModel
 from morex.sections.mixers import FeedForwardConfig
 from morex.study.records import DepthMap, Measures, Routing, Sample
 from morex.study.spec import ReportConfig, SampleConfig, StudyConfig
 from morex.train.checkpoint import load
-from morex.train.precision import autocast_dtype, resolve_device
+from morex.train.opening import evaluate_by
+from morex.train.precision import resolve_device
 from morex.train.runs import RunFolder
 from morex.train.setup import cpu_threads
 
@@ -62,27 +60,6 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
     )
 
 
-def halves(held_out: TokenStream | HeldOut, seq_len: int) -> tuple[TokenStream | HeldOut, TokenStream | HeldOut]:
-    """The first and the second half of the examples of a task, or of the windows of a held-out stream.
-
-    The last token of the first half is predicted there and is context in the second, so every token is predicted once.
-    """
-    if isinstance(held_out, HeldOut):
-        middle = len(held_out.examples) // 2
-        first, second = held_out.examples[:middle], held_out.examples[middle:]
-        return replace(held_out, examples=first), replace(held_out, examples=second)
-    stream = held_out
-    windows = -(-(stream.num_tokens - 1) // seq_len)
-    assert windows > 1, "the plan refuses a held-out set of one window"
-    cut = windows // 2 * seq_len
-    starts = stream.document_starts
-    later = np.concatenate([[0], starts[starts > cut] - cut]).astype(np.int64)
-    return (
-        TokenStream(stream.tokens[: cut + 1], starts[starts <= cut], max(1, stream.num_bytes // 2)),
-        TokenStream(stream.tokens[cut:], later, max(1, stream.num_bytes // 2)),
-    )
-
-
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Text of each token; characters of several tokens stand at the last of them, the end of a text is `¶`."""
     texts, done = [], 0
@@ -101,17 +78,7 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def _half_losses(model: LanguageModel, data: PreparedData | PreparedTask, config: Config) -> tuple[float, float]:
-    first, second = (
-        evaluate(
-            model,
-            half,
-            config.train.seq_len,
-            config.eval.batch_size,
-            autocast=autocast_dtype(config.train.precision),
-            mask_documents=config.data.mask_documents,
-        ).loss
-        for half in halves(data.val, config.train.seq_len)
-    )
+    first, second = (evaluate_by(config, model, half).loss for half in halves(data.val, config.train.seq_len))
     return first, second
 
 
@@ -161,7 +128,7 @@ def _decode_speed(model: LanguageModel, held_out: TokenStream | HeldOut, new_tok
 def _routing(
     model: LanguageModel, data: PreparedData | PreparedTask, tokenizer: Tokenizer, config: Config, report: ReportConfig
 ) -> Routing | None:
-    routed, mixer = is_depth_routed(config.model), config.model.mixer
+    routed, mixer = decides_depth(config.model), config.model.mixer
     experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
     if not routed and not experts:
         return None

@@ -247,16 +247,28 @@ def _depth(results: Results, looks: Looks) -> "Figure | None":
     return depth_bars(shares, "How deep the tokens went")
 
 
-def depth_bars(shares: Mapping[str, Sequence[float]], title: str) -> "Figure":
-    """A bar for each name, from bottom to top, of its shares at 0, 1, ... recursions."""
+def depth_bars(
+    shares: Mapping[str, Sequence[float]],
+    title: str,
+    named: Callable[[int], str] = recursions_text,
+    total: str = "held-out tokens",
+) -> "Figure":
+    """A bar for each name, from bottom to top, of its shares at 0, 1, ... recursions.
+
+    Args:
+        named: text of a level for the legend.
+        total: what the shares are of.
+    """
     deepest = max(map(len, shares.values())) - 1
     figure, grid = new_figure(8, 1.5 + 0.4 * len(shares))
     axes = grid[0][0]
     left = [0.0] * len(shares)
-    for level in range(deepest + 1):
-        values = [100 * share[level] if level < len(share) else 0.0 for share in shares.values()]
-        if not any(values):
-            continue
+    columns = [
+        [100 * share[level] if level < len(share) else 0.0 for share in shares.values()] for level in range(deepest + 1)
+    ]
+    taken = [level for level, values in enumerate(columns) if any(values)]
+    for level in taken:
+        values = columns[level]
         colour = depth_colour(level, deepest)
         bars = axes.barh(
             list(shares),
@@ -266,16 +278,21 @@ def depth_bars(shares: Mapping[str, Sequence[float]], title: str) -> "Figure":
             edgecolor="#9fb0c0",
             linewidth=0.6,
             height=0.68,
-            label=recursions_text(level),
+            label=named(level) if level == taken[-1] else str(level),  # once is enough, and many fit
         )
         axes.bar_label(bars, [f"{v:.0f}" if v >= 4 else "" for v in values], label_type="center", color=ink_on(colour))
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.set_xlim(0, 100)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("share of the held-out tokens, %")
+    axes.set_xlabel(f"share of the {total}, %")
     axes.set_title(title)
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=10, handlelength=1.5, columnspacing=1.2, borderpad=0
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.985),
+        ncols=deepest + 1,
+        handlelength=1.5,
+        columnspacing=1.2,
+        borderpad=0,
     )
     return figure
 

@@ -7,11 +7,15 @@ from pathlib import Path
 from morex.config import Config
 from morex.data.prepare import PreparedData
 from morex.data.source import prepare_source
-from morex.data.tasks.prepared import PreparedTask
+from morex.data.stream import TokenStream
+from morex.data.tasks.prepared import HeldOut, PreparedTask
 from morex.data.tokenizer import Tokenizer
+from morex.depth.policy import Depth
+from morex.eval.loss import EvalResult, evaluate
 from morex.loading import ConfigError, load_config
 from morex.model.lm import LanguageModel
 from morex.train.checkpoint import checkpoint_of, load, read_state, trained_on
+from morex.train.precision import autocast_dtype
 from morex.train.runs import RunFolder
 
 
@@ -27,6 +31,28 @@ class OpenRun:
     """In eval mode."""
     tokenizer: Tokenizer
     data: PreparedData | PreparedTask
+
+
+def evaluate_by(
+    config: Config,
+    model: LanguageModel,
+    held_out: TokenStream | HeldOut,
+    depth: Depth = None,
+    by_depth: bool = False,
+    deepest: int | None = None,
+) -> EvalResult:
+    """`evaluate` with the windows, batches, precision and documents of a run's config."""
+    return evaluate(
+        model,
+        held_out,
+        config.train.seq_len,
+        config.eval.batch_size,
+        depth=depth,
+        autocast=autocast_dtype(config.train.precision),
+        by_depth=by_depth,
+        deepest=deepest,
+        mask_documents=config.data.mask_documents,
+    )
 
 
 def run_of(path: Path) -> RunFolder:

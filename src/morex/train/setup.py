@@ -12,7 +12,7 @@ from morex.config import Config
 from morex.data.corpora import lasting_name
 from morex.data.loader import Loader
 from morex.data.prepare import PreparedData
-from morex.data.source import prepare_source, training_loader
+from morex.data.source import mean_length, prepare_source, training_loader
 from morex.data.tasks.loader import TaskLoader
 from morex.data.tasks.prepared import PreparedTask
 from morex.data.tokenizer import load_tokenizer
@@ -52,6 +52,8 @@ class Training:
     loader: Loader | TaskLoader
     state: TrainState
     counts: Count
+    seq_len: int
+    """Tokens of the sequence that a training token is in, on average: what FLOPs are counted at."""
     device: torch.device
     autocast: torch.dtype | None
     memory: PeakMemory
@@ -110,6 +112,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         _refuse_other_data(run, config, state.data, _identity(data))
         loader.load_state_dict(state.loader)
     state.max_seconds = max_seconds
+    seq_len = mean_length(data, config)
     _write_start(run, config, data, device, None if stored is None else state.step)
     return Training(
         run=run,
@@ -119,7 +122,8 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         data=data,
         loader=loader,
         state=state,
-        counts=count(config.model, seq_len=config.train.seq_len),
+        counts=count(config.model, seq_len=seq_len),
+        seq_len=seq_len,
         device=device,
         autocast=autocast_dtype(config.train.precision),
         memory=memory,

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from morex.config import Config
 from morex.data.loader import Batch
-from morex.eval.loss import evaluate
 from morex.files import write_json
 from morex.loading import is_depth_routed
 from morex.model.count import count
@@ -25,6 +24,7 @@ from morex.train.checkpoint import save_checkpoint
 from morex.train.errors import Interrupted, NonFiniteError, disk_full_explained
 from morex.train.interrupt import StopRequest, stop_on_signals
 from morex.train.metrics import MetricsWriter, evaluation_line, summarise, training_line
+from morex.train.opening import evaluate_by
 from morex.train.optim import learning_rate
 from morex.train.progress import ProgressDisplay
 from morex.train.runs import RunFolder
@@ -162,8 +162,7 @@ def flops_per_token(t: Training, stats: RouterStats) -> float:
     if not (is_depth_routed(model) or stats.step_shares):
         return t.counts.train_flops_per_token
     shares = stats.active_shares if is_depth_routed(model) else None
-    seq_len = t.config.train.seq_len
-    return count(model, seq_len=seq_len, shares=shares, step_shares=stats.step_shares).train_flops_per_token
+    return count(model, seq_len=t.seq_len, shares=shares, step_shares=stats.step_shares).train_flops_per_token
 
 
 def clip_gradients(t: Training) -> float:
@@ -201,16 +200,8 @@ def set_learning_rate(t: Training) -> float:
 def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisplay) -> None:
     """Evaluates the whole held-out set, writes the line and remembers it."""
     with t.memory.left_out():
-        result = evaluate(
-            t.model,
-            t.data.val,
-            t.config.train.seq_len,
-            t.config.eval.batch_size,
-            autocast=t.autocast,
-            by_depth=t.config.eval.depths,
-            deepest=t.config.eval.deepest,
-            mask_documents=t.config.data.mask_documents,
-        )
+        own = t.config.eval
+        result = evaluate_by(t.config, t.model, t.data.val, by_depth=own.depths, deepest=own.deepest)
     if not math.isfinite(result.loss):
         raise NonFiniteError(
             f"the held-out loss is {result.loss} at step {t.state.step}; training stopped ({_saved(t)})"

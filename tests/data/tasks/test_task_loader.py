@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data.tasks.helpers import SMALL, prepared
-from morex.data.loader import IGNORED
 from morex.data.tasks.example import Example, answer_batch, class_batch
 from morex.data.tasks.loader import TaskLoader
+from morex.model.heads import IGNORED
 
 EXAMPLES = [Example([5, 6, 7], [1, 9], 3), Example([8], [2, 3, 9], 1), Example([4, 4], [9], 2, label=0)]
 

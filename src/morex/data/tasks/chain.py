@@ -21,7 +21,8 @@ class Chain(GeneratedTask):
 
     def draw(self, rng: np.random.Generator, difficulty: int) -> Question:
         letters = iter([LETTERS[i] for i in rng.permutation(len(LETTERS))])
-        chains, left = [], self.pairs
+        chains: list[list[str]] = []
+        left = self.pairs
         while left:
             # More than one chain, so that more than one letter is an end.
             size = int(rng.integers(1, left + 1)) if chains else difficulty

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from morex.data.loader import IGNORED, PADDING, Batch
+from morex.data.loader import PADDING, Batch
+from morex.model.heads import IGNORED
 
 Ids = Sequence[int] | NDArray[np.unsignedinteger[Any]]
 
@@ -24,6 +25,11 @@ class Example:
     difficulty: int
     label: int | None = None
     """Class of the question, for a classifier."""
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that a model reads: all but the last of the answer, which it predicts; a classifier no answer."""
+        return len(self.prompt) + (len(self.answer) - 1 if self.label is None else 0)
 
 
 def answer_batch(examples: Sequence[Example], predict_prompt: bool = False) -> Batch:

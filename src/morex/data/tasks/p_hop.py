@@ -1,6 +1,9 @@
 """`p_hop`: induction heads in a row.
 
-Sanford, Hsu and Telgarsky 2024, "Transformers, Parallel Computation, and Logarithmic Depth": their k-hop induction.
+Sanford, Hsu and Telgarsky 2024, "Transformers, Parallel Computation, and Logarithmic Depth" (arXiv 2402.09268): their
+hop_k is the letter where k hops lead, from each place. Their program draws letters as this one does, each evenly from
+those that its neighbour is not; there k goes from 0 to 16 for 100 letters out of 4, and a sign of its own stands for
+hops that lead nowhere. Here the last place alone is asked, k is at least 1, and all k hops exist.
 """
 
 import numpy as np
@@ -13,8 +16,8 @@ class PHop(GeneratedTask):
     """The question is the number of hops, `:` and a sequence X_1 .. X_N; the answer the letter where p hops lead.
 
     A hop goes from i to the place after the latest earlier letter that equals X_i: the greatest j <= i with
-    X_{j-1} = X_i. Starting at N, p hops must exist. Other than in the paper neighbours always differ: every hop leads
-    to an earlier place, and p hops are really p.
+    X_{j-1} = X_i. Starting at N, p hops must exist. Neighbours differ, so that every hop leads to an earlier place, and
+    p hops are really p.
     """
 
     def __init__(self, length: int, letters: int) -> None:

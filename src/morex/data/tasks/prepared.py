@@ -37,8 +37,8 @@ class HeldOut:
     """Whether batches are for a classifier."""
 
     def head(self, num_tokens: int) -> "HeldOut":
-        """The first examples that have so many tokens in all."""
-        before = accumulate((len(example.prompt) + len(example.answer) for example in self.examples), initial=0)
+        """The first examples of which a model reads so many tokens in all, or all of them."""
+        before = accumulate((example.num_read for example in self.examples), initial=0)
         return replace(
             self, examples=[one for one, done in zip(self.examples, before, strict=False) if done < num_tokens]
         )
