@@ -5,10 +5,13 @@ import shlex
 import subprocess
 import tomllib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from morex.cli import main
+from morex.config import Config
 from morex.loading import load_config
+from morex.sections.tasks import GeneratedTaskConfig
 from morex.study.plan import plan
 from morex.study.spec import load_study
 
@@ -30,16 +33,19 @@ TINY_TRAINING = {
     "train.threads": "1",
     "train.device": "cpu",
 }
+# A generated task says how long its examples are and how many ids they need.
+TINY_TASK = [
+    "data.task.held_out=20", "train.steps=2", "train.batch_size=4", "train.threads=1", "train.device=cpu",
+    "model.d_model=32",
+]  # fmt: skip
 TINY_STUDY = [
     "budget={kind: steps, value: 2}",
     "seeds=[0]",
-    "variants=[{name: mor-expert}, {name: dense, twin_of: mor-expert, twin: equal_depth}]",
     "sample={max_new_tokens: 4}",
     "report={decode_tokens: 4, map_tokens: 8, trace_windows: 2, reference: null}",
-    "model.d_model=32",
-    "model.vocab_size=512",
 ]
-TINY_MODEL = ["--set", "model.d_model=32", "--set", "model.vocab_size=512"]
+TINY_VARIANTS = ["variants=[{name: mor-expert}, {name: dense, twin_of: mor-expert, twin: equal_depth}]"]
+TINY_MODEL = ["model.d_model=32", "model.vocab_size=512"]
 TINY_BENCH = ["--steps", "1", "--rounds", "1", "--batch-size", "2", "--seq-len", "16", "--no-memory"]
 
 
@@ -158,15 +164,26 @@ def shrunk(words: list[str]) -> list[str]:
     """A command line of `morex` with a tiny model, text and budget, its own choices otherwise kept."""
     own_corpus = any(word.startswith("data.corpus=") for word in words)
     training = {key: value for key, value in TINY_TRAINING.items() if not (own_corpus and key == "data.corpus")}
-    changes = [word for key, value in training.items() for word in ("--set", f"{key}={value}")]
+    changes = [f"{key}={value}" for key, value in training.items()]
     match words:
-        case ["train", *rest] if "--resume" not in rest:
-            return [*words, *changes, *TINY_MODEL]
+        case ["train", source, *rest] if "--resume" not in words:
+            own = [change for option, change in pairwise(rest) if option == "--set"]
+            changes = TINY_TASK if on_generated_task(load_config(source, own)) else [*changes, *TINY_MODEL]
+        case ["data", source, *_] if on_generated_task(load_config(source)):
+            changes = TINY_TASK
         case ["data", *_]:
-            return [*words, *changes]
-        case ["compare", *_]:
-            return [*words, *changes, *(word for change in TINY_STUDY for word in ("--set", change))]
+            pass
+        case ["compare", source, *_]:
+            (config, *_) = (cell.config for cell in plan(load_study(source)).cells)
+            tiny = TINY_TASK if on_generated_task(config) else [*changes, *TINY_VARIANTS, *TINY_MODEL]
+            changes = [*TINY_STUDY, *tiny]
         case ["bench", "train", *_]:
             return [*words, *TINY_BENCH]
         case _:
             return words
+    return [*words, *(word for change in changes for word in ("--set", change))]
+
+
+def on_generated_task(config: Config) -> bool:
+    """Whether a config trains on a task that is made up, and not read."""
+    return isinstance(config.data.task, GeneratedTaskConfig)

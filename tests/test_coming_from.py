@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from data.tasks.helpers import write_sets
 from documents import CORPUS, OWN_TEXT, ROOT, CodeBlock, Table, blocks_and_tables, run_block, run_command, write_corpus
 from morex.cli import main
 from morex.loading import load_config, presets
 
+OWN_TABLE = "my-rows.csv"
 PAGE = ROOT / "docs" / "coming-from.md"
 SPAN = re.compile(r"`([^`]+)`")
 SETTING = re.compile(r"(?:model|data|train|eval)\.[\w.]+=.+")
@@ -24,7 +26,8 @@ CONFIG = re.compile(r"here, in `(.+)`")
 DOCUMENTS = {
     "": ["git clone", "pip install -r requirements.txt", "uv venv", "uv pip install", "uv init", "uv add -r"],
     "Mixture of Recursive Experts (MORE)": [
-        "step_embedding[step]", "TinyAttention(z)", "SwiGLU_FFN(z)", "python more.py", "python benchmark_more.py",
+        "variable number of steps", "step_embedding[step]", "TinyAttention(z)", "SwiGLU_FFN(z)", "python more.py",
+        "python benchmark_more.py",
         "learning_curves.png", "speed_comparison.png", "memory_comparison.png", "sample_output.png", "vocab_size",
         "n_embd", "n_head", "n_layer", "num_experts", "top_k", "n_recursions", "intermediate_size",
     ],
@@ -32,15 +35,15 @@ DOCUMENTS = {
         "MoREModelSynthesisIOptionA", "MoREModelSynthesisIOptionB", "MoREModelSynthesisII", "vocab_size=32000",
         "d_model=512", "n_heads=8", "n_layers=12", "num_experts=8", "num_recurrences=4", "num_iters=3",
         "residual_scale=1.0", "return_iteration_info=True", 'outputs["layer_states"]', "python test_models.py", "bAbI",
-        "arithmetic", "expert analysis",
+        "arithmetic", "expert analysis", "WikiText-103",
     ],
     "Mixture of Recursions sandbox": [
         "python scripts/demo.py", "SimpleMoRModel", "SyntheticDataGenerator(vocab_size=1000, max_seq_len=64)",
         "vocab_size=1000", "hidden_size=256", "num_classes=4", "num_layers=4", "num_recursions=3",
         'mor_type="expert_choice"', "capacity_factor=0.8", 'mor_type="token_choice"', "alpha=0.1",
-        'create_dataloader("pattern", num_samples=1000', "batch_size=32", "expert_model(inputs)", "token_model(inputs)",
-        "router(hidden_states)", "select_top_k(router_scores, capacity_factor)", "recursion_block(top_k_tokens)",
-        "scatter_add(processed, original_positions)", "argmax(router_logits, dim=-1)",
+        'create_dataloader("pattern", num_samples=1000)', "batch_size=32", "expert_model(inputs)",
+        "token_model(inputs)", "router(hidden_states)", "select_top_k(router_scores, capacity_factor)",
+        "recursion_block(top_k_tokens)", "scatter_add(processed, original_positions)", "argmax(router_logits, dim=-1)",
         "process_through_depth(hidden_states, depth)", 'create_dataloader("copy", num_samples=1000, copy_length=10)',
         'create_dataloader("counting", num_samples=1000, target_token=42)',
         "analyze_routing_patterns(expert_model, val_loader)", "['mean_entropy']",
@@ -58,6 +61,7 @@ DOCUMENTS = {
         "create_comprehensive_loss_comparison(your_data)", "fig.show()", "learning_rate = 2e-4", "batch_size = 1",
         "grad_accumulation = 16", "warmup_steps = 100", "max_iters = 2500", "kv_share = True", "learning_rate = 1e-4",
         "grad_accumulation = 8", 'scheduler = "CosineAnnealingLR"', "n_layers = 24", "MoR 400M", "Standard 400M",
+        "Gemma 3 270M",
     ],
     "MoR-LLM": [
         "uv run train.py --config configs/small_model.yaml",
@@ -71,6 +75,7 @@ DOCUMENTS = {
         'parameter_sharing_strategy: "middle_cycle"', "max_recursion_depth: 4", 'routing_strategy: "expert_choice"',
         "configs/medium_llm.yaml", "configs/large_llm.yaml", "TinyStories", "WikiText", ".txt", ".jsonl", ".csv",
         ".parquet", "FSDP", "mixed precision", "gradient checkpointing",
+        "INT8 and INT4",
     ],
 }  # fmt: skip
 
@@ -135,11 +140,15 @@ def imports() -> set[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a text that has every letter of the page's prompts, the current one."""
+    """The current folder: a text with every letter of the page's prompts, rows of a table, and sets that are read."""
     monkeypatch.chdir(tmp_path)
+    write_sets(tmp_path / "sets")
+    monkeypatch.setenv("MOREX_DATA", str(tmp_path / "sets"))
     write_corpus(tmp_path, OWN_TEXT)
     with (tmp_path / CORPUS).open("a", encoding="utf-8") as file:
         file.write(f"{string.ascii_uppercase}:\n")
+    texts = (tmp_path / OWN_TEXT).read_text(encoding="utf-8").splitlines()
+    (tmp_path / OWN_TABLE).write_text("title,body\n" + "".join(f"part,{text}\n" for text in texts), encoding="utf-8")
     return tmp_path
 
 

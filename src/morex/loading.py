@@ -17,6 +17,8 @@ from morex.sections.tasks import GeneratedTaskConfig
 
 TINY_WIDTH, TINY_VOCABULARY, TINY_WINDOW = 32, 97, 6
 SCHEDULE_FORMS = {"layers": ("prelude", "core", "coda"), "core": ("layers",)}
+MEANT = {"epochs": "steps", "epoch": "steps", "learning_rate": "lr", "max_steps": "steps"}
+"""Keys of other programs that are called otherwise here."""
 Tree = TypeVar("Tree", bound=BaseModel)
 
 
@@ -188,7 +190,6 @@ def tiny_model(model: ModelConfig) -> dict[str, Any]:
         small_schedule["layers"] = min(schedule.core, 3)
     else:
         small_schedule |= {
-            "sharing": schedule.order,
             "prelude": min(schedule.prelude, 1),
             "core": min(schedule.core, 2),
             "coda": min(schedule.coda, 1),
@@ -286,7 +287,8 @@ def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
     dotted = ".".join([where, *location] if where else location)
     match fault["type"]:
         case "extra_forbidden":
-            return f"unknown key '{dotted}'{closest(location[-1], _keys(sections), places(kind, location[-1]))}"
+            name, keys = MEANT.get(location[-1], location[-1]), _keys(sections)
+            return f"unknown key '{dotted}'{closest(name, keys, [] if name in keys else places(kind, name))}"
         case "missing" if isinstance(fault["loc"][-1], int):
             return f"'{dotted.rpartition('.')[0]}' has too few entries: number {fault['loc'][-1] + 1} is missing"
         case "missing":

@@ -36,6 +36,8 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["train", "mor-exprt"], "unknown preset 'mor-exprt'; did you mean 'mor-expert'"),
         (["train", "missing.yaml"], "'missing.yaml' does not exist"),
         (["train", "vanilla", "--set", "train.lrr=1"], "unknown key 'train.lrr'; did you mean 'lr'"),
+        (["train", "vanilla", "--set", "train.epochs=3"], "unknown key 'train.epochs'; did you mean 'steps'"),
+        (["train", "vanilla", "--set", "learning_rate=1"], "unknown key 'learning_rate'; did you mean 'train.lr'"),
         (["train", "vanilla", "--set", "steps=3"], "unknown key 'steps'; did you mean .*'train.steps'"),
         (["train", "moe", "--set", "model.mixer.top_k=2"], "did you mean 'model.mixer.router.top_k'"),
         (["train", "vanilla", "--set", "model.depth.kind=expert_choise"], "expert_choise.*expert_choice"),
@@ -108,6 +110,27 @@ def test_a_mistyped_corpus_is_told_as_it_was_typed(shell: Shell) -> None:
 def test_vocabulary_that_is_too_small_for_the_tokenizer(shell: Shell) -> None:
     words = ["train", "vanilla", "--out", "run", *TINY, "--set", "model.vocab_size=97"]
     assert re.search("97", shell.refuses(*words, "--set", "data.tokenizer.kind=byte"))
+
+
+def test_a_model_without_a_causal_rule_is_told_how_to_decode(shell: Shell) -> None:
+    trained = shell.succeeds("train", "mor-expert", "--out", "run", *TINY, "--set", "model.depth.causal=none")
+    assert "morex generate" not in trained.err and "fixed --depth" in trained.err
+    sentence = shell.refuses("generate", "run", "--prompt", "a")
+    assert "give a fixed depth, such as 3" in sentence and "oracle" not in sentence
+    assert "give a fixed one" in shell.refuses("generate", "run", "--prompt", "a", "--depth", "oracle")
+    shell.succeeds("generate", "run", "--prompt", "a", "--depth", "3", "--max-new-tokens", "2")
+
+
+def test_a_classifier_is_not_asked_for_text(shell: Shell) -> None:
+    short = [word for option in ("steps=1", "batch_size=2", "device=cpu") for word in ("--set", f"train.{option}")]
+    shell.succeeds("train", "sandbox-token", "--tiny", "--out", "run", *short, "--set", "data.task.held_out=4")
+    assert "'classifier' does not decode" in shell.refuses("generate", "run", "--prompt", "To be")
+
+
+def test_the_tiny_form_keeps_the_sharing(shell: Shell) -> None:
+    short = ["--set", "train.steps=1", "--set", "model.schedule.layers=11"]
+    shell.succeeds("train", "mor-token", "--out", "run", *TINY, *short)
+    assert "layers 10" in shell.refuses("train", "mor-token", "--tiny", "--set", "model.schedule.layers=10")
 
 
 def test_an_existing_run_is_not_overwritten(trained: Path, shell: Shell) -> None:

@@ -34,11 +34,17 @@ def test_token_ids_beyond_the_vocabulary(token: int) -> None:
         model.generate([[1, token]], max_new_tokens=1)
 
 
+def test_tokens_in_a_list() -> None:
+    refused_forward(r"tokens .*tensor.*list.*torch.tensor", eval_model("mor-expert"), TOKENS.tolist())
+
+
 def test_labels_beyond_the_vocabulary() -> None:
     refused_forward(r"label.* 97 ", eval_model("mor-expert"), TOKENS, labels=torch.full_like(TOKENS, 97))
 
 
 SHAPES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "labels in a list": (r"labels .*tensor.*list", lambda model: {"labels": TOKENS.tolist()}),
+    "lengths in a list": (r"lengths .*tensor.*list", lambda model: {"lengths": [16, 3]}),
     "labels of another shape": (r"labels .*\[2, 16\]", lambda model: {"labels": TOKENS[:, :5]}),
     "lengths of another batch": (r"lengths .*\[2\]", lambda model: {"lengths": torch.tensor([16])}),
     "lengths beyond the tokens": (r"lengths .*16.*3..17", lambda model: {"lengths": torch.tensor([17, 3])}),

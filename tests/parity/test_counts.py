@@ -282,7 +282,7 @@ def test_kv_bytes_equal_the_cache(case: str) -> None:
 
 
 def test_flops_of_published_programs() -> None:
-    """Forward FLOPs per token of seed 1's two models, counted by torch on its own program (batch 32 x 128)."""
+    """Forward FLOPs per token of both models, counted by torch on the program they come from (batch 32 x 128)."""
     baseline = morex.count(morex.load_config("more-baseline").model, seq_len=128)
     assert baseline.forward_flops_per_token == pytest.approx(803_072, rel=0.01)
     assert baseline.train_flops_per_token == pytest.approx(2_409_216, rel=0.01)

@@ -17,6 +17,7 @@ from morex.sections.mixers import (
     MoEConfig,
     SharedRecurrentConfig,
 )
+from morex.sections.schedule import ScheduleConfig
 from parity.helpers import (
     CASES,
     build,
@@ -240,6 +241,16 @@ def test_depth_at_call_time_is_the_shallower_model(case: str) -> None:
         shallow.load_state_dict(weights)
         for depth in (r, f"uniform:{r}"):
             assert largest_change(model(tokens, depth=depth).logits, shallow(tokens).logits) <= 1e-12
+
+
+@pytest.mark.parametrize("order", ["cycle", "sequence"])
+def test_a_middle_form_by_its_core(order: str) -> None:
+    parts = {"core": 2, "recursions": 3}
+    expected = ScheduleConfig.model_validate({"sharing": order, "prelude": 1, "coda": 1, **parts}).resolved
+    for ends in ({}, {"prelude": 1, "coda": 1}):
+        assert ScheduleConfig.model_validate({"sharing": f"middle_{order}", **ends, **parts}).resolved == expected
+    with pytest.raises(ValueError, match=rf"schedule.coda is 2; use '{order}'"):
+        ScheduleConfig.model_validate({"sharing": f"middle_{order}", "coda": 2, **parts})
 
 
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])

@@ -39,6 +39,12 @@ KEYS = {
 }
 
 
+def test_a_classifier_is_measured() -> None:
+    small = ["model.d_model=16", "model.attention.heads=2"]
+    [row] = bench_train(["sandbox-token"], 2, 16, steps=1, rounds=1, twins=False, overrides=small, memory=False)
+    assert row["tokens_per_s"] > 0
+
+
 def test_rows_of_every_kind(tmp_path: Path) -> None:
     rows = bench_train(["vanilla", "mor-expert", "moe"], 2, 16, steps=1, rounds=2, overrides=SMALL, memory=False)
     dense, routed, experts = rows

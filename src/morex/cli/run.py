@@ -70,13 +70,7 @@ def train(
         ["", str(folder)],
         [[label, number(summary[key])] for key, label in SUMMARY_ROWS.items() if summary.get(key) is not None],
     )
-    quoted = shlex.quote(str(folder))
-    advice = f"Next: morex eval {quoted}"
-    if settings.data.task is not None:
-        advice += " --by-difficulty"
-    else:
-        advice += f", or morex generate {quoted} --prompt 'Once upon a time'"
-    progress.print(advice, style="dim", markup=False)
+    progress.print(_advice(settings, shlex.quote(str(folder))), style="dim", markup=False)
 
 
 @app.command(
@@ -154,9 +148,11 @@ def generate(
     texts = [*(prompt or []), *(_read_lines(prompts) if prompts else [])]
     if not texts:
         raise ConfigError("there is nothing to continue: give --prompt TEXT, or --prompts FILE with one prompt a line")
+    from morex.model.checks import check_decodes
     from morex.train.checkpoint import load
 
     model, tokenizer = load(run, device)
+    check_decodes(model.config, depth)
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ConfigError(f"prompt {text!r} is not text in the encoding of this terminal; use UTF-8")
@@ -196,6 +192,16 @@ def _run_to_train(
     if resume and out is None:
         raise ConfigError("--resume needs the run to go on with: morex train --resume RUN, or --out RUN beside CONFIG")
     return config, out or Path("runs") / f"{Path(source).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _advice(config: "Config", run: str) -> str:
+    """What to do with a finished run."""
+    depth = config.model.depth
+    if config.data.task is not None:
+        return f"Next: morex eval {run} --by-difficulty"
+    if depth.kind == "expert_choice" and depth.causal == "none":
+        return f"Next: morex eval {run}; it has no causal rule (depth.causal 'none') and decodes at a fixed --depth"
+    return f"Next: morex eval {run}, or morex generate {run} --prompt 'Once upon a time'"
 
 
 def _eval_difficulty(span: str) -> str:

@@ -4,7 +4,16 @@ from torch import Tensor
 
 from morex.cache.slots import KVCache
 from morex.config import ModelConfig
-from morex.depth.policy import DepthPolicy
+from morex.depth.policy import Depth, DepthPolicy
+
+
+def check_tensors(**given: object) -> None:
+    """Refuses what is given and no tensor, such as a list of lists. Raises ValueError."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a tensor of integers, not of the type {type(value).__name__}; use torch.tensor"
+            )
 
 
 def check_batch(
@@ -72,6 +81,16 @@ def refuse_decoding(config: ModelConfig, what: str) -> None:
     """Refuses `what` is for decoding where the model does not decode. Raises ValueError."""
     if config.head.kind == "classifier":
         raise ValueError(f"{what} is for decoding, and model.head.kind 'classifier' does not decode; use kind 'lm'")
+
+
+def check_decodes(config: ModelConfig, depth: Depth) -> None:
+    """Refuses to generate where there is no next token, or none without later ones. Raises ValueError."""
+    refuse_decoding(config, "generate")
+    if depth is None and config.depth.kind == "expert_choice" and config.depth.causal == "none":
+        raise ValueError(
+            "this model was trained with depth.causal 'none' and has no causal rule to decode by; give a fixed depth, "
+            f"such as {config.schedule.recursions}, or train with depth.causal 'aux_loss'"
+        )
 
 
 def check_below(end: int, what: str, numbers: Tensor, place: str) -> None:

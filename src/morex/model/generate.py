@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morex.depth.policy import Depth
-from morex.model.checks import refuse_decoding
+from morex.model.checks import check_decodes
 
 if TYPE_CHECKING:
     from morex.model.lm import LanguageModel
@@ -50,7 +50,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, options out of range, a model without a causal rule, or a classifier.
     """
-    refuse_decoding(model.config, "generate")
+    check_decodes(model.config, depth)
     prompts = _prompts(tokens)
     _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
     _check_room(model, max(map(len, prompts)), max_new_tokens)
@@ -164,4 +164,4 @@ def _check(
         if value is not None and temperature == 0:
             raise ValueError(f"{name} {value} has no effect at temperature 0, the likeliest token; set both")
     if depth == "oracle":
-        raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out")
+        raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out or give a fixed one")

@@ -17,7 +17,7 @@ from morex.depth.router import DepthRouter
 from morex.depth.routers import ROUTERS
 from morex.experts.kinds import EXPERTS
 from morex.experts.router import ExpertRouter
-from morex.model.checks import check_batch, check_below, check_exit, refuse_decoding
+from morex.model.checks import check_batch, check_below, check_exit, check_tensors, refuse_decoding
 from morex.model.heads import ClassifierHead, Head, LanguageModelHead
 from morex.model.init import initialise
 from morex.model.stack import Core, RoutedGroup, Stack, Windows
@@ -109,6 +109,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
+        check_tensors(tokens=tokens, labels=labels, lengths=lengths, positions=positions, document_ids=document_ids)
         check_batch(self.config, self.training, tokens, lengths, positions, document_ids, cache)
         self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
         policy = self._policy(depth, cache)

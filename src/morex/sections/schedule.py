@@ -18,11 +18,11 @@ class ScheduleConfig(Section):
     recursions: PositiveInt = 1
     """Recursions R."""
     prelude: Annotated[int, Field(ge=0)] | None = None
-    """Unshared first blocks; only with `core`."""
+    """Unshared first blocks; only with `core`. Default 0, and 1 in the `middle_` forms."""
     core: PositiveInt | None = None
     """Shared blocks that recur."""
     coda: Annotated[int, Field(ge=0)] | None = None
-    """Unshared last blocks; only with `core`."""
+    """Unshared last blocks; only with `core`. Default as for `prelude`."""
 
     @property
     def resolved(self) -> Schedule:
@@ -36,12 +36,18 @@ class ScheduleConfig(Section):
                     f"sharing {self.sharing!r}"
                 )
             return from_layers(self.sharing, self.layers, self.recursions)
-        if self.sharing not in ("cycle", "sequence"):
-            raise ValueError(
-                f"schedule.sharing {self.sharing!r} needs schedule.layers; with core use cycle or sequence"
-            )
         assert self.core is not None
-        return Schedule(self.prelude or 0, self.core, self.coda or 0, self.recursions, self.sharing)
+        if self.sharing == "none":
+            raise ValueError("schedule.sharing 'none' needs schedule.layers; with core use cycle or sequence")
+        if self.sharing in ("cycle", "sequence"):
+            return Schedule(self.prelude or 0, self.core, self.coda or 0, self.recursions, self.sharing)
+        for end, blocks in (("prelude", self.prelude), ("coda", self.coda)):
+            if blocks not in (None, 1):
+                raise ValueError(
+                    f"schedule.sharing {self.sharing!r} has a {end} of 1 block, and schedule.{end} is {blocks}; use "
+                    f"{self.sharing.removeprefix('middle_')!r}"
+                )
+        return from_layers(self.sharing, 2 + self.core * self.recursions, self.recursions)
 
     @model_validator(mode="after")
     def _resolves(self) -> Self:

@@ -79,7 +79,7 @@ class Contender:
     def step(self, batch: Tensor) -> RouterStats:
         """One optimizer step on [B, T+1] tokens, as the trainer takes it."""
         with torch.autocast(self.shape.device.type, self.autocast, enabled=self.autocast is not None):
-            out = self.model(batch[:, :-1], labels=batch)
+            out = self.model(batch[:, :-1], labels=self._labels(batch))
         assert out.loss is not None
         out.loss.backward()
         if self.config.train.clip:
@@ -89,6 +89,11 @@ class Contender:
         self.steps += 1
         self.model.update_routers(out.stats, self.steps)
         return out.stats
+
+    def _labels(self, batch: Tensor) -> Tensor:
+        """The tokens themselves, or for a classifier classes [B] made from them."""
+        head = self.config.model.head
+        return batch if head.kind == "lm" else batch[:, -1] % head.classes
 
     def timed(self, batches: Sequence[Tensor]) -> float:
         """Seconds of one step on each batch; remembers how many tokens were active."""
