@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from parity.formulas import feed_forward, rms_norm, softmax
-from parity.reference import Reference, States
+from parity.reference import Place, Reference, States
 
 
 class RecurrentReference(Reference):
     """`Reference` for the expert kinds `huginn`, `shared_recurrent` and `layer_recurrent`, in eval mode."""
 
-    def mixer(self, index: int, inputs: States) -> States:
+    def mixer(self, index: int, inputs: States, step: Place = (0, 0, 0)) -> States:
         name = f"stack.blocks.{index}.mixer."
         match self.config["mixer"]["kind"]:
             case "huginn":
@@ -21,7 +21,7 @@ class RecurrentReference(Reference):
                 return self.recur(name + "shared.", 0, self.mixture(index, name, inputs, recurrent=False))
             case "layer_recurrent":
                 return self.recur_layer(index, name, inputs)
-        return super().mixer(index, inputs)
+        return super().mixer(index, inputs, step)
 
     def mixture(self, index: int, name: str, inputs: States, recurrent: bool) -> States:
         """Weighted sum of what each token's experts return."""
