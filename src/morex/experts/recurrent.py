@@ -39,7 +39,7 @@ def recurrent_parameters(
 
 def initial_state(x: Tensor, std: float, training: bool) -> Tensor:
     """s_0 of each token [N, D]. Drawn in the order of the tokens, so that no later token changes an earlier one's."""
-    return torch.randn_like(x) * std if training and std else torch.zeros_like(x)
+    return torch.empty_like(x).normal_(std=std) if training and std else torch.zeros_like(x)
 
 
 def recur(
