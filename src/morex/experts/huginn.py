@@ -51,7 +51,7 @@ class HuginnExperts(nn.Module):
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
-        states = initial_state(x, self.state_std, self.training)[sent.token]
+        states = initial_state(x, self.state_std, self.training).index_select(0, sent.token)
         own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
         rows = ExpertRows(packing, sent.token, sent.counts)
         y = recur(states, sent.gather(x), own, self.steps, self.shape, self.eps, rows, views)

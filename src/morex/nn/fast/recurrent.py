@@ -46,7 +46,7 @@ class _Recurrent(torch.autograd.Function):
     @full_precision
     def forward(ctx: Any, s: Tensor, x: Tensor, plan: Plan, steps: int, *stacks: Tensor) -> Tensor:
         own = dict(zip(plan.names, stacks, strict=True))
-        block = _Forward(own, plan, Scratch(x))
+        block = _Forward(own | {"map": attention_map(own, plan)}, plan, Scratch(x))
         injected = block.multiply("injected", x, _halves(own["adapter"])[1])
         of_state, state = _halves(own["adapter"])[0], s
         z = torch.empty_like(x)
@@ -59,16 +59,16 @@ class _Recurrent(torch.autograd.Function):
             block.norm_after(z, "norm4", state)
         if plan.keeps:
             ctx.plan, ctx.steps = plan, steps
-            ctx.save_for_backward(s, x, *stacks, *block.saved)
+            ctx.save_for_backward(s, x, block.own["map"], *stacks, *block.saved)
         return z
 
     @staticmethod
     @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        s, x, *rest = ctx.saved_tensors
-        own = dict(zip(plan.names, rest, strict=False))
-        block = _Backward(own, plan, Scratch(x), rest[len(own) :])
+        s, x, folded, *rest = ctx.saved_tensors
+        own, count = dict(zip(plan.names, rest, strict=False)), len(plan.names)
+        block = _Backward(own | {"map": folded}, plan, Scratch(x), rest[count:])
         of_state, of_input = _halves(own["adapter"])
         d_adapter = torch.empty_like(own["adapter"])
         d_of_state, d_of_input = _halves(d_adapter)
@@ -99,7 +99,6 @@ class _Block:
 
     def __init__(self, own: Weights, plan: Plan, scratch: Scratch) -> None:
         self.own, self.plan, self.counts, self.scratch = own, plan, plan.counts, scratch
-        self.own["map"] = attention_map(own, plan)
 
     def multiply(self, name: str, x: Tensor, weights: Tensor) -> Tensor:
         """Rows x times each block's weight [out, in], in the scratch memory of this name."""
