@@ -61,6 +61,22 @@ def test_the_temperature_lifts_the_entropy_to_the_floor_and_no_further() -> None
     torch.testing.assert_close(warm, torch.full_like(warm, floor), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("experts", [2, 4, 64])
+@pytest.mark.parametrize("spread", [0.3, 2.0, 30.0, 3000.0])
+def test_the_temperature_is_found_for_any_logits(experts: int, spread: float) -> None:
+    """Ties at the top, one far ahead, all in steps: tokens that need many halvings stand beside ones that need few."""
+    generator = torch.Generator().manual_seed(0)
+    logits = spread * torch.randn(300, experts, generator=generator, dtype=torch.float64)
+    logits[:100, 1] = logits[:100, 0] = logits[:100].amax(1)
+    logits[100:200, 0] += spread * 10
+    floor = 0.85 * math.log(experts)
+    found = temperature(logits, floor)
+    below = entropy(logits) < floor
+    warm = entropy(logits / found.unsqueeze(1))[below]
+    torch.testing.assert_close(warm, torch.full_like(warm, floor), rtol=0, atol=1e-9)
+    assert (found[~below] == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_temperature_of_a_saturated_router_is_finite(dtype: torch.dtype) -> None:
     logits = torch.tensor([[1e4, 0.0, -1e4], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)

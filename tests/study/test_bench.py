@@ -65,6 +65,18 @@ def test_rows_of_every_kind(tmp_path: Path) -> None:
     assert content["machine"]["cores"] >= 1
 
 
+def test_steps_that_draw_their_depth_count_at_the_mean() -> None:
+    """FLOPs are those of the drawn depths, and times are means as well: a median leaves the deep draws out."""
+    [row] = bench_train(["huginn"], 1, 8, steps=1, rounds=6, overrides=SMALL, memory=False)
+    assert row["explained"] == pytest.approx(row["flop_ratio"] / row["time_ratio"])
+    contender = Contender(load_config("huginn", SMALL), SHAPE)
+    contender.active = [(1.0,) * 2, (1.0,) * 6]
+    alone = [count(contender.config.model, seq_len=16, shares=own).train_flops_per_token for own in contender.active]
+    assert contender.flops_per_token() == pytest.approx(sum(alone) / 2)
+    assert contender.shares() == (1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
+    assert contender.typical([1.0, 1.0, 4.0]) == 2.0
+
+
 def test_flops_follow_the_shares_that_were_measured() -> None:
     """16 tokens give top-k of 16, floor(10.67) = 10 and 5 active tokens, and not 2/3 and 1/3 of them."""
     config = load_config("mor-expert", SMALL)

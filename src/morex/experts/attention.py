@@ -57,6 +57,29 @@ def cache_slots(views: ExpertViews | None, experts: int, steps: int) -> list[lis
     return [[views.expert(e, s) for s in range(steps)] for e in range(experts)]
 
 
+def fast_plan(
+    x: Tensor, w: Mapping[str, Tensor], shape: AttentionShape, eps: float, rows: ExpertRows, together: bool
+) -> fast.Plan | None:
+    """How `morex.nn.fast` takes experts with these weights, without a cache; None where it cannot.
+
+    Args:
+        x: what the experts work on, [..., D].
+        w: weights of the experts [E, ...]; with queries and keys where attention is over an expert's own rows.
+        eps: of the norms.
+        together: whether all experts' rows stand in frames in common.
+    """
+    routed = "q" in w
+    if routed and (shape.rope is None or not has_fast_rows(rows.packing)):
+        return None
+    if not x.shape[0] or not fast.usable(x, *w.values()):
+        return None
+    frames = None
+    if routed:
+        packings = [rows.together] if together else rows.apart
+        frames = [shape.frames(own, shape.rope, x.dtype) if own.num_tokens else None for own in packings]
+    return fast.Plan(rows.counts, eps, shape.head_dim, shape.scale, frames, tuple(w), torch.is_grad_enabled())
+
+
 def attend_routed(
     w: Mapping[str, Tensor], shape: AttentionShape, slots: list[list[KeyView | None]] | None = None
 ) -> Attend:

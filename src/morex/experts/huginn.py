@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from morex.experts.attention import ExpertRows, attend_alone, attend_routed, cache_slots
+from morex.experts.attention import ExpertRows
 from morex.experts.dispatch import dispatch
 from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter, expert_router_costs
@@ -51,14 +51,10 @@ class HuginnExperts(nn.Module):
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
-        states = initial_state(x, self.state_std, self.training)[sent.token]
+        states = initial_state(x, self.state_std, self.training).index_select(0, sent.token)
         own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
-        if self.scope == "token":
-            attention = attend_alone(own, self.shape)
-        else:
-            attention = attend_routed(own, self.shape, cache_slots(views, self.router.experts, self.steps))
         rows = ExpertRows(packing, sent.token, sent.counts)
-        y = recur(states, sent.gather(x), own, self.steps, attention, self.eps, rows)
+        y = recur(states, sent.gather(x), own, self.steps, self.shape, self.eps, rows, views)
         return sent.combine(y, weights), {"router": signals}
 
     @staticmethod

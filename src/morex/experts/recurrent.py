@@ -8,16 +8,16 @@ A latent state s meets the input x again at every step, with weights shared over
 The input's half of the adapter is the same at every step and is computed once.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from morex.experts.attention import Attend, ExpertRows
+from morex.experts.attention import ExpertRows, attend_alone, attend_routed, cache_slots, fast_plan
 from morex.experts.dispatch import expert_linear, expert_rows
 from morex.experts.moe import expert_gated
+from morex.nn import fast
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import AttentionCosts, Costs
+from morex.nn.mixers import ExpertViews
 from morex.nn.norm import rms_norm
 
 NORMS = 4
@@ -39,26 +39,38 @@ def recurrent_parameters(
 
 def initial_state(x: Tensor, std: float, training: bool) -> Tensor:
     """s_0 of each token [N, D]. Drawn in the order of the tokens, so that no later token changes an earlier one's."""
-    return torch.randn_like(x) * std if training and std else torch.zeros_like(x)
+    return torch.empty_like(x).normal_(std=std) if training and std else torch.zeros_like(x)
 
 
 def recur(
-    s: Tensor, x: Tensor, w: Mapping[str, Tensor], steps: int, attention: Attend, eps: float, rows: ExpertRows
+    s: Tensor,
+    x: Tensor,
+    w: dict[str, Tensor],
+    steps: int,
+    shape: AttentionShape,
+    eps: float,
+    rows: ExpertRows,
+    views: ExpertViews | None = None,
 ) -> Tensor:
     """S steps of each block on its own rows.
 
     Args:
         s, x: state and input [M, D], block by block.
-        w: weights of the blocks, stacked [E, ...].
+        w: weights of the blocks, stacked [E, ...]; without queries and keys a token sees only itself.
         steps: S.
-        attention: of the blocks.
+        shape: of the attention.
         eps: of the norms.
         rows: what stands in the rows of each block.
+        views: the cache slots of the blocks.
 
     Returns:
         The last state [M, D].
     """
+    plan = fast_plan(x, w, shape, eps, rows, together=True) if views is None else None
+    if plan is not None:
+        return fast.recurrent_experts(s, x, w, plan, steps)
     counts = rows.counts
+    attention = attend_routed(w, shape, cache_slots(views, len(counts), steps)) if "q" in w else attend_alone(w, shape)
     of_state, of_input = w["adapter"].chunk(2, dim=-1)
     norm1, norm2, norm3, norm4 = (expert_rows(w[f"norm{i + 1}"], counts) for i in range(NORMS))
     injected = expert_linear(x, of_input, counts)

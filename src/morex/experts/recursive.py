@@ -20,12 +20,20 @@ from torch import Tensor, nn
 from morex.depth.fixed import FixedRouter
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
-from morex.experts.attention import Attend, ExpertRows, attend_alone, attend_alone_folded, attend_routed, cache_slots
-from morex.experts.dispatch import Dispatch, dispatch, expert_rows
+from morex.experts.attention import (
+    Attend,
+    ExpertRows,
+    attend_alone,
+    attend_alone_folded,
+    attend_routed,
+    cache_slots,
+    fast_plan,
+)
+from morex.experts.dispatch import dispatch, expert_rows
 from morex.experts.moe import expert_gated
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, has_fast_rows
+from morex.nn.attention import AttentionShape
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews
 from morex.nn.norm import rms_norm
@@ -81,9 +89,14 @@ class RecursiveExperts(nn.Module):
         """x [N, D] -> [N, D] and what the routers report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
-        if views is None and self._has_fast_path(x, packing):
-            return self._fast(x, weights, packing, sent), {"router": signals}
-        y, routing, about_steps = self._loop(sent.gather(x), ExpertRows(packing, sent.token, sent.counts), views)
+        rows = ExpertRows(packing, sent.token, sent.counts)
+        if views is None and isinstance(self.depth, FixedRouter):
+            stacks = self._used()
+            plan = fast_plan(x, stacks, self.shape, self.eps, rows, together=False)
+            if plan is not None:
+                y = fast.recursive_experts(x, weights.to(x.dtype), stacks, plan, sent.token, sent.places)
+                return y, {"router": signals}
+        y, routing, about_steps = self._loop(sent.gather(x), rows, views)
         reports = {"router": signals}
         if not isinstance(self.depth, FixedRouter):
             reports["depth"] = about_steps
@@ -91,9 +104,14 @@ class RecursiveExperts(nn.Module):
             signals.choices = [replace(choice, steps=taken) for choice in signals.choices]
         return sent.combine(y, weights), reports
 
+    def _used(self) -> dict[str, Tensor]:
+        """The stacked weights that are computed with."""
+        unused = ("q", "k") if self.scope == "token" else ()
+        return {name: weight for name, weight in self.named_parameters(recurse=False) if name not in unused}
+
     def _loop(self, x: Tensor, rows: ExpertRows, views: ExpertViews | None) -> tuple[Tensor, Routing, Signals]:
         """The experts on their own rows x [M, D] -> [M, D], and what the depth router did and reports."""
-        w: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
+        w = self._used()
         attention = self._attention(w, x.shape, views)
         z, routing = self.depth.begin(x, rows.together.root(), DepthPolicy("router", self.steps))
         for s in range(self.steps):
@@ -120,30 +138,6 @@ class RecursiveExperts(nn.Module):
         # One product W_o W_v pays once more rows pass through it than the matrices have channels.
         pays = shape[0] * self.steps > shape[1] * self.router.experts
         return (attend_alone_folded if pays else attend_alone)(w, self.shape)
-
-    def _has_fast_path(self, x: Tensor, packing: Packing) -> bool:
-        if not isinstance(self.depth, FixedRouter):
-            return False
-        rows = self.scope == "token" or (self.shape.rope is not None and has_fast_rows(packing))
-        return rows and x.shape[0] > 0 and fast.usable(x, *self.parameters(recurse=False))
-
-    def _fast(self, x: Tensor, weights: Tensor, packing: Packing, sent: Dispatch) -> Tensor:
-        frames: list[fast.Frames | None] | None = None
-        stacks: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
-        if self.scope == "routed":
-            tokens = sent.token.split(sent.counts)
-            frames = [
-                self.shape.frames(packing.select(own), self.shape.rope, x.dtype) if own.numel() else None
-                for own in tokens
-            ]
-        else:
-            stacks.pop("q", None), stacks.pop("k", None)
-        keeps = torch.is_grad_enabled()
-        shape, names = self.shape, tuple(stacks)
-        plan = fast.Plan(
-            sent.token, sent.places, sent.counts, self.eps, shape.head_dim, shape.scale, frames, names, keeps
-        )
-        return fast.recursive_experts(x, weights.to(x.dtype), stacks, plan)
 
     @staticmethod
     def costs(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from morex.experts.attention import ExpertRows, attend_routed, cache_slots
+from morex.experts.attention import ExpertRows
 from morex.experts.moe import MoE
 from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter
@@ -52,9 +52,8 @@ class SharedRecurrentExperts(MoE):
         """x [N, D] -> [N, D] and the router's report."""
         mixed, reports = super().forward(x, packing)
         state, shared = initial_state(mixed, self.state_std, self.training), dict(self.shared.items())
-        attention = attend_routed(shared, self.shape, cache_slots(views, 1, self.steps))
         everyone = ExpertRows(packing, torch.arange(x.shape[0], device=x.device), [x.shape[0]])
-        return recur(state, mixed, shared, self.steps, attention, self.eps, everyone), reports
+        return recur(state, mixed, shared, self.steps, self.shape, self.eps, everyone, views), reports
 
     @staticmethod
     def costs(  # type: ignore[override]

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count as count_from
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -112,17 +113,31 @@ class Contender:
         """Measured share of the tokens at recursion r = 1..R, or None where no router decides depth."""
         return _means(self.active) if is_depth_routed(self.config.model) else None
 
+    @property
+    def draws(self) -> bool:
+        """Whether every step draws how often the model recurs."""
+        return self.config.model.depth.kind == "sampled"
+
     def flops_per_token(self) -> float:
-        """Training FLOPs per token, closed form on the measured shares."""
-        model, seq_len = self.config.model, self.shape.seq_len
-        return count(
-            model, seq_len=seq_len, shares=self.shares(), step_shares=_means(self.steps_taken)
-        ).train_flops_per_token
+        """Training FLOPs per token, closed form on the measured shares; the mean over steps that differ in depth."""
+        steps_taken, deepest = _means(self.steps_taken), {len(shares) for shares in self.active}
+
+        def flops(shares: tuple[float, ...] | None) -> float:
+            found = count(self.config.model, seq_len=self.shape.seq_len, shares=shares, step_shares=steps_taken)
+            return found.train_flops_per_token
+
+        if len(deepest) <= 1:
+            return flops(self.shares())
+        return statistics.fmean(map(flops, self.active))
+
+    def typical(self, seconds: Sequence[float]) -> float:
+        """Seconds of a round: the median, or the mean where rounds differ in depth, as FLOPs are then a mean."""
+        return statistics.fmean(seconds) if self.draws else statistics.median(seconds)
 
 
 def _means(shares: Sequence[tuple[float, ...]]) -> tuple[float, ...] | None:
-    """The mean of each place, or None of nothing."""
-    return tuple(map(statistics.fmean, zip(*shares, strict=True))) if shares else None
+    """The mean of each place, or None of nothing; a place that one does not have counts as 0."""
+    return tuple(map(statistics.fmean, zip_longest(*shares, fillvalue=0.0))) if shares else None
 
 
 @dataclass
@@ -317,7 +332,7 @@ def _row(match: Match, shape: Shape, threads: int, steps: int) -> Row:
         "batch_size": shape.batch_size,
         "seq_len": shape.seq_len,
         "parameters": count(preset.config.model).parameters,
-        "tokens_per_s": tokens / statistics.median(match.seconds["preset"]),
+        "tokens_per_s": tokens / preset.typical(match.seconds["preset"]),
         "twin_tokens_per_s": None,
         "time_ratio": 1.0,
         "flop_ratio": 1.0,
@@ -329,10 +344,10 @@ def _row(match: Match, shape: Shape, threads: int, steps: int) -> Row:
     if "twin" in match.contenders:
         twin = match.contenders["twin"]
         flop_ratio = preset.flops_per_token() / twin.flops_per_token()
-        time_ratio = paired_ratio(match.seconds["preset"], match.seconds["twin"])
+        time_ratio = _time_ratio(match, "twin")
         row |= {
             "twin": twin_name(preset.config.model, twin.config.model),
-            "twin_tokens_per_s": tokens / statistics.median(match.seconds["twin"]),
+            "twin_tokens_per_s": tokens / preset.typical(match.seconds["twin"]),
             "time_ratio": time_ratio,
             "flop_ratio": flop_ratio,
             "explained": flop_ratio / time_ratio,
@@ -340,7 +355,7 @@ def _row(match: Match, shape: Shape, threads: int, steps: int) -> Row:
     elif bench_twin(preset.config.model) is not None:
         row |= {"twin": None, "time_ratio": None, "flop_ratio": None, "explained": None}
     if "unrouted" in match.contenders:
-        row["unrouted_time_ratio"] = paired_ratio(match.seconds["preset"], match.seconds["unrouted"])
+        row["unrouted_time_ratio"] = _time_ratio(match, "unrouted")
     return row
 
 
@@ -350,6 +365,12 @@ def _compare_precisions(rows: Sequence[Row]) -> None:
     for row in rows:
         compared = plain is not None and row["precision"] != "fp32"
         row["fp32_speedup"] = row["tokens_per_s"] / plain if compared else None
+
+
+def _time_ratio(match: Match, other: str) -> float:
+    """Of the preset to another contender."""
+    preset, own, others = match.contenders["preset"], match.seconds["preset"], match.seconds[other]
+    return preset.typical(own) / preset.typical(others) if preset.draws else paired_ratio(own, others)
 
 
 def paired_ratio(one: Sequence[float], other: Sequence[float]) -> float:

@@ -7,11 +7,13 @@ fewer tensors kept for the backward pass.
 """
 
 from morex.nn.fast.causal import attend, fits, joint_weight
-from morex.nn.fast.experts import Plan, recursive_experts
+from morex.nn.fast.experts import recursive_experts
 from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.grouped import expert_linear
 from morex.nn.fast.norm import rms_norm
+from morex.nn.fast.plan import Plan
+from morex.nn.fast.recurrent import recurrent_experts
 from morex.nn.fast.rows import combine_rows, gather_rows
 from morex.nn.fast.switch import available, enabled, usable
 
@@ -27,6 +29,7 @@ __all__ = [
     "fits",
     "gather_rows",
     "joint_weight",
+    "recurrent_experts",
     "recursive_experts",
     "rms_norm",
     "swiglu",

@@ -164,6 +164,14 @@ def attend_forward(projected: Tensor, frames: Frames, scratch: Scratch) -> tuple
     return frames.collect(out), saved
 
 
+def take_attended(saved: list[Tensor], frames: Frames) -> list[Tensor]:
+    """Takes off the end of a list what `attend_forward` gave for its backward pass."""
+    start = len(saved) - 1 - sum(len(blocks_of(width)) for _, width in frames.shapes)
+    kept = saved[start:]
+    del saved[start:]
+    return kept
+
+
 def attend_backward(grad: Tensor, saved: list[Tensor], frames: Frames, scratch: Scratch) -> Tensor:
     """Gradient of `projected` from that of the heads' outputs."""
     buffer, *found = saved

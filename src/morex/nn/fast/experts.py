@@ -5,66 +5,35 @@ the stream. Norm weights are folded into the linear maps that follow, and gradie
 summed by the matrix products themselves.
 """
 
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from morex.nn.fast.causal import attend_backward, attend_forward, blocks_of, joint_weight, joint_weight_backward
+from morex.nn.fast.causal import attend_backward, attend_forward, take_attended
 from morex.nn.fast.feed_forward import hidden_backward
-from morex.nn.fast.frame import Frames
 from morex.nn.fast.norm import inverse_rms
+from morex.nn.fast.plan import Plan, Weights, attention_map, attention_map_backward
 from morex.nn.fast.rows import in_order, sum_of_rows
 from morex.nn.fast.scratch import Scratch
 from morex.nn.fast.switch import full_precision, full_precision_backward
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What a call needs beside tensors with gradients."""
-
-    token: Tensor
-    """Token of each assignment, expert by expert [N * K]."""
-    places: Tensor
-    """Sorted place of each assignment [N, K]."""
-    counts: list[int]
-    """Tokens of each expert."""
-    eps: float
-    dim: int
-    """Width of a head."""
-    scale: float
-    frames: list[Frames | None] | None
-    """Frames of each expert's tokens; None where attention sees only the token itself."""
-    names: tuple[str, ...]
-    """Names of the stacked weights, in their order."""
-    keeps: bool
-    """Whether a backward pass may follow."""
-
-    @property
-    def visited(self) -> list[tuple[int, slice]]:
-        """Experts that somebody visits, and their rows."""
-        ends = list(accumulate(self.counts))
-        return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(self.counts, ends, strict=True)) if n]
-
-
-Weights = dict[str, Tensor]
-
-
-def recursive_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan) -> Tensor:
+def recursive_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan, token: Tensor, places: Tensor) -> Tensor:
     """What `morex.experts.recursive` does behind its router.
 
     Args:
         x: [N, D].
         weights: of the assignments [N, K].
         stacks: weights of all experts by name, stacked [E, ...]; those of queries and keys only with frames.
-        plan: where tokens go.
+        plan: where rows stand, with frames for each expert.
+        token: token of each row, expert by expert [N * K].
+        places: row of each assignment [N, K].
 
     Returns:
         The branch [N, D].
     """
-    y: Tensor = _Experts.apply(x, weights, plan, *stacks.values())
+    y: Tensor = _Experts.apply(x, weights, plan, token, places, *stacks.values())
     return y
 
 
@@ -73,15 +42,17 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @full_precision
-    def forward(ctx: Any, x: Tensor, weights: Tensor, plan: Plan, *stacks: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, plan: Plan, token: Tensor, places: Tensor, *stacks: Tensor
+    ) -> Tensor:
         own = dict(zip(plan.names, stacks, strict=True))
         folded = fold(own, plan)
-        y = x.new_empty(plan.token.shape[0], x.shape[1])
+        y = x.new_empty(token.shape[0], x.shape[1])
         kept = torch.empty_like(y) if "norm_out" in own else y
         saved: list[Tensor] = []
         scratch = Scratch(x)
         for e, span in plan.visited:
-            rows = x.index_select(0, plan.token[span])
+            rows = x.index_select(0, token[span])
             z = loop(e, rows, folded, plan, saved, scratch)
             if "norm_out" in own:
                 inverse = inverse_rms(z, plan.eps)
@@ -91,25 +62,25 @@ class _Experts(torch.autograd.Function):
                 torch.sub(z, rows, out=y[span])
         if plan.keeps:
             ctx.plan = plan
-            ctx.save_for_backward(weights, kept, *stacks, *saved)
-        return sum_of_rows(y, plan.places, weights)
+            ctx.save_for_backward(weights, token, places, kept, *stacks, *saved)
+        return sum_of_rows(y, places, weights)
 
     @staticmethod
     @full_precision_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        weights, kept, *rest = ctx.saved_tensors
+        weights, token, places, kept, *rest = ctx.saved_tensors
         own = dict(zip(plan.names, rest, strict=False))
         saved = rest[len(own) :]
         folded = fold(own, plan)
         sums = {name: torch.zeros_like(weight) for name, weight in folded.items()}
-        shares = in_order(weights, plan.places)
+        shares = in_order(weights, places)
         d_shares, d_rows = torch.empty_like(shares), torch.empty_like(kept)
         d_norm_out = torch.zeros_like(own["norm_out"]) if "norm_out" in own else None
         scratch = Scratch(kept)
         for e, span in reversed(plan.visited):
             share, y = shares[span], kept[span]
-            dz = torch.index_select(grad, 0, plan.token[span], out=d_rows[span])
+            dz = torch.index_select(grad, 0, token[span], out=d_rows[span])
             product = dz * y
             if d_norm_out is None:
                 torch.sum(product, 1, out=d_shares[span])
@@ -130,51 +101,25 @@ class _Experts(torch.autograd.Function):
         if d_norm_out is not None:
             gradients["norm_out"] = d_norm_out
         d_stacks = [gradients[name] for name in plan.names]
-        return sum_of_rows(d_rows, plan.places), d_shares[plan.places], None, *d_stacks
+        return sum_of_rows(d_rows, places), d_shares[places], None, None, None, *d_stacks
 
 
 def fold(own: Weights, plan: Plan) -> Weights:
-    """The stacked weights as the loop multiplies by them: norms, scale and, for a lone token, W_o W_v inside."""
-    norm = own["norm_attention"].unsqueeze(1)
+    """The stacked weights as the loop multiplies by them: norms inside."""
     folded = {name: own[name] for name in ("step_embedding", "down")}
     folded |= {name: own[name] * own["norm_mixer"].unsqueeze(1) for name in ("gate", "up")}
-    if plan.frames is None:
-        return folded | {"alone": (own["o"] @ _shared_values(own, plan.dim)).mul_(norm)}
-    joint = joint_weight(own["q"], own["k"], own["v"], plan.dim, plan.scale)
-    return folded | {"joint": joint.mul_(norm), "o": own["o"]}
+    folded["map"] = attention_map(own, plan).mul_(own["norm_attention"].unsqueeze(1))
+    return folded if plan.frames is None else folded | {"o": own["o"]}
 
 
 def unfold(own: Weights, sums: Weights, plan: Plan) -> Weights:
     """From gradients of the folded weights (overwritten) to those of the weights."""
     norm_mixer, norm = own["norm_mixer"].unsqueeze(1), own["norm_attention"].unsqueeze(1)
-    grads = {name: sums[name] for name in ("step_embedding", "down")}
+    grads = {name: sums[name] for name in sums if name in ("step_embedding", "down", "o")}
     grads["norm_mixer"] = (sums["gate"] * own["gate"]).sum(1) + (sums["up"] * own["up"]).sum(1)
     grads |= {name: sums[name].mul_(norm_mixer) for name in ("gate", "up")}
-    if plan.frames is None:
-        values = _shared_values(own, plan.dim)
-        d_fold = sums["alone"]
-        grads["norm_attention"] = (d_fold * (own["o"] @ values)).sum(1)
-        d_fold.mul_(norm)
-        grads["o"] = d_fold @ values.transpose(1, 2)
-        d_values = own["o"].transpose(1, 2) @ d_fold
-        experts, keys, d_model = own["v"].shape
-        grads["v"] = d_values.view(experts, keys // plan.dim, -1, plan.dim, d_model).sum(2).view(experts, keys, d_model)
-        return grads
-    grads["o"] = sums["o"]
-    queries, keys = own["q"].shape[1], own["k"].shape[1]
-    parts = joint_weight_backward(sums["joint"], queries, keys, plan.dim, plan.scale)
-    grads["norm_attention"] = torch.zeros_like(own["norm_attention"])
-    for name, part in zip("qkv", parts, strict=True):
-        grads["norm_attention"] += (part * own[name]).sum(1)
-        grads[name] = part * norm
-    return grads
-
-
-def _shared_values(own: Weights, dim: int) -> Tensor:
-    """Value weights of every query head [E, H * dim, D]: heads of one group read the same value head."""
-    values, heads = own["v"], own["o"].shape[2] // dim
-    values = values.view(values.shape[0], -1, dim, values.shape[2])
-    return values.repeat_interleave(heads // values.shape[1], dim=1).flatten(1, 2)
+    grads["norm_attention"] = (sums["map"] * attention_map(own, plan)).sum(1)
+    return grads | attention_map_backward(own, sums["map"].mul_(norm), plan)
 
 
 def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor], scratch: Scratch) -> Tensor:
@@ -189,10 +134,10 @@ def loop(e: int, rows: Tensor, folded: Weights, plan: Plan, saved: list[Tensor],
         inverse = inverse_rms(z, plan.eps)
         h = z * inverse
         if frames is None:
-            z.addmm_(h, own["alone"].t())
+            z.addmm_(h, own["map"].t())
             kept = [h, inverse]
         else:
-            joint = own["joint"]
+            joint = own["map"]
             projected = torch.mm(h, joint.t(), out=scratch.take("projected", h.shape[0], joint.shape[0]))
             heads, kept = attend_forward(projected, frames, scratch)
             z.addmm_(heads, own["o"].t())
@@ -229,17 +174,15 @@ def loop_backward(
 
         inverse, h = saved.pop(), saved.pop()
         if frames is None:
-            total["alone"].addmm_(dz.t(), h)
-            torch.mm(dz, own["alone"], out=d_h)
+            total["map"].addmm_(dz.t(), h)
+            torch.mm(dz, own["map"], out=d_h)
         else:
             total["o"].addmm_(dz.t(), saved.pop())
-            count = 1 + sum(len(blocks_of(width)) for _, width in frames.shapes)
-            kept = saved[-count:]
-            del saved[-count:]
+            kept = take_attended(saved, frames)
             d_heads = torch.mm(dz, own["o"], out=scratch.take("d_heads", len(dz), own["o"].shape[1]))
             projected = attend_backward(d_heads, kept, frames, scratch)
-            total["joint"].addmm_(projected.t(), h)
-            torch.mm(projected, own["joint"], out=d_h)
+            total["map"].addmm_(projected.t(), h)
+            torch.mm(projected, own["map"], out=d_h)
         _add_norm_backward(dz, d_h, h, inverse, scratch)
         torch.sum(dz, 0, out=total["step_embedding"][s])
 

@@ -30,11 +30,16 @@ def multiply(x: Tensor, weights: Tensor, counts: list[int], out: Tensor | None =
     return y
 
 
-def multiply_transposed(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
-    """left^T right of each expert's rows [N, ...] -> [E, left, right]."""
-    total = left.new_empty(len(counts), left.shape[1], right.shape[1])
+def multiply_transposed(
+    left: Tensor, right: Tensor, counts: list[int], out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """left^T right of each expert's rows [N, ...] -> [E, left, right]; `out` and `add` as for `multiply`."""
+    total = left.new_empty(len(counts), left.shape[1], right.shape[1]) if out is None else out
     for a, b, part in zip(left.split(counts), right.split(counts), total.unbind(0), strict=True):
-        torch.mm(a.t(), b, out=part)
+        if add:
+            part.addmm_(a.t(), b)
+        else:
+            torch.mm(a.t(), b, out=part)
     return total
 
 
