@@ -116,6 +116,10 @@ def test_loss_at_more_depths_than_in_training() -> None:
     assert found.by_depth[5] == evaluate(model, stream, SEQ_LEN, 4, depth=5).loss
 
 
+def test_a_dense_model_has_no_depths() -> None:
+    assert evaluate(model_of("vanilla"), stream_of(70), SEQ_LEN, 4, by_depth=True, deepest=5).by_depth is None
+
+
 def test_more_depths_than_a_model_takes_are_refused() -> None:
     model, stream = model_of("mor-token"), stream_of(70)
     with pytest.raises(ConfigError, match=r"eval\.deepest 4 is more than the 3 recursions"):

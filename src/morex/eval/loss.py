@@ -64,6 +64,8 @@ def depths_to_measure(config: ModelConfig, deepest: int | None = None) -> list[i
         ConfigError: `deepest` is more than the model can take.
     """
     recursions = config.schedule.resolved.recursions
+    if config.schedule.sharing == "none":
+        return []
     if deepest is not None and deepest > recursions and not takes_any_depth(config):
         raise ConfigError(f"eval.deepest {deepest} is more than the {recursions} recursions that this model can take")
     last = recursions if deepest is None else deepest
