@@ -3,7 +3,7 @@
     python docs/update_pages.py [STUDY_FOLDER] [--picture NAME]
 
 README.md gets the table, the findings, the machine and a picture of the study `demo`, docs/studies/NAME.md those of any
-other study; docs/speed.md gets the training benchmarks.
+other study, NAME-MORE included; docs/speed.md gets the training benchmarks.
 """
 
 import argparse
@@ -23,6 +23,8 @@ HEADINGS = {
     "val_loss": "held-out loss",
     "val_loss_spread": "over seeds",
     "val_loss_oracle": "oracle loss",
+    "val_accuracy": "held-out accuracy",
+    "val_accuracy_oracle": "oracle accuracy",
     "final_train_loss": "last training loss",
     "parameters": "parameters",
     "unique_non_embedding": "non-embedding parameters",
@@ -49,12 +51,21 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     options = parser.parse_args(arguments)
     results = validate(Results, json.loads((options.study / "results.json").read_text(encoding="utf-8")))
     name = results.study.name
-    page = root / ("README.md" if name == "demo" else f"docs/studies/{name}.md")
+    page = root / "README.md" if name == "demo" else page_of(name, root)
     fill(page, f"{name}-table", study_section(results))
     shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / f"{name}.png")
     measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
     print(f"wrote {page.relative_to(root)}, docs/images/{name}.png and docs/speed.md")
+
+
+def page_of(study: str, root: Path = ROOT) -> Path:
+    """The page of a study, or the one of the study whose name it goes on from."""
+    pages = {page.stem: page for page in (root / "docs" / "studies").glob("*.md")}
+    names = [name for name in pages if study == name or study.startswith(f"{name}-")]
+    if not names:
+        raise ValueError(f"no page of docs/studies is for the study '{study}'")
+    return pages[max(names, key=len)]
 
 
 def fill(page: Path, name: str, text: str) -> None:

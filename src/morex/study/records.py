@@ -96,6 +96,7 @@ class Summary(Section):
     bits_per_byte: float | None = None
     val_accuracy: float | None = None
     """Share of a task's held-out answers that are right."""
+    val_accuracy_oracle: float | None = None
     tokens_per_s: float
     peak_memory_bytes: int | None = None
     parameters: int
@@ -165,6 +166,8 @@ class Row(Section):
     bits_per_byte: float | None = None
     val_accuracy: float | None = None
     """Share of a task's held-out answers that are right, under the rule of `val_loss`."""
+    val_accuracy_oracle: float | None = None
+    """The same with top-k routing that sees the whole sequence."""
     mean_depth: float | None = None
     learning_rates: tuple[LearningRate, ...] = ()
 

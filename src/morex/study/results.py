@@ -44,6 +44,7 @@ AVERAGED = (
     "val_loss_oracle",
     "bits_per_byte",
     "val_accuracy",
+    "val_accuracy_oracle",
 )
 
 

@@ -58,6 +58,14 @@ COLUMNS = (
         3,
     ),
     Column(
+        "val_accuracy_oracle",
+        "oracle|accuracy",
+        "",
+        "Held-out accuracy with top-k routing that sees the whole sequence; such routing cannot be decoded",
+        None,
+        3,
+    ),
+    Column(
         "final_train_loss",
         "train|loss",
         "",
