@@ -40,6 +40,9 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --json benchmarks/results/train-experts-uneven.json
 	$(BIN)/morex bench train moe --batch-size 32 --seq-len 128 --rounds 11 --no-memory \
 	  --json benchmarks/results/train-experts-moe.json
+	$(BIN)/morex bench train more-a more-b more-c mor-act --rounds 5 --no-memory --json benchmarks/results/train-recurrent.json
+	$(BIN)/morex bench train huginn ouro more-small sandbox-expert sandbox-token --rounds 3 --no-memory \
+	  --json benchmarks/results/train-family.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
