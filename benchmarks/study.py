@@ -22,7 +22,10 @@ def main() -> None:
             continue
         rows.append(
             {"cell": cell.name, "variant": cell.variant, "seed": cell.seed, "lr": cell.lr}
-            | cell.summary.model_dump(include={"val_loss", "steps", "tokens", "parameters"})
+            | cell.summary.model_dump(
+                include={"val_loss", "val_accuracy", "val_accuracy_oracle", "steps", "tokens", "parameters"},
+                exclude_none=True,
+            )
             | cell.measures.model_dump(include={"val_loss_first_half", "val_loss_second_half"})
         )
         commits.add((RunFolder(cell_folder(folder, cell.name)).environment() or {}).get("commit"))
