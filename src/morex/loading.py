@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -97,6 +98,28 @@ class Shelf:
             raise ConfigError(f"{self.sort} '{name}' must be a mapping with the keys {', '.join(self.keys)}")
         return tree
 
+    def lineage(self, source: str | Path) -> list[dict[str, Any]]:
+        """The mappings of one of them and of all that it starts from, the first of these first.
+
+        The key `preset` or `study`, as `entry` says, names what one starts from; a relative path is one from its file.
+
+        Raises:
+            ConfigError: as `read`, or one starts from itself.
+        """
+        trees: list[dict[str, Any]] = []
+        names: list[str] = []
+        here = source
+        while True:
+            if str(here) in names:
+                raise ConfigError(f"{self.sort} '{here}' starts from itself: {' -> '.join((*names, str(here)))}")
+            names.append(str(here))
+            tree = self.read(here)
+            trees.insert(0, tree)
+            base = tree.pop(self.entry, None)
+            if base is None:
+                return trees
+            here = Path(here).parent / str(base) if _is_path(str(base)) else str(base)
+
 
 PRESETS = Shelf(folder="presets", entry="preset", sort="config", keys=tuple(Config.model_fields))
 
@@ -120,7 +143,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = (), tiny: bool = 
     """
     if isinstance(overrides, str | Mapping):
         raise ConfigError(f"overrides must be a list such as ['train.steps=100'], not {overrides!r}")
-    tree = _read(source)
+    tree = reduce(merge, PRESETS.lineage(source))
     if isinstance(tree.get("model"), dict):
         # With the default kinds written down, an override below them is checked against the right section.
         tree["model"] = {"depth": {"kind": "fixed"}, "mixer": {"kind": "swiglu"}, **tree["model"]}
@@ -224,19 +247,6 @@ def is_depth_routed(model: ModelConfig) -> bool:
 def decides_depth(model: ModelConfig) -> bool:
     """Whether a router lets one token go deeper than another; a drawn depth is equal for all."""
     return not isinstance(model.depth, FixedConfig | SampledConfig)
-
-
-def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping of a config, laid over that of the preset that it starts from."""
-    name = str(source)
-    if name in readers:
-        raise ConfigError(f"config '{name}' starts from itself: {' -> '.join((*readers, name))}")
-    tree = PRESETS.read(source)
-    base = tree.pop("preset", None)
-    if base is None:
-        return tree
-    beside = Path(source).parent / str(base)
-    return merge(_read(beside if _is_path(str(base)) else str(base), (*readers, name)), tree)
 
 
 def _is_path(name: str) -> bool:

@@ -137,6 +137,22 @@ def test_exits_that_make_no_sense_are_refused(name: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("preset", "depth", "pattern"),
+    [
+        ("ouro", "exit:kx", r"exit:kx.*names an exit rule.*use gate"),
+        ("ouro", "exit:gate:0", r"above 0"),
+        ("huginn", "exit:kl:many", r"exit:kl:many.*threshold above 0.*exit:kl:0\.5"),
+        ("huginn", "exit:kl:inf", r"finite"),
+        ("huginn", "exit:nan", r"threshold above 0"),
+        ("huginn", "exit:gate:0.5", r"names an exit rule.*use kl"),
+    ],
+)
+def test_mistyped_exits_are_refused_with_what_works(preset: str, depth: str, pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
+        eval_model(preset)(random_tokens(preset), depth=depth)
+
+
 def test_a_group_that_others_follow_has_no_exit() -> None:
     changes = {**RECURRING, "kv": "refresh", "schedule": RECURRING["schedule"] | {"sharing": "sequence"}}
     model = model_of(small_config(changes)).eval()

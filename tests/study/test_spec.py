@@ -52,7 +52,7 @@ def test_a_study_starts_from_another(tmp_path: Path) -> None:
         "variants: [{name: vanilla}]\nseeds: [1, 2]\ntitle: First\nset: {train: {lr: 0.5, steps: 7}}", encoding="utf-8"
     )
     second = tmp_path / "second.yaml"
-    second.write_text(f"study: {tmp_path / 'first.yaml'}\ntitle: Second\nset: {{train.lr: 0.25}}", encoding="utf-8")
+    second.write_text("study: ./first.yaml\ntitle: Second\nset: {train.lr: 0.25}", encoding="utf-8")
     loaded, first = load_study(second), load_study(tmp_path / "first.yaml")
     assert (loaded.name, loaded.title, loaded.seeds, loaded.variants) == ("second", "Second", (1, 2), first.variants)
     train = plan(loaded).cells[0].config.train

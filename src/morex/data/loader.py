@@ -5,6 +5,7 @@ k alone, so its whole state is k: nothing is shuffled in memory and a loader res
 Shapes: B windows, T tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -55,7 +56,37 @@ class Batch:
         )
 
 
-class Loader:
+class EndlessLoader(ABC):
+    """Draws training batches without end. Its whole state is how much was drawn, so it goes on exactly."""
+
+    _drawn = 0
+    _draws, _draws_from = "data", "corpus"
+    """Words for messages."""
+
+    @abstractmethod
+    def next_batch(self) -> Batch:
+        """The next batch."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same where a loader goes on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on exactly; plain JSON data."""
+        return {"drawn": self._drawn, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another loader of the same kind stood; raises DataError where it is not the same."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise DataError(
+                    f"the saved place in the {self._draws} has {name} {state.get(name)!r} but this run has {mine!r}; "
+                    f"go on with the {self._draws_from} and the settings of the run that was saved"
+                )
+        self._drawn = int(state["drawn"])
+
+
+class Loader(EndlessLoader):
     """Draws training windows without end.
 
     `packed`: the stream is cut into windows back to back; each epoch takes every window once in an order of its own and
@@ -83,7 +114,6 @@ class Loader:
         self._windows = windows
         self._seed = seed
         self._key = key_from(f"windows {seed}")
-        self._drawn = 0
 
     @property
     def windows_per_epoch(self) -> int:
@@ -101,20 +131,6 @@ class Loader:
         starts = self._packed_starts(counters) if self._windows == "packed" else self._random_starts(counters)
         self._drawn += self._batch_size
         return _gather(self._stream, starts, self._seq_len)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on exactly; plain JSON data."""
-        return {"drawn": self._drawn, **self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another loader of the same stream stood; raises DataError where it is not the same."""
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise DataError(
-                    f"the saved place in the data has {name} {state.get(name)!r} but this run has {mine!r}; go on with "
-                    "the corpus and the settings of the run that was saved"
-                )
-        self._drawn = int(state["drawn"])
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 Depth = int | str | None
-EXIT_RULES = ("gate", "kl", "entropy", "latent", "argmax", "cosine")
 PEEKING = ("kl", "entropy", "argmax")
 """Exit rules that look at the distribution of the next token."""
 EXAMPLES = "an integer, 'uniform:N', 'adaptive[:SPAN]', 'progressive[:SPAN]', 'exit[:RULE][:THRESHOLD]' or 'oracle'"
@@ -94,15 +93,20 @@ def _parse_exit(depth: str, argument: str, recursions: int, exit_rules: tuple[st
             f"depth {depth!r} is for routers with exit rules (fixed, sampled, exit_gate), and this model's has none"
         )
     rule, _, number = argument.partition(":")
-    if rule not in EXIT_RULES and not number:
+    if not number and _threshold(rule) is not None:
         rule, number = "", rule
     rule = rule or exit_rules[0]
     if rule not in exit_rules:
         raise ValueError(f"depth {depth!r} names an exit rule that this model has not; use {' or '.join(exit_rules)}")
-    try:
-        threshold = float(number) if number else None
-    except ValueError:
-        threshold = -1.0
-    if threshold is not None and not 0 < threshold < math.inf:
-        raise ValueError(f"depth {depth!r} needs a threshold above 0, such as exit:{rule}:0.5")
+    threshold = _threshold(number)
+    if number and (threshold is None or not 0 < threshold < math.inf):
+        raise ValueError(f"depth {depth!r} needs a finite threshold above 0, such as exit:{rule}:0.5")
     return DepthPolicy("exit", recursions, rule=rule, threshold=threshold)
+
+
+def _threshold(text: str) -> float | None:
+    """The number in a text, or None where there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

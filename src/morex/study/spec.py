@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -164,7 +165,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> StudyConfig
     Raises:
         ConfigError: unknown study or key, or values that do not fit together.
     """
-    tree: dict[str, Any] = {"name": Path(source).stem} | _read(source)
+    tree: dict[str, Any] = {"name": Path(source).stem} | reduce(_laid_over, STUDIES.lineage(source))
     cells: list[str] = []
     for override in overrides:
         if override.partition("=")[0].split(".")[0].strip() in Config.model_fields:
@@ -179,21 +180,14 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> StudyConfig
     return validate(StudyConfig, tree)
 
 
-def _read(source: str | Path, readers: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The mapping of a study; with `study: OTHER` it is laid over that one, whose changes come first."""
-    name = str(source)
-    if name in readers:
-        raise ConfigError(f"study '{name}' starts from itself: {' -> '.join((*readers, name))}")
-    tree = STUDIES.read(source)
-    base = tree.pop("study", None)
-    if base is None:
-        return tree
-    below = _read(str(base), (*readers, name))
+def _laid_over(below: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A study over the one that it starts from, whose changes come first."""
     try:
         changes = [*as_overrides(below.get("set", ())), *as_overrides(tree.get("set", ()))]
     except ValueError as error:
         raise ConfigError(f"set: {error}") from None
-    return below | {"name": Path(source).stem} | tree | {"set": changes}
+    kept = {key: value for key, value in below.items() if key != "name"}
+    return {**kept, **tree, "set": changes}
 
 
 def as_overrides(value: Any) -> tuple[str, ...]:
