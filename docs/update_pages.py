@@ -3,7 +3,8 @@
     python docs/update_pages.py [STUDY_FOLDER] [--picture NAME]
 
 README.md gets the table, the findings, the machine and a picture of the study `demo`, docs/studies/NAME.md those of any
-other study, NAME-MORE included; docs/speed.md gets the training benchmarks.
+other study, NAME-MORE included, and its accuracies by recursions where benchmarks/depth.py measured them; docs/speed.md
+gets the training benchmarks.
 """
 
 import argparse
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     page = root / "README.md" if name == "demo" else page_of(name, root)
     fill(page, f"{name}-table", study_section(results))
     shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / f"{name}.png")
+    by_depth = root / "benchmarks" / "results" / f"{name}-depths.json"
+    if by_depth.is_file():
+        fill(page, f"{name}-depths", depth_section(by_depth))
     measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
     print(f"wrote {page.relative_to(root)}, docs/images/{name}.png and docs/speed.md")
@@ -113,6 +117,30 @@ def _rates(results: Results) -> str:
     return (
         f"{_table(headings, lines)}\n\nMeans over seeds; ± is the standard deviation. Bold is the rate that was chosen."
     )
+
+
+def depth_section(path: Path) -> str:
+    """Accuracies at each difficulty: with as many recursions as it says, as many as trained, and the most measured."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = content["rows"]
+    difficulties = list(rows[0]["by_difficulty"])
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == variant]
+        trained, depths = own[0]["trained_recursions"], [row["recursions"] for row in own if row["recursions"]]
+        asked: dict[str, int | None] = {"its own": None}
+        if depths:
+            asked = {"as many as the difficulty": 0, f"{trained}": trained, f"{max(depths)}": max(depths)}
+        for title, depth in asked.items():
+            wanted = {level: int(level) if depth == 0 else depth for level in difficulties}
+            found = {
+                level: [row["by_difficulty"][level]["accuracy"] for row in own if row["recursions"] == wanted[level]]
+                for level in difficulties
+            }
+            shown = [f"{sum(each) / len(each):.2f}" if each else "–" for each in found.values()]
+            lines.append([f"`{variant}`", title, *shown])
+    command = f"`{content['machine']['command']}` (`{path.name}`), held-out accuracy by difficulty:"
+    return f"{command}\n\n{_table(['model', 'recursions', *difficulties], lines)}"
 
 
 def speed_section(path: Path) -> str:

@@ -89,6 +89,12 @@ class ModelConfig(Section):
     """How each recursion meets the core's first input e again: `add` core(H + e), `concat` core(A [H; e]) with a linear
     map A from 2 d_model to d_model."""
 
+    @property
+    def recursions_differ(self) -> bool:
+        """Whether recursions have weights of their own, so that there can be no more than R."""
+        alone = self.step_embedding or self.recursion_norms or self.lora is not None
+        return alone or self.schedule.sharing == "none"
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         attention, recursions = self.attention, self.schedule.recursions
@@ -262,6 +268,36 @@ class Config(Section):
             task.check_fit(model.vocab_size, self.train.seq_len, model.max_seq_len, classes)
         elif task is not None and classes is not None:
             raise ValueError(f"data.task.kind {task.kind!r} is answered in words; use model.head.kind 'lm'")
+        return self
+
+    @model_validator(mode="after")
+    def _depth_follows_difficulty(self) -> Self:
+        if self.train.depth != "difficulty":
+            return self
+        task, model, asked = self.data.task, self.model, "train.depth 'difficulty'"
+        recursions = model.schedule.resolved.recursions
+        if not isinstance(task, GeneratedTaskConfig):
+            raise ValueError(
+                f"{asked} gives each example of a generated task as many recursions as it is difficult, and "
+                f"{self.data.described} has no such examples; set data.task, or leave train.depth out"
+            )
+        if not isinstance(model.depth, FixedConfig):
+            raise ValueError(
+                f"{asked} leaves model.depth.kind {model.depth.kind!r} nothing to decide; use model.depth.kind 'fixed' "
+                "or train.depth 'router'"
+            )
+        if task.difficulty[1] > recursions:
+            raise ValueError(
+                f"{asked} asks for up to {task.difficulty[1]} recursions, as data.task.difficulty says, and the model "
+                f"has {recursions}; use model.schedule.recursions {task.difficulty[1]}, or lower data.task.difficulty"
+            )
+        hardest = (task.eval_difficulty or task.difficulty)[1]
+        if hardest > recursions and model.recursions_differ:
+            raise ValueError(
+                f"{asked} asks for up to {hardest} recursions, as data.task.eval_difficulty says, and this model has "
+                f"weights for each of {recursions}; lower data.task.eval_difficulty, or leave step_embedding, "
+                "recursion_norms and lora out"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.shell import Shell
+from documents import CORPUS
 from morex.cli import main
 
 PARITY = ["--set", "data.task={kind: parity, difficulty: [3, 8], held_out: 40}"]
@@ -73,3 +74,21 @@ def test_options_of_tasks_that_do_not_fit_are_refused(trained: Path, shell: Shel
     assert "model.max_seq_len 64" in shell.refuses("eval", trained, "--difficulty", "7:99")
     assert "'addition'" in shell.refuses("data", "vanilla", "--set", "data.task.kind=additon")
     assert "is not among" in shell.refuses("generate", trained, "--prompt", "0x1=")
+
+
+def test_recursions_that_follow_the_difficulty(shell: Shell) -> None:
+    follows = ("data.task.difficulty=[3,3]", "data.task.eval_difficulty=[3,8]", "train.depth=difficulty")
+    words = [word for option in follows for word in ("--set", option)]
+    shell.succeeds("train", "recursive", "--out", "run", *TINY, *words)
+    own = shell.succeeds("eval", "run").out
+    assert own == shell.succeeds("eval", "run", "--depth", "difficulty").out and "depth difficulty" in own
+    assert shell.succeeds("eval", "run", "--depth", "3").out != own
+    found = shell.succeeds("analyze", "run", "--trace", "run.npz").out
+    assert "depth by difficulty" in found and "depth by difficulty" in shell.succeeds("analyze", "run.npz").out
+    assert [len(group["active_share"]) for group in shell.succeeds("analyze", "run", "--json").json["groups"]] == [8]
+
+
+def test_a_corpus_has_no_difficulty(shell: Shell) -> None:
+    words = [word for option in (f"data.corpus={CORPUS}", *SHORT) for word in ("--set", option)]
+    shell.succeeds("train", "recursive", "--tiny", "--out", "run", *words)
+    assert "'difficulty' is for the examples of a task" in shell.refuses("eval", "run", "--depth", "difficulty")

@@ -46,6 +46,18 @@ def trained_a_little(preset: str, task: PreparedTask, steps: int = 12) -> Langua
     return model.eval()
 
 
+@pytest.mark.parametrize("preset", ["recursive", "mor-token"])
+def test_recursions_may_follow_the_difficulty(preset: str) -> None:
+    """Every difficulty is measured as it would be at that depth."""
+    held_out = prepared(SUMS).val
+    model = model_of(preset)
+    found = result_of(model, held_out, depth="difficulty").scores
+    assert found is not None and len(found.by_difficulty) == 2
+    for level, score in found.by_difficulty.items():
+        alone = result_of(model, held_out, depth=level).scores
+        assert alone is not None and score.loss == pytest.approx(alone.by_difficulty[level].loss, abs=1e-9)
+
+
 @pytest.mark.parametrize("preset", ["recursive", "mor-expert", "mor-token"])
 def test_an_answer_is_right_where_greedy_decoding_writes_it(preset: str) -> None:
     """One at a time, from the cache, up to the end of the text."""

@@ -261,6 +261,34 @@ def test_depth_policies_are_functions_of_position(case: str) -> None:
     assert torch.equal(depths("progressive:12"), both(progressive))
 
 
+@pytest.mark.parametrize("case", [*RECURRENT, "recursive+norms"])
+def test_each_row_may_have_a_depth_of_its_own(case: str) -> None:
+    """In training too; and each row is as it would be alone."""
+    for model in (eval_model(case), fresh_model(case)):
+        tokens, depth = random_tokens(case, 3, 12), torch.tensor([2, 1, config_of(case).schedule.recursions])
+        together = model(tokens, depth=depth, return_trace=True)
+        for row, recursions in enumerate(depth.tolist()):
+            alone = model(tokens[row : row + 1], depth=recursions).logits
+            assert largest_change(alone[0], together.logits[row]) <= 1e-9
+        for masks in together.trace.active.values():
+            assert torch.equal(torch.stack(list(masks)).sum(0), depth[:, None].expand(-1, 12))
+
+
+@pytest.mark.parametrize(
+    ("depth", "sentence"),
+    [
+        (torch.tensor([1]), r"the shape \[2\], not \[1\]"),
+        (torch.tensor(1), r"the shape \[2\], not \[\]"),
+        (torch.tensor([[1], [1]]), r"\[batch\], not torch.int64 of the shape \[2, 1\]"),
+        (torch.tensor([1.0, 2.0]), r"integers of the shape \[batch\], not torch.float32"),
+        (torch.tensor([0, 2]), r"asks for 0 recursions; this model takes 1 or more"),
+    ],
+)
+def test_impossible_depths_of_rows_are_refused(depth: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=rf"depth of each row .*{sentence}"):
+        eval_model("recursive")(random_tokens("recursive"), depth=depth)
+
+
 @pytest.mark.parametrize("depth", ["uniform", "uniform:0", 0, -1, "sideways", "adaptive:x", "progressive:0", "oracle"])
 def test_impossible_depths_are_refused(depth: int | str) -> None:
     with pytest.raises(ValueError, match=r"depth") as refusal:
@@ -276,7 +304,7 @@ def test_impossible_depths_are_refused(depth: int | str) -> None:
     ],
 )
 def test_recursions_with_weights_of_their_own_end_where_these_end(case: str) -> None:
-    for depth in (4, "uniform:4"):
+    for depth in (4, "uniform:4", torch.tensor([1, 4])):
         with pytest.raises(ValueError, match=r"depth .*4.* 1 to 3"):
             eval_model(case)(random_tokens(case), depth=depth)
 

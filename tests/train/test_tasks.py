@@ -7,10 +7,13 @@ import pytest
 
 import morex
 from morex.config import Config
+from morex.data.source import mean_length, prepare_source, training_loader
+from morex.eval.loss import evaluate
 from morex.loading import ConfigError
 from train.helpers import checkpoint_bytes, losses, run, run_until_crash, state_of
 
 PATTERN = "data.task={kind: pattern, numbers: 12, difficulty: [11, 13], held_out: 64}"
+BITS = "data.task={kind: parity, difficulty: [1, 3], eval_difficulty: [1, 5], held_out: 16}"
 CLASSIFIER = "model.head={kind: classifier, classes: 4}"
 SHORT = (
     "train.batch_size=4",
@@ -99,6 +102,14 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a classifier of sums": (("data.task.kind=addition", CLASSIFIER), r"longer than a class.*model.head.kind 'lm'"),
     "a classifier in words": (("data.task.kind=babi", CLASSIFIER), r"'babi' is answered in words.*'lm'"),
     "too few classes": (("model.head={kind: classifier, classes: 3}",), r"has 4 classes.*use model.head.classes 4"),
+    "all places of a classifier": (
+        ("data.task={kind: p_hop, length: 10, difficulty: [1, 2], places: all}", "model.vocab_size=17", CLASSIFIER),
+        r"places 'all' .*one class; use places 'last' or model.head.kind 'lm'",
+    ),
+    "more recursions than there are": (
+        (BITS, "train.depth=difficulty"),
+        r"train.depth 'difficulty' asks for up to 3 recursions.*the model has 1; use model.schedule.recursions 3",
+    ),
     "masked documents": (("data.mask_documents=true",), r"mask_documents is for a corpus"),
 }
 
@@ -109,6 +120,46 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(case: str) -> None
     with pytest.raises(ConfigError, match=pattern) as refusal:
         configure("vanilla", *overrides)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "pattern"),
+    [
+        ("recursive", ("data.task=null",), r"data.corpus 'sotu' has no such examples; set data.task"),
+        ("recursive", ("data.task={kind: babi}",), r"data.task 'babi' has no such examples"),
+        ("mor-token", (BITS,), r"leaves model.depth.kind 'token_choice' nothing to decide; use .*'fixed'"),
+        ("recursive", (BITS, "model.step_embedding=true"), r"up to 5 recursions.*weights for each of 3"),
+    ],
+)
+def test_a_depth_that_cannot_follow_the_difficulty_is_refused(
+    preset: str, overrides: tuple[str, ...], pattern: str
+) -> None:
+    with pytest.raises(ConfigError, match=pattern) as refusal:
+        configure(preset, "train.depth=difficulty", *overrides)
+    assert "\n" not in str(refusal.value)
+
+
+def test_depth_follows_difficulty(tmp_path: Path) -> None:
+    """One step by hand: loss, gradient and FLOPs are those of examples at depths of their own."""
+    plan = (*SHORT, BITS, "train.steps=2", "train.depth=difficulty", "eval.depths=true", "eval.deepest=5")
+    folder = run(configure("recursive", *plan), tmp_path / "run")
+    config = folder.config()
+    task = prepare_source(config)
+    batch = training_loader(task, config).next_batch()
+    assert batch.difficulty is not None and len(batch.difficulty.unique()) > 1
+    model = morex.build_model(config.model)
+    loss = model(batch.tokens, labels=batch.labels, lengths=batch.lengths, depth=batch.difficulty).loss
+    first, _ = folder.metrics("train")
+    assert loss is not None and first["loss"] == pytest.approx(float(loss), abs=1e-6)
+    assert batch.lengths is not None
+    shares = [float(batch.lengths[batch.difficulty >= r].sum() / batch.lengths.sum()) for r in (1, 2, 3)]
+    counted = morex.count(config.model, seq_len=mean_length(task, config), shares=tuple(shares))
+    assert first["flops"] == pytest.approx(first["tokens"] * counted.train_flops_per_token)
+    (line,) = folder.metrics("eval")
+    trained = morex.load(folder.path)[0]
+    by_hand = evaluate(trained, task.val, 16, 8, depth="difficulty")
+    assert line["val_loss"] == pytest.approx(by_hand.loss, abs=1e-6)
+    assert list(line["val_accuracy_by_depth"]) == ["1", "2", "3", "4", "5"]
 
 
 def test_a_classifier_without_a_task_is_refused(tmp_path: Path, corpus: Path) -> None:
@@ -145,8 +196,6 @@ def test_flops_are_counted_at_the_length_of_the_examples(tmp_path: Path, preset:
 
 def test_the_mean_length_weighs_tokens() -> None:
     """Attention costs a token as many pairs as its own sequence is long."""
-    from morex.data.source import mean_length, prepare_source, training_loader
-
     config = configure("vanilla", "data.task.difficulty=[11,14]", "train.batch_size=2048")
     task = prepare_source(config)
     lengths = training_loader(task, config).next_batch().lengths

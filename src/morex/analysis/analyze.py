@@ -21,7 +21,7 @@ from morex.data.errors import DataError
 from morex.data.source import first_part, num_windows, training_tokens
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
-from morex.depth.policy import Depth, parse_depth
+from morex.depth.policy import BY_DIFFICULTY, Depth, parse_depth
 from morex.depth.routers import ROUTERS
 from morex.eval.loss import EvalResult
 from morex.eval.traces import own_rule, traced_batches
@@ -84,7 +84,8 @@ def analyze_opened(
     # A depth that is not understood is better refused before the work begins.
     recursions, span = config.model.schedule.resolved.recursions, config.model.max_seq_len
     rules = ROUTERS[config.model.depth.kind].exit_rules
-    parse_depth(depth, recursions, span, takes_any_depth(config.model), rules)
+    if depth != BY_DIFFICULTY:
+        parse_depth(depth, recursions, span, takes_any_depth(config.model), rules)
     held_out = first_part(opened.data.val, tokens, config.train.seq_len)
     with cpu_threads(config.train.threads):
         tally, agreement, policy = _trace(opened, held_out, depth, trace, console)
@@ -166,7 +167,7 @@ def _trace(
 ) -> tuple[Tally, AgreementTally | Missing, str]:
     """Goes over the windows once, under both rules where there are two."""
     config, model = opened.config, opened.model
-    own = own_rule(config.model) if depth is None else depth
+    own = own_rule(config) if depth is None else depth
     policy = "router" if own is None else str(own)
     missing = _why_no_agreement(config.model, depth)
     rules: tuple[Depth, ...] = (own,) if missing else (own, "oracle")
@@ -183,10 +184,21 @@ def _trace(
         config.data.mask_documents,
     )
     windows = num_windows(held_out, config.train.seq_len)
+    deepest = held_out.hardest if own == BY_DIFFICULTY and isinstance(held_out, HeldOut) else 0
     with _bar(console, "tracing", windows) as advance:
         for batch in batches:
             first, *others = (
-                decisions(trace, batch.tokens, batch.lengths, config.model, policy, classes, rarities, batch.difficulty)
+                decisions(
+                    trace,
+                    batch.tokens,
+                    batch.lengths,
+                    config.model,
+                    policy,
+                    classes,
+                    rarities,
+                    batch.difficulty,
+                    recursions=deepest,
+                )
                 for trace in batch.traces
             )
             tally.add(first)
@@ -227,7 +239,7 @@ def _losses(
     else:
         _say(console, "loss with one expert step less")
         steps = config.model.mixer.steps  # type: ignore[union-attr]
-        own = own_rule(config.model) if depth is None else depth
+        own = own_rule(config) if depth is None else depth
         by_steps = {steps - 1: evaluate_by(config, shallow, held_out, own).loss, steps: whole.loss}
     values = [whole.loss, *(v for found in (by_depth, by_steps) if isinstance(found, dict) for v in found.values())]
     accuracy = _accuracy(whole)

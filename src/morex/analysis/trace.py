@@ -137,6 +137,7 @@ def decisions(
     token_class: Array | None = None,
     token_rarity: Array | None = None,
     difficulty: Tensor | None = None,
+    recursions: int = 0,
 ) -> Decisions:
     """A trace as arrays of one size whatever the tokens did.
 
@@ -149,9 +150,10 @@ def decisions(
         token_class: class of each token id of the vocabulary [V], from `vocabulary.token_classes`.
         token_rarity: likewise, from `vocabulary.token_rarities`.
         difficulty: of the examples of a task [B].
+        recursions: how many a group lists at least, where other batches may take more than this one.
     """
     ids = tokens.cpu().numpy()
-    groups = {name: _group(group) for name, group in trace.groups.items()}
+    groups = {name: _group(group, recursions) for name, group in trace.groups.items()}
     return Decisions(
         config=config,
         policy=policy,
@@ -175,11 +177,17 @@ def expert_layers(config: ModelConfig) -> list[str]:
     return [f"stack.{part}.{i}.mixer.router" for part, count in counts.items() for i in range(count)]
 
 
-def _group(group: GroupTrace) -> GroupDecisions:
-    states = [group.start, *group.states]
+def _group(group: GroupTrace, recursions: int) -> GroupDecisions:
+    """Recursions that are not there are recursions that nobody took."""
+    active, scores, states = list(group.active), list(group.scores), [group.start, *group.states]
+    missing = max(0, recursions - len(active))
+    active += [torch.zeros_like(active[0])] * missing
+    states += [states[-1]] * missing
+    if scores:
+        scores += [torch.full_like(scores[0], torch.nan)] * missing
     return GroupDecisions(
-        active=np.stack([_array(mask) for mask in group.active]),
-        scores=np.stack([_array(score) for score in group.scores]) if group.scores else None,
+        active=np.stack([_array(mask) for mask in active]),
+        scores=np.stack([_array(score) for score in scores]) if scores else None,
         moves=_moves(states),
     )
 

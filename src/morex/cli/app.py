@@ -49,7 +49,7 @@ Depth = Annotated[
         "--depth",
         metavar="POLICY",
         help="Depth at call time: a number of recursions, uniform:N, adaptive[:SPAN], progressive[:SPAN] or "
-        "exit[:RULE][:THRESHOLD].",
+        "exit[:RULE][:THRESHOLD]; for the examples of a task also difficulty.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")]

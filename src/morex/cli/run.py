@@ -108,15 +108,16 @@ def evaluate(
 
     opened = open_run(run, overrides, device)
     config = opened.config
+    named = config.train.policy if depth is None else depth
     _check_task_options(config, by_difficulty, difficulty)
     by_depth = depths or deepest is not None or config.eval.depths
     result = evaluate_by(config, opened.model, opened.data.val, depth, by_depth, deepest or config.eval.deepest)
     if as_json:
         print_json(asdict(result))
     elif result.scores is not None:
-        print_table(*accuracy_table(result, depth, by_difficulty))
+        print_table(*accuracy_table(result, named, by_difficulty))
     else:
-        print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, depth))
+        print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, named))
 
 
 @app.command(

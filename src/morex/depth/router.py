@@ -110,7 +110,7 @@ class DepthRouter(nn.Module):
         """Starts a forward pass over the group's input h [N, D]."""
         routing = Routing(packing, policy, torch.ones(h.shape[0], dtype=torch.bool, device=h.device))
         if policy.is_forced and policy.kind != "uniform":
-            routing.depths = policy.depths(packing.positions)
+            routing.depths = policy.depths(packing.positions, packing.row)
         return h, routing
 
     def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from morex.config import ModelConfig
 from morex.data.loader import Batch
 from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
-from morex.depth.policy import Depth
+from morex.depth.policy import BY_DIFFICULTY, Depth
 from morex.eval.accuracy import Answered, Scores, answered, scores
 from morex.loading import ConfigError
 from morex.model.lm import LanguageModel, takes_any_depth
@@ -91,14 +92,16 @@ def evaluate(
         held_out: the held-out tokens, or examples.
         seq_len: window of a stream in tokens; a token sees at most the seq_len - 1 before it.
         batch_size: windows or examples per forward call; the result does not depend on it.
-        depth: depth policy of `model.forward`; with one, only that policy is measured.
+        depth: depth policy of `model.forward`, or 'difficulty': as many recursions for each example of a task as it is
+            difficult. With one, only that policy is measured.
         autocast: format that autocast computes in; None computes in the format of the weights.
         by_depth: also measure r = 1..R recursions for every token.
         mask_documents: tokens attend only to their own document.
         deepest: last depth that `by_depth` measures; default: R.
 
     Raises:
-        ConfigError: `deepest` is more than the model can take.
+        ConfigError: `deepest` is more than the model can take, or depth is 'difficulty' where there is no task.
+        ValueError: the model cannot take this depth.
     """
     config = model.config
     depths = depths_to_measure(config, deepest) if by_depth else []
@@ -135,6 +138,19 @@ def evaluate(
     )
 
 
+def depth_of(batch: Batch, depth: Depth) -> Depth | Tensor:
+    """What `model.forward` is given for a depth policy, which may be 'difficulty'.
+
+    Raises:
+        ConfigError: it is, and the batch is of no task.
+    """
+    if depth != BY_DIFFICULTY:
+        return depth
+    if batch.difficulty is None:
+        raise ConfigError("depth 'difficulty' is for the examples of a task, and this run has a corpus")
+    return batch.difficulty
+
+
 @torch.no_grad()
 def _measure(
     model: LanguageModel, batches: Iterator[Batch], depth: Depth, autocast: torch.dtype | None, mask_documents: bool
@@ -152,7 +168,7 @@ def _measure(
                 labels=batch.labels,
                 lengths=batch.lengths,
                 document_ids=batch.document_ids if mask_documents else None,
-                depth=depth,
+                depth=depth_of(batch, depth),
             )
         total += float(out.losses[out.objective]) * count
         predicted += count

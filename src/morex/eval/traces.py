@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from morex.config import ModelConfig
+from morex.config import Config
 from morex.data.source import held_out_batches
 from morex.data.stream import TokenStream
 from morex.data.tasks.prepared import HeldOut
 from morex.depth.policy import Depth
+from morex.eval.loss import depth_of
 from morex.model.lm import LanguageModel
 from morex.model.trace import Trace
 from morex.sections.depth import ExpertChoiceConfig
@@ -35,10 +36,10 @@ class TracedBatch:
         return torch.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
 
 
-def own_rule(config: ModelConfig) -> Depth:
-    """The depth policy that a model is used with: its router's causal rule, or the oracle's where it has none."""
-    depth = config.depth
-    return "oracle" if isinstance(depth, ExpertChoiceConfig) and depth.causal == "none" else None
+def own_rule(config: Config) -> Depth:
+    """The depth policy of a run: that of its training, or the oracle's where its router has no causal rule."""
+    depth = config.model.depth
+    return "oracle" if isinstance(depth, ExpertChoiceConfig) and depth.causal == "none" else config.train.policy
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def traced_batches(
         held_out: tokens or examples.
         seq_len: window in tokens.
         batch_size: windows or examples per forward call.
-        depths: depth policies of `model.forward`.
+        depths: depth policies of `model.forward`, or 'difficulty'.
         autocast: format that autocast computes in; None computes in the format of the weights.
         mask_documents: tokens attend only to their own document.
     """
@@ -72,7 +73,7 @@ def traced_batches(
                     sent.tokens,
                     lengths=sent.lengths,
                     document_ids=sent.document_ids if mask_documents else None,
-                    depth=depth,
+                    depth=depth_of(batch, depth),
                     logits_to_keep=0 if model.config.head.kind == "classifier" else 1,
                     return_trace=True,
                 )

@@ -23,6 +23,7 @@ def check_batch(
     lengths: Tensor | None,
     positions: Tensor | None,
     documents: Tensor | None,
+    depth: Depth | Tensor,
     cache: KVCache | None,
 ) -> None:
     """Refuses a batch that does not fit the model or itself; arguments as of its forward. Raises ValueError."""
@@ -47,6 +48,8 @@ def check_batch(
         raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
     if lengths is not None and lengths.is_floating_point():
         raise ValueError(f"lengths must be integers, not {lengths.dtype}")
+    if isinstance(depth, Tensor) and depth.shape[:1] != (batch,):
+        raise ValueError(f"depth of each row must have the shape [{batch}], not {list(depth.shape)}")
     for name, given in (("positions", positions), ("document_ids", documents)):
         if given is not None and tuple(given.shape) != (batch, time):
             raise ValueError(f"{name} must have the shape {[batch, time]}, not {list(given.shape)}")

@@ -243,7 +243,8 @@ def _reach(policy: DepthPolicy, seq_len: int, r: int) -> float:
         return 1.0
     import torch
 
-    return float((policy.depths(torch.arange(seq_len)) >= r).double().mean())
+    positions = torch.arange(seq_len)
+    return float((policy.depths(positions, torch.zeros_like(positions)) >= r).double().mean())
 
 
 def _visit(block: Costs, share: float, key_share: float, tokens: int, rereads: bool) -> float:

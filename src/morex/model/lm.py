@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        depth: Depth = None,
+        depth: Depth | Tensor = None,
         logits_to_keep: int | Tensor = 0,
         return_trace: bool = False,
     ) -> Output:
@@ -100,9 +100,9 @@ class LanguageModel(nn.Module):
             positions: positions [B, T] for the position embedding; default: counted from 0, or from the cache.
             document_ids: [B, T]; tokens attend only to tokens of the same document.
             cache: keys and values of what came before; it takes in this call's.
-            depth: who decides how deep tokens go: None the router, an integer, 'uniform:N', 'adaptive[:SPAN]',
-                'progressive[:SPAN]', 'exit[:RULE][:THRESHOLD]' (routers with exit rules), or 'oracle' (top-k of
-                `expert_choice` in eval mode, which sees later tokens).
+            depth: who decides how deep tokens go: None the router, an integer, one for each row [B], 'uniform:N',
+                'adaptive[:SPAN]', 'progressive[:SPAN]', 'exit[:RULE][:THRESHOLD]' (routers with exit rules), or
+                'oracle' (top-k of `expert_choice` in eval mode, which sees later tokens).
             logits_to_keep: keep only the last so many logits of each row, or those at these places; 0 keeps all.
             return_trace: also return what every token did.
 
@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
         """
         check_tensors(tokens=tokens, labels=labels, lengths=lengths, positions=positions, document_ids=document_ids)
-        check_batch(self.config, self.training, tokens, lengths, positions, document_ids, cache)
+        check_batch(self.config, self.training, tokens, lengths, positions, document_ids, depth, cache)
         self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
         policy = self._policy(depth, cache)
         start = None if cache is None else cache.seen
@@ -186,7 +186,7 @@ class LanguageModel(nn.Module):
         assert isinstance(self.head, LanguageModelHead)
         return self.head.logits(self.norm(x), self.embedding.weight)
 
-    def _policy(self, depth: Depth, cache: KVCache | None) -> DepthPolicy:
+    def _policy(self, depth: Depth | Tensor, cache: KVCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
         assert isinstance(router, DepthRouter)
         any_depth = takes_any_depth(self.config)
@@ -209,9 +209,7 @@ class LanguageModel(nn.Module):
 
 def takes_any_depth(config: ModelConfig) -> bool:
     """Whether more recursions than R make sense: nothing in the model belongs to one recursion."""
-    any_depth = ROUTERS[config.depth.kind].any_depth
-    alone = config.step_embedding or config.recursion_norms or config.lora is not None
-    return any_depth and not alone and config.schedule.sharing != "none"
+    return ROUTERS[config.depth.kind].any_depth and not config.recursions_differ
 
 
 def build_model(

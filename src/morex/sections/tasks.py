@@ -230,6 +230,9 @@ class PHopConfig(GeneratedTaskConfig):
     """Letters of the sequence."""
     letters: Annotated[int, Field(ge=3, le=26)] = 4
     """Letters that there are."""
+    places: Literal["last", "all"] = "last"
+    """Places that training asks for: the last, or also each other one from which p hops exist. Held-out examples ask
+    for the last in any case."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -241,6 +244,14 @@ class PHopConfig(GeneratedTaskConfig):
 
     def longest(self, difficulty: int) -> tuple[int, int]:
         return len(str(difficulty)) + 1 + self.length, 1
+
+    def check_fit(self, vocab_size: int, seq_len: int, max_seq_len: int, head_classes: int | None) -> None:
+        super().check_fit(vocab_size, seq_len, max_seq_len, head_classes)
+        if self.places == "all" and head_classes is not None:
+            raise ValueError(
+                "data.task.places 'all' asks for a letter at each place, and a classifier gives a sequence one class; "
+                "use places 'last' or model.head.kind 'lm'"
+            )
 
     @model_validator(mode="after")
     def _hops_fit(self) -> Self:

@@ -18,6 +18,9 @@ class TrainConfig(Section):
     """Microbatches that a step is computed in; must divide batch_size."""
     seq_len: PositiveInt = 128
     """Tokens per sequence."""
+    depth: Literal["router", "difficulty"] = "router"
+    """Who decides how often tokens recur, in training and its evaluations: the model's router, or for a generated task
+    the difficulty, which each example then takes as many recursions as (depth.kind 'fixed')."""
     lr: PositiveFloat = 1e-3
     """Highest learning rate."""
     schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
@@ -54,6 +57,11 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+
+    @property
+    def policy(self) -> str | None:
+        """The depth policy of training and its evaluations; None: the router's."""
+        return None if self.depth == "router" else self.depth
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -44,7 +44,7 @@ def measure(run: RunFolder, study: StudyConfig) -> Measures:
         sample = speed = None
         if _classifies(config):
             refusal = "This model is a classifier (model.head.kind), so it does not decode."
-        elif own_rule(config.model) is None:
+        elif own_rule(config) is None:
             sample = _sample(model, data, tokenizer, study.sample)
             speed = _decode_speed(model, data.val, study.report.decode_tokens)
         else:
@@ -132,7 +132,7 @@ def _routing(
     experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
     if not routed and not experts:
         return None
-    depth = own_rule(config.model)
+    depth = own_rule(config)
     schedule = config.model.schedule.resolved
     deepest = schedule.recursions * len(schedule.groups) if routed else 0
     histogram = torch.zeros(deepest + 1, dtype=torch.long)

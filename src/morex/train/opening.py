@@ -41,13 +41,13 @@ def evaluate_by(
     by_depth: bool = False,
     deepest: int | None = None,
 ) -> EvalResult:
-    """`evaluate` with the windows, batches, precision and documents of a run's config."""
+    """`evaluate` with the windows, batches, precision, documents and, where none is given, depth of a run's config."""
     return evaluate(
         model,
         held_out,
         config.train.seq_len,
         config.eval.batch_size,
-        depth=depth,
+        depth=config.train.policy if depth is None else depth,
         autocast=autocast_dtype(config.train.precision),
         by_depth=by_depth,
         deepest=deepest,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from morex.config import Config
 from morex.data.loader import Batch
+from morex.eval.loss import depth_of
 from morex.files import write_json
 from morex.loading import is_depth_routed
 from morex.model.count import count
@@ -127,6 +128,7 @@ def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], Route
                 labels=part.labels,
                 lengths=part.lengths,
                 document_ids=part.document_ids if t.config.data.mask_documents else None,
+                depth=depth_of(part, t.config.train.policy),
             )
         assert out.loss is not None
         (out.loss * share).backward()
@@ -148,6 +150,7 @@ def microbatches(batch: Batch, parts: int) -> Iterator[Batch]:
             labels=batch.labels[rows],
             document_ids=batch.document_ids[rows],
             lengths=None if batch.lengths is None else batch.lengths[rows],
+            difficulty=None if batch.difficulty is None else batch.difficulty[rows],
         )
 
 
@@ -159,9 +162,10 @@ def num_tokens(batch: Batch) -> int:
 def flops_per_token(t: Training, stats: RouterStats) -> float:
     """Training FLOPs per token of a step: closed form, on the shares of its tokens that were active."""
     model = t.config.model
-    if not (is_depth_routed(model) or stats.step_shares):
+    depths_differ = is_depth_routed(model) or t.config.train.policy is not None
+    if not (depths_differ or stats.step_shares):
         return t.counts.train_flops_per_token
-    shares = stats.active_shares if is_depth_routed(model) else None
+    shares = stats.active_shares if depths_differ else None
     return count(model, seq_len=t.seq_len, shares=shares, step_shares=stats.step_shares).train_flops_per_token
 
 

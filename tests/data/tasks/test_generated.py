@@ -10,6 +10,7 @@ from data.tasks.helpers import ANSWERS, SMALL, prepared, words
 from morex.data.tasks.generated import HELD_OUT_SHARE, is_held_out
 from morex.data.tasks.kinds import TASKS
 from morex.data.tasks.text import TextTask
+from morex.model.heads import IGNORED
 from morex.sections.data import DataConfig
 from morex.sections.tasks import GeneratedTaskConfig
 
@@ -192,5 +193,31 @@ def test_more_hops_than_there_are_letters_for_are_refused(refused: Callable[...,
 
     from morex.data.tasks.p_hop import PHop
 
-    task = PHop(length=6, letters=4)
+    task = PHop(length=6, letters=4, places="last")
     refused(lambda: task.draw(np.random.default_rng(0), 6), "6 hops among 6 letters", "data.task.length")
+
+
+def test_each_place_from_which_so_many_hops_exist_may_be_asked() -> None:
+    """By the definition, from each end of the sequence that a place makes; what is read and answered stays the same."""
+    config = {"kind": "p_hop", "difficulty": [1, 5], "length": 24, "held_out": 5}
+    asked, last = (prepared({**config, "places": places}) for places in ("all", "last"))
+    named = asked.tokenizer.decode
+    for one, other in zip(asked.training(3).take(0, 40), last.training(3).take(0, 40), strict=True):
+        assert list(one.prompt) == list(other.prompt) and list(one.answer) == list(other.answer)
+        assert one.targets is not None and other.targets is None and len(one.targets) == len(one.prompt) - 1
+        hops, letters = named(one.prompt[:-1]).split(":")
+        assert one.targets[: len(hops) + 1] == [IGNORED] * (len(hops) + 1)
+        for place, target in enumerate(one.targets[len(hops) + 1 :]):
+            letter = hop_by_hop(letters[: place + 1], int(hops))
+            assert letter == (None if target == IGNORED else named([target]))
+    assert all(example.targets is None for example in asked.val.examples)
+
+
+def hop_by_hop(letters: str, hops: int) -> str | None:
+    """The letter where hops from the last one lead, or None where one of them has nowhere to go."""
+    for _ in range(hops):
+        earlier = letters[:-1].rfind(letters[-1])
+        if earlier < 0:
+            return None
+        letters = letters[: earlier + 2]
+    return letters[-1]

@@ -32,6 +32,14 @@ def test_prompts_may_be_labelled_too() -> None:
     assert batch.num_predicted == 4 + 3 + 2
 
 
+def test_targets_are_labelled_in_the_prompt() -> None:
+    asked = Example([5, 6, 7], [1, 9], 3, targets=[IGNORED, 2])
+    assert answer_batch([asked, EXAMPLES[1]]).labels.tolist() == [
+        [IGNORED, IGNORED, 2, 1, 9],
+        [IGNORED, 2, 3, 9, IGNORED],
+    ]
+
+
 def test_a_classifier_gets_prompts_and_classes() -> None:
     batch = class_batch([Example([4, 4], [1], 2, label=1), Example([5, 5, 5], [0], 3, label=0)])
     assert batch.tokens.tolist() == [[4, 4, 0], [5, 5, 5]]

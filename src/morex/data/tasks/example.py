@@ -25,6 +25,8 @@ class Example:
     difficulty: int
     label: int | None = None
     """Class of the question, for a classifier."""
+    targets: Sequence[int] | None = None
+    """What training asks at each token of the prompt but the cue as well, -100 for nothing."""
 
     @property
     def num_read(self) -> int:
@@ -33,7 +35,8 @@ class Example:
 
 
 def answer_batch(examples: Sequence[Example], predict_prompt: bool = False) -> Batch:
-    """Prompts and answers for a language model, padded on the right; labels [B, T + 1] are -100 outside the answers.
+    """Prompts and answers for a language model, padded on the right; labels [B, T + 1] are -100 outside the answers
+    and the examples' targets.
 
     Args:
         examples: at least one.
@@ -45,6 +48,8 @@ def answer_batch(examples: Sequence[Example], predict_prompt: bool = False) -> B
     for label, row, example in zip(labels, rows, examples, strict=True):
         first = 0 if predict_prompt else len(example.prompt)
         label[first : len(row)] = row[first:]
+        if example.targets is not None:
+            label[1 : len(example.prompt)] = example.targets
     return _batch(examples, tokens, labels, lengths)
 
 

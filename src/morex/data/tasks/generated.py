@@ -14,6 +14,7 @@ from morex.data.errors import DataError
 from morex.data.order import key_from
 from morex.data.symbols import SymbolTokenizer
 from morex.data.tasks.example import Example
+from morex.model.heads import IGNORED
 from morex.sections.tasks import GeneratedTaskConfig
 
 CUE = "="
@@ -33,6 +34,10 @@ class GeneratedTask(ABC):
     @abstractmethod
     def draw(self, rng: np.random.Generator, difficulty: int) -> Question:
         """A random question of this difficulty, and its answer. Raises DataError where none was found."""
+
+    def targets(self, question: Sequence[str]) -> Sequence[str | None] | None:
+        """What training also asks at each symbol of a question, None for nothing; by default nothing at any."""
+        return None
 
 
 class Examples:
@@ -68,7 +73,8 @@ class Examples:
             question, answer = self._task.draw(rng, difficulty)
             ids = self._tokenizer.ids_of(question)
             if is_held_out(ids) == self._held_out:
-                return self._example(ids, self._tokenizer.ids_of(answer), difficulty)
+                targets = None if self._held_out else self._task.targets(question)
+                return self._example(ids, self._tokenizer.ids_of(answer), difficulty, targets)
         side = "held out" if self._held_out else "left to train on"
         name = "eval_difficulty or difficulty" if self._held_out else "difficulty"
         raise DataError(
@@ -76,12 +82,19 @@ class Examples:
             f"data.task.{name}"
         )
 
-    def _example(self, question: list[int], answer: list[int], difficulty: int) -> Example:
+    def _example(
+        self, question: list[int], answer: list[int], difficulty: int, targets: Sequence[str | None] | None
+    ) -> Example:
         end = self._tokenizer.eos_id
         if end is None:
             # The tokenizer of a classifier; the classes are the first symbols.
             return Example(question, answer, difficulty, label=answer[0])
-        return Example([*question, *self._tokenizer.ids_of(CUE)], [*answer, end], difficulty)
+        labels = None if targets is None else self._labels(targets)
+        return Example([*question, *self._tokenizer.ids_of(CUE)], [*answer, end], difficulty, targets=labels)
+
+    def _labels(self, targets: Sequence[str | None]) -> list[int]:
+        asked = iter(self._tokenizer.ids_of([symbol for symbol in targets if symbol is not None]))
+        return [IGNORED if symbol is None else next(asked) for symbol in targets]
 
 
 def is_held_out(question: Sequence[int]) -> bool:

@@ -3,8 +3,11 @@
 Sanford, Hsu and Telgarsky 2024, "Transformers, Parallel Computation, and Logarithmic Depth" (arXiv 2402.09268): their
 hop_k is the letter where k hops lead, from each place. Their program draws letters as this one does, each evenly from
 those that its neighbour is not; there k goes from 0 to 16 for 100 letters out of 4, and a sign of its own stands for
-hops that lead nowhere. Here the last place alone is asked, k is at least 1, and all k hops exist.
+hops that lead nowhere. Here k is at least 1 and the last place is asked, from which all k hops exist; `places: all`
+has training ask each other such place as well.
 """
+
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -20,8 +23,8 @@ class PHop(GeneratedTask):
     p hops are really p.
     """
 
-    def __init__(self, length: int, letters: int) -> None:
-        self.length, self.letters = length, letters
+    def __init__(self, length: int, letters: int, places: str) -> None:
+        self.length, self.letters, self.places = length, letters, places
 
     def draw(self, rng: np.random.Generator, difficulty: int) -> Question:
         return redrawn(
@@ -29,28 +32,30 @@ class PHop(GeneratedTask):
             f"with {difficulty} hops among {self.length} letters; raise data.task.length",
         )
 
+    def targets(self, question: Sequence[str]) -> list[str | None] | None:
+        if self.places == "last":
+            return None
+        hops, _, text = "".join(question).partition(":")
+        ends = destinations(text, int(hops))
+        return [*(None for _ in f"{hops}:"), *(None if end is None else text[end] for end in ends)]
+
     def _attempt(self, rng: np.random.Generator, hops: int) -> Question | None:
         # Each letter is its neighbour's plus 1 .. letters - 1, so all others are equally likely.
         steps = rng.integers(1, self.letters, self.length)
-        sequence = (np.cumsum(steps) % self.letters).tolist()
-        place = destination(sequence, hops)
-        if place is None:
-            return None
-        text = "".join(LETTERS[letter] for letter in sequence)
-        return f"{hops}:{text}", LETTERS[sequence[place]]
+        text = "".join(LETTERS[letter] for letter in (np.cumsum(steps) % self.letters).tolist())
+        end = destinations(text, hops)[-1]
+        return None if end is None else (f"{hops}:{text}", text[end])
 
 
-def destination(sequence: list[int], hops: int) -> int | None:
-    """Where `hops` hops from the last place lead, or None where one of them has nowhere to go."""
-    after: dict[int, int] = {}
+def destinations(sequence: Sequence[Hashable], hops: int) -> list[int | None]:
+    """Where `hops` hops from each place lead, or None where one of them has nowhere to go."""
+    after: dict[Hashable, int] = {}
     # The hop from each place, found in one pass: `after` has the place after the latest occurrence of each letter.
     target: list[int | None] = []
     for place, letter in enumerate(sequence):
         target.append(after.get(letter))
         after[letter] = place + 1
-    here: int | None = len(sequence) - 1
+    ends: list[int | None] = list(range(len(sequence)))
     for _ in range(hops):
-        if here is None:
-            return None
-        here = target[here]
-    return here
+        ends = [None if end is None else target[end] for end in ends]
+    return ends

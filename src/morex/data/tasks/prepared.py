@@ -36,6 +36,11 @@ class HeldOut:
     classifies: bool = False
     """Whether batches are for a classifier."""
 
+    @property
+    def hardest(self) -> int:
+        """The greatest difficulty."""
+        return max(example.difficulty for example in self.examples)
+
     def head(self, num_tokens: int) -> "HeldOut":
         """The first examples of which a model reads so many tokens in all, or all of them."""
         before = accumulate((example.num_read for example in self.examples), initial=0)
