@@ -150,7 +150,7 @@ def test_depth_follows_difficulty(tmp_path: Path) -> None:
     model = morex.build_model(config.model)
     loss = model(batch.tokens, labels=batch.labels, lengths=batch.lengths, depth=batch.difficulty).loss
     first, _ = folder.metrics("train")
-    assert loss is not None and first["loss"] == pytest.approx(float(loss), abs=1e-6)
+    assert loss is not None and first["loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert batch.lengths is not None
     shares = [float(batch.lengths[batch.difficulty >= r].sum() / batch.lengths.sum()) for r in (1, 2, 3)]
     counted = morex.count(config.model, seq_len=mean_length(task, config), shares=tuple(shares))

@@ -43,6 +43,11 @@ class GeneratedTaskConfig(Section):
         """The least difficulty that there is."""
         return 1
 
+    @property
+    def is_cued(self) -> bool:
+        """Whether a language model is asked after `=`, and ends its answer; else right after the question."""
+        return True
+
     def longest(self, difficulty: int) -> tuple[int, int]:
         """Most symbols of a question, and of an answer."""
         raise NotImplementedError
@@ -84,8 +89,8 @@ class GeneratedTaskConfig(Section):
         )
         for name, (_, hardest), option, room in sides:
             question, answer = self.longest(hardest)
-            # A language model reads `=` as well; the end of the text it predicts and never reads.
-            needed = question if classifies else question + 1 + answer
+            # A language model reads `=` as well; its last token it predicts and never reads.
+            needed = question if classifies else question + answer + (1 if self.is_cued else -1)
             if needed > room:
                 raise ValueError(
                     f"data.task.{name} up to {hardest} has examples of {needed} tokens, more than {option} {room}; set "
@@ -231,8 +236,8 @@ class PHopConfig(GeneratedTaskConfig):
     letters: Annotated[int, Field(ge=3, le=26)] = 4
     """Letters that there are."""
     places: Literal["last", "all"] = "last"
-    """Places that training asks for: the last, or also each other one from which p hops exist. Held-out examples ask
-    for the last in any case."""
+    """Where the letter is asked for: after `=`, from the last place; or at the place itself, in training at each from
+    which p hops exist, in evaluation at the last."""
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -244,6 +249,10 @@ class PHopConfig(GeneratedTaskConfig):
 
     def longest(self, difficulty: int) -> tuple[int, int]:
         return len(str(difficulty)) + 1 + self.length, 1
+
+    @property
+    def is_cued(self) -> bool:
+        return self.places == "last"
 
     def check_fit(self, vocab_size: int, seq_len: int, max_seq_len: int, head_classes: int | None) -> None:
         super().check_fit(vocab_size, seq_len, max_seq_len, head_classes)

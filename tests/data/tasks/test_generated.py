@@ -198,19 +198,20 @@ def test_more_hops_than_there_are_letters_for_are_refused(refused: Callable[...,
 
 
 def test_each_place_from_which_so_many_hops_exist_may_be_asked() -> None:
-    """By the definition, from each end of the sequence that a place makes; what is read and answered stays the same."""
+    """By the definition, from each end of the sequence that a place makes; question and answer stay the same."""
     config = {"kind": "p_hop", "difficulty": [1, 5], "length": 24, "held_out": 5}
     asked, last = (prepared({**config, "places": places}) for places in ("all", "last"))
     named = asked.tokenizer.decode
     for one, other in zip(asked.training(3).take(0, 40), last.training(3).take(0, 40), strict=True):
-        assert list(one.prompt) == list(other.prompt) and list(one.answer) == list(other.answer)
+        assert named(one.prompt) + "=" == named(other.prompt) and list(one.answer) == list(other.answer[:-1])
         assert one.targets is not None and other.targets is None and len(one.targets) == len(one.prompt) - 1
-        hops, letters = named(one.prompt[:-1]).split(":")
+        hops, letters = named(one.prompt).split(":")
         assert one.targets[: len(hops) + 1] == [IGNORED] * (len(hops) + 1)
-        for place, target in enumerate(one.targets[len(hops) + 1 :]):
+        for place, target in enumerate([*one.targets[len(hops) + 1 :], *one.answer]):
             letter = hop_by_hop(letters[: place + 1], int(hops))
             assert letter == (None if target == IGNORED else named([target]))
-    assert all(example.targets is None for example in asked.val.examples)
+    for one, other in zip(asked.val.examples, last.val.examples, strict=True):
+        assert one.targets is None and named(one.prompt) + "=" == named(other.prompt)
 
 
 def hop_by_hop(letters: str, hops: int) -> str | None:

@@ -26,7 +26,7 @@ class Example:
     label: int | None = None
     """Class of the question, for a classifier."""
     targets: Sequence[int] | None = None
-    """What training asks at each token of the prompt but the cue as well, -100 for nothing."""
+    """What training asks at each token of the prompt but the last, where the answer is asked; -100 for nothing."""
 
     @property
     def num_read(self) -> int:

@@ -36,7 +36,7 @@ class GeneratedTask(ABC):
         """A random question of this difficulty, and its answer. Raises DataError where none was found."""
 
     def targets(self, question: Sequence[str]) -> Sequence[str | None] | None:
-        """What training also asks at each symbol of a question, None for nothing; by default nothing at any."""
+        """What training asks at each symbol of a question, the answer at the last; None for nothing, here or at all."""
         return None
 
 
@@ -53,7 +53,7 @@ class Examples:
     ) -> None:
         """`seed` is that of the training; held-out examples have none."""
         self._span = (config.eval_difficulty if held_out else None) or config.difficulty
-        self._task, self._tokenizer, self._held_out = task, tokenizer, held_out
+        self._task, self._tokenizer, self._held_out, self._is_cued = task, tokenizer, held_out, config.is_cued
         key = key_from("task, held out" if held_out else f"task, training {seed}")
         # A counter-based generator: to go to an example is to set the counter, which is cheaper than a new generator.
         self._bits = np.random.Philox(key=int(key))
@@ -89,8 +89,9 @@ class Examples:
         if end is None:
             # The tokenizer of a classifier; the classes are the first symbols.
             return Example(question, answer, difficulty, label=answer[0])
-        labels = None if targets is None else self._labels(targets)
-        return Example([*question, *self._tokenizer.ids_of(CUE)], [*answer, end], difficulty, targets=labels)
+        if self._is_cued:
+            return Example([*question, *self._tokenizer.ids_of(CUE)], [*answer, end], difficulty)
+        return Example(question, answer, difficulty, targets=None if targets is None else self._labels(targets[:-1]))
 
     def _labels(self, targets: Sequence[str | None]) -> list[int]:
         asked = iter(self._tokenizer.ids_of([symbol for symbol in targets if symbol is not None]))

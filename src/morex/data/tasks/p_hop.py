@@ -32,7 +32,7 @@ class PHop(GeneratedTask):
             f"with {difficulty} hops among {self.length} letters; raise data.task.length",
         )
 
-    def targets(self, question: Sequence[str]) -> list[str | None] | None:
+    def targets(self, question: Sequence[str]) -> Sequence[str | None] | None:
         if self.places == "last":
             return None
         hops, _, text = "".join(question).partition(":")
