@@ -93,6 +93,34 @@ def test_other_studies_have_pages_of_their_own(project: Path) -> None:
     assert (project / "README.md").read_text() == readme
 
 
+def test_a_study_of_depth_gets_its_accuracies(project: Path) -> None:
+    """Means over seeds, by difficulty: as many recursions as it says, as many as trained, and the most."""
+
+    def row(variant: str, seed: int, recursions: int | None, *accuracies: float) -> dict[str, Any]:
+        levels = {str(level): {"accuracy": value} for level, value in enumerate(accuracies, start=1)}
+        return {"variant": variant, "seed": seed, "recursions": recursions, "trained_recursions": 2} | {
+            "by_difficulty": levels
+        }
+
+    rows = [row("looped", seed, r, r / 10, 0.5 + seed / 5, r / 4) for seed in (0, 1) for r in (1, 2, 3, 4)]
+    measured = {"machine": {"command": "python depth.py"}, "rows": [*rows, row("dense", 0, None, 1.0, 0.75, 0.0)]}
+    (project / "benchmarks" / "results" / "hops-depths.json").write_text(json.dumps(measured))
+    demo = project / "studies" / "demo" / "results.json"
+    content = json.loads(demo.read_text())
+    content["study"]["name"] = "hops"
+    demo.write_text(json.dumps(content))
+    page = project / "docs" / "studies" / "hops.md"
+    page.parent.mkdir()
+    marks = "".join(f"<!-- hops-{part} -->\n<!-- /hops-{part} -->\n" for part in ("table", "depths"))
+    page.write_text(f"# Hops\n\n{marks}The end.\n")
+    SCRIPT["main"]([], root=project)
+    table = page.read_text().partition("<!-- hops-depths -->")[2]
+    assert "`python depth.py` (`hops-depths.json`)" in table and "| model | recursions | 1 | 2 | 3 |" in table
+    assert "| `looped` | as many as the difficulty | 0.10 | 0.60 | 0.75 |" in table
+    assert "| `looped` | 2 | 0.20 | 0.60 | 0.50 |" in table and "| `looped` | 4 | 0.40 | 0.60 | 1.00 |" in table
+    assert "| `dense` | its own | 1.00 | 0.75 | 0.00 |" in table
+
+
 def test_speed_page_gets_the_training_rows(project: Path) -> None:
     SCRIPT["main"]([], root=project)
     text = (project / "docs" / "speed.md").read_text()
