@@ -235,6 +235,8 @@ class PHopConfig(GeneratedTaskConfig):
     """Letters of the sequence."""
     letters: Annotated[int, Field(ge=3, le=26)] = 4
     """Letters that there are."""
+    count: Literal["decimal", "unary"] = "decimal"
+    """How the number of hops is written: in digits, of which some may never occur in training, or as so many ones."""
     places: Literal["last", "all"] = "last"
     """Where the letter is asked for: after `=`, from the last place; or at the place itself, in training at each from
     which p hops exist, in evaluation at the last."""
@@ -248,7 +250,8 @@ class PHopConfig(GeneratedTaskConfig):
         return self.letters
 
     def longest(self, difficulty: int) -> tuple[int, int]:
-        return len(str(difficulty)) + 1 + self.length, 1
+        count = difficulty if self.count == "unary" else len(str(difficulty))
+        return count + 1 + self.length, 1
 
     @property
     def is_cued(self) -> bool:

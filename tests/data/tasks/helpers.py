@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "addition reversed": {"kind": "addition", "difficulty": [1, 9], "order": "reversed"},
     "addition with a reversed sum": {"kind": "addition", "difficulty": [1, 9], "order": "reversed_sum"},
     "p_hop": {"kind": "p_hop", "difficulty": [1, 8]},
+    "p_hop unary": {"kind": "p_hop", "difficulty": [1, 8], "count": "unary"},
     "p_hop far": {"kind": "p_hop", "difficulty": [9, 12], "length": 60, "letters": 5},
     "chain": {"kind": "chain", "difficulty": [1, 8]},
     "chain asked often": {"kind": "chain", "difficulty": [1, 6], "pairs": 9, "queries": 5},
@@ -91,13 +93,13 @@ def added(question: list[str], order: str = "plain") -> set[str]:
     return {digits[::-1] if order == "plain" else digits}
 
 
-def hopped(question: list[str]) -> set[str]:
+def hopped(question: list[str], unary: bool = False) -> set[str]:
     """By the definition: the greatest j <= i with X_{j-1} = X_i, places counted from 1."""
     hops, sequence = "".join(question).split(":")
     letters = " " + sequence
     assert all(left != right for left, right in pairwise(sequence))
     place = len(sequence)
-    for _ in range(int(hops)):
+    for _ in range(len(hops) if unary else int(hops)):
         found = max([j for j in range(2, place + 1) if letters[j - 1] == letters[place]], default=0)
         assert 0 < found < place
         place = found
@@ -135,6 +137,7 @@ ANSWERS: dict[str, Callable[[list[str]], set[str]]] = {
     "addition reversed": lambda question: added(question, "reversed"),
     "addition with a reversed sum": lambda question: added(question, "reversed_sum"),
     "p_hop": hopped,
+    "p_hop unary": partial(hopped, unary=True),
     "p_hop far": hopped,
     "chain": followed,
     "chain asked often": followed,

@@ -57,7 +57,7 @@ def test_sizes_and_difficulties_are_as_the_section_says(name: str) -> None:
             "pattern": len(question),
             "parity": len(question),
             "addition": len("".join(question).partition("+")[0]),
-            "p_hop": hops(question),
+            "p_hop": hops(question, getattr(config, "count", "decimal")),
             "chain": pointers(question),
             "arithmetic": nesting(question),
         }
@@ -69,8 +69,10 @@ def test_sizes_and_difficulties_are_as_the_section_says(name: str) -> None:
         assert abs(seen[difficulty] - expected) < 6 * math.sqrt(expected)
 
 
-def hops(question: list[str]) -> int:
+def hops(question: list[str], count: str) -> int:
     number = "".join(question).partition(":")[0]
+    if count == "unary":
+        return len(number)
     return int(number) if number.isdigit() else 0
 
 
@@ -193,13 +195,14 @@ def test_more_hops_than_there_are_letters_for_are_refused(refused: Callable[...,
 
     from morex.data.tasks.p_hop import PHop
 
-    task = PHop(length=6, letters=4, places="last")
+    task = PHop(length=6, letters=4, count="decimal", places="last")
     refused(lambda: task.draw(np.random.default_rng(0), 6), "6 hops among 6 letters", "data.task.length")
 
 
-def test_each_place_from_which_so_many_hops_exist_may_be_asked() -> None:
+@pytest.mark.parametrize("count", ["decimal", "unary"])
+def test_each_place_from_which_so_many_hops_exist_may_be_asked(count: str) -> None:
     """By the definition, from each end of the sequence that a place makes; question and answer stay the same."""
-    config = {"kind": "p_hop", "difficulty": [1, 5], "length": 24, "held_out": 5}
+    config = {"kind": "p_hop", "difficulty": [1, 5], "length": 24, "held_out": 5, "count": count}
     asked, last = (prepared({**config, "places": places}) for places in ("all", "last"))
     named = asked.tokenizer.decode
     for one, other in zip(asked.training(3).take(0, 40), last.training(3).take(0, 40), strict=True):
@@ -208,7 +211,7 @@ def test_each_place_from_which_so_many_hops_exist_may_be_asked() -> None:
         hops, letters = named(one.prompt).split(":")
         assert one.targets[: len(hops) + 1] == [IGNORED] * (len(hops) + 1)
         for place, target in enumerate([*one.targets[len(hops) + 1 :], *one.answer]):
-            letter = hop_by_hop(letters[: place + 1], int(hops))
+            letter = hop_by_hop(letters[: place + 1], len(hops) if count == "unary" else int(hops))
             assert letter == (None if target == IGNORED else named([target]))
     for one, other in zip(asked.val.examples, last.val.examples, strict=True):
         assert one.targets is None and named(one.prompt) + "=" == named(other.prompt)

@@ -16,15 +16,15 @@ from morex.sections.tasks import LETTERS
 
 
 class PHop(GeneratedTask):
-    """The question is the number of hops, `:` and a sequence X_1 .. X_N; the answer the letter where p hops lead.
+    """The question is the number p of hops, `:` and a sequence X_1 .. X_N; the answer the letter where p hops lead.
 
     A hop goes from i to the place after the latest earlier letter that equals X_i: the greatest j <= i with
     X_{j-1} = X_i. Starting at N, p hops must exist. Neighbours differ, so that every hop leads to an earlier place, and
     p hops are really p.
     """
 
-    def __init__(self, length: int, letters: int, places: str) -> None:
-        self.length, self.letters, self.places = length, letters, places
+    def __init__(self, length: int, letters: int, count: str, places: str) -> None:
+        self.length, self.letters, self.is_unary, self.places = length, letters, count == "unary", places
 
     def draw(self, rng: np.random.Generator, difficulty: int) -> Question:
         return redrawn(
@@ -35,16 +35,17 @@ class PHop(GeneratedTask):
     def targets(self, question: Sequence[str]) -> Sequence[str | None] | None:
         if self.places == "last":
             return None
-        hops, _, text = "".join(question).partition(":")
-        ends = destinations(text, int(hops))
-        return [*(None for _ in f"{hops}:"), *(None if end is None else text[end] for end in ends)]
+        count, _, text = "".join(question).partition(":")
+        ends = destinations(text, len(count) if self.is_unary else int(count))
+        return [*(None for _ in f"{count}:"), *(None if end is None else text[end] for end in ends)]
 
     def _attempt(self, rng: np.random.Generator, hops: int) -> Question | None:
         # Each letter is its neighbour's plus 1 .. letters - 1, so all others are equally likely.
         steps = rng.integers(1, self.letters, self.length)
         text = "".join(LETTERS[letter] for letter in (np.cumsum(steps) % self.letters).tolist())
         end = destinations(text, hops)[-1]
-        return None if end is None else (f"{hops}:{text}", text[end])
+        count = "1" * hops if self.is_unary else str(hops)
+        return None if end is None else (f"{count}:{text}", text[end])
 
 
 def destinations(sequence: Sequence[Hashable], hops: int) -> list[int | None]:
