@@ -33,7 +33,8 @@ def state_change(analysis: Analysis) -> "Figure | None":
         if not isinstance(layer.moves, Missing):
             changes[short(layer.name)] = means([step.change for step in layer.moves])
             cosines[short(layer.name)] = means([step.cosine for step in layer.moves])
-    label = "recursion" if not analysis.layers else "recursion or expert step"
+    recur, step = (any(len(group.change) > 1 for group in analysis.groups), bool(analysis.layers))
+    label = "recursion or expert step" if recur and step else "expert step" if step else "recursion"
     return _figure(
         [
             (changes, "Change of the state", "difference over the state before", label),
@@ -48,8 +49,9 @@ def active_share(analysis: Analysis) -> "Figure | None":
     for group in analysis.groups:
         if len(group.active_share) > 1 and not isinstance(analysis.depth, Missing):
             series[short(group.name)] = group.active_share
-            if group.wanted_share is not None:
-                series["capacity"] = group.wanted_share
+    wanted = next((group.wanted_share for group in analysis.groups if group.wanted_share is not None), None)
+    if series and wanted is not None:
+        series["capacity"] = wanted
     return _figure([(series, "Active tokens", "share of the tokens", "recursion")], ends=(0, 1.05))
 
 
@@ -153,7 +155,12 @@ def panel(axes: "Axes", series: Mapping[str, Sequence[float | None]], title: str
         for name, values in series.items()
     }
     if all(len(points) < 2 for points in known.values()):
-        bars = {name: points[0][1] for name, points in reversed(known.items()) if points}
+        several = any(len(values) > 1 for values in series.values())
+        bars = {
+            f"{name}, {x_label} {points[0][0]}" if several else name: points[0][1]
+            for name, points in reversed(known.items())
+            if points
+        }
         axes.barh(list(bars), list(bars.values()), height=0.6, color=HUES[0])
         axes.grid(axis="y", visible=False)
         room = 0.8 + max(0, 3 - len(bars)) / 2
