@@ -371,7 +371,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"kv 'refresh' .*recursions is 1 .*'none'",
     ),
     "keys of recursion 1 for a router of one recursion": (
-        ["model.schedule={sharing: cycle, layers: 2, recursions: 1}", "model.depth.kind=random", "model.kv=shared_first"],
+        [
+            "model.schedule={sharing: cycle, layers: 2, recursions: 1}",
+            "model.depth.kind=random",
+            "model.kv=shared_first",
+        ],
         r"kv 'shared_first' .*recursions is 1 .*'cycle'",
     ),
     "low-rank changes of experts": (["model.mixer={kind: moe}", "model.lora={}"], r"lora .*mixer\.kind 'moe'"),

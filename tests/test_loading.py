@@ -90,9 +90,11 @@ def test_what_is_no_config_of_a_model(use: Any) -> None:
 
 
 def test_a_key_of_another_kind_is_sent_to_its_kinds() -> None:
-    with pytest.raises(ConfigError, match="'model.mixer.depth': only model.mixer.kind 'recursive' has it$"):
+    with pytest.raises(ConfigError, match=r"'model\.mixer\.depth': only model\.mixer\.kind 'recursive' has it$"):
         load_config("more-a", ["model.mixer.depth.kind=halting"])
-    with pytest.raises(ConfigError, match="'model.depth.capacities': only .* 'expert_choice' or 'threshold' or 'random'"):
+    with pytest.raises(
+        ConfigError, match=r"'model\.depth\.capacities': only .* 'expert_choice' or 'threshold' or 'random'"
+    ):
         load_config("mor-token", ["model.depth.capacities=[1.0]"])
 
 
