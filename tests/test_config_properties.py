@@ -362,6 +362,22 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.lora={}"],
         r"lora .*recursions is 1",
     ),
+    "a vector for one recursion": (
+        ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.step_embedding=true"],
+        r"step_embedding .*recursions is 1 .*'none'",
+    ),
+    "keys of an earlier recursion where none is": (
+        ["model.schedule={sharing: none, layers: 4, recursions: 1}", "model.kv=refresh"],
+        r"kv 'refresh' .*recursions is 1 .*'none'",
+    ),
+    "keys of recursion 1 for a router of one recursion": (
+        [
+            "model.schedule={sharing: cycle, layers: 2, recursions: 1}",
+            "model.depth.kind=random",
+            "model.kv=shared_first",
+        ],
+        r"kv 'shared_first' .*recursions is 1 .*'cycle'",
+    ),
     "low-rank changes of experts": (["model.mixer={kind: moe}", "model.lora={}"], r"lora .*mixer\.kind 'moe'"),
     "a rank that is not low": (["model.lora.rank=256"], r"lora\.rank 256 .*d_model 256.* 255"),
     "no rank": (["model.lora={rank: 0}"], r"lora\.rank"),

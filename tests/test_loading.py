@@ -87,3 +87,16 @@ def test_what_is_no_config_of_a_model(use: Any) -> None:
         use(load_config("vanilla"))
     with pytest.raises(TypeError, match=r"not 'vanilla'; load it first: morex\.load_config"):
         use("vanilla")
+
+
+def test_a_key_of_another_kind_is_sent_to_its_kinds() -> None:
+    with pytest.raises(ConfigError, match=r"'model\.mixer\.depth': only model\.mixer\.kind 'recursive' has it$"):
+        load_config("more-a", ["model.mixer.depth.kind=halting"])
+    with pytest.raises(
+        ConfigError, match=r"'model\.depth\.capacities': only .* 'expert_choice' or 'threshold' or 'random'"
+    ):
+        load_config("mor-token", ["model.depth.capacities=[1.0]"])
+
+
+def test_a_shared_core_of_one_recursion_keeps_its_rule_for_more_at_call_time() -> None:
+    assert load_config("recursive", ["model.schedule.recursions=1", "model.kv=refresh"]).model.kv == "refresh"

@@ -125,6 +125,8 @@ class ModelConfig(Section):
                 "attention.local_rope_base or attention.global_every out, or use kv 'per_recursion'"
             )
         self.depth.check(recursions, "depth", "schedule.recursions")
+        if self.kv != "per_recursion" and recursions == 1:
+            self._check_may_recur()
         if isinstance(self.depth, GatedConfig) and self.kv == "shared_first" and recursions > 1:
             self._check_first_keys(self.depth.shares(recursions)[0])
         if isinstance(self.depth, StoppingConfig) and self.kv == "per_recursion":
@@ -198,6 +200,7 @@ class ModelConfig(Section):
             "residual_scale": self.residual_scale != "none",
             "recursion_norms": self.recursion_norms,
             "lora": self.lora is not None,
+            "step_embedding": self.step_embedding,
         }
         for option in (name for name, is_given in given.items() if is_given and recursions == 1):
             raise ValueError(
@@ -233,6 +236,14 @@ class ModelConfig(Section):
             raise ValueError(
                 f"norm {self.norm!r} is for blocks alone, and mixer.kind {kind!r} has experts with norms of kind "
                 "'rms'; use norm 'rms' or another mixer"
+            )
+
+    def _check_may_recur(self) -> None:
+        """A shared core of one recursion may recur more often at call time, with `fixed` and `sampled` alone."""
+        if self.schedule.sharing == "none" or not isinstance(self.depth, FixedConfig | SampledConfig):
+            raise ValueError(
+                f"kv {self.kv!r} is for blocks that recur, and schedule.recursions is 1 with schedule.sharing "
+                f"{self.schedule.sharing!r}; use kv 'per_recursion' or 2 recursions or more"
             )
 
     def _check_first_keys(self, share: float) -> None:

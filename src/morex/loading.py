@@ -298,7 +298,11 @@ def _sentence(kind: type[BaseModel], error: ValidationError, where: str) -> str:
     match fault["type"]:
         case "extra_forbidden":
             name, keys = MEANT.get(location[-1], location[-1]), _keys(sections)
-            return f"unknown key '{dotted}'{closest(name, keys, [] if name in keys else places(kind, name))}"
+            unknown = f"unknown key '{dotted}'"
+            kinds = _kinds_with(kind, location)
+            if kinds:
+                return f"{unknown}: only {'.'.join(location[:-1])}.kind {' or '.join(map(repr, kinds))} has it"
+            return f"{unknown}{closest(name, keys, [] if name in keys else places(kind, name))}"
         case "missing" if isinstance(fault["loc"][-1], int):
             return f"'{dotted.rpartition('.')[0]}' has too few entries: number {fault['loc'][-1] + 1} is missing"
         case "missing":
@@ -342,6 +346,13 @@ def _walk(kind: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str], l
         if below:
             current, is_union = below, len(below) > 1
     return location, current
+
+
+def _kinds_with(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Values of `kind` with which the section that a key at this path stands in has the key."""
+    *above, name = location
+    _, sections = _walk(kind, above)
+    return [each for section in sections if name in section.model_fields for each in _kinds(section)]
 
 
 def places(kind: type[BaseModel], name: str) -> list[str]:

@@ -15,6 +15,7 @@ from analysis.helpers import GROUP, opened, perturbed, tiny
 from morex.analysis import Missing, Spread, analyze, analyze_trace, to_dict, write
 from morex.analysis.analyze import analyze_opened, folder_for, with_fewer_steps
 from morex.analysis.drift import drift
+from morex.analysis.pictures import depth_by_group
 from morex.analysis.records import Drift
 from morex.cli import main
 from morex.data.errors import DataError
@@ -25,7 +26,8 @@ from morex.train.runs import RunFolder
 from parity.helpers import VARIANTS
 from train.helpers import write_corpus
 
-FIGURES = {"expert-loads", "depth", "depth-by-class", "state-change", "entropy", "drift"}
+OF_DECISIONS = {"expert-loads", "depth", "depth-by-class", "active-share", "weights", "state-change", "entropy"}
+FIGURES = OF_DECISIONS | {"agreement", "losses", "drift"}
 
 
 def numbers(tree: Any) -> Iterator[float]:
@@ -46,7 +48,7 @@ def test_every_preset(preset: str, tmp_path: Path) -> None:
     assert rows < 12 and 100 <= found.tokens <= 115 if is_task else found.tokens == 7 * 16 and rows == 7
     plain = json.loads(json.dumps(to_dict(found), allow_nan=False))
     assert all(math.isfinite(value) for value in numbers(plain))
-    assert len(found.health) == len({line.quantity for line in found.health}) == 29
+    assert len(found.health) == len({line.quantity for line in found.health}) == 38
     assert all(line.status != "none" or line.reason for line in found.health)
     mixer, recursions = config.model.mixer, config.model.schedule.resolved.recursions
     assert bool(found.layers) == hasattr(mixer, "router")
@@ -58,7 +60,13 @@ def test_every_preset(preset: str, tmp_path: Path) -> None:
     assert isinstance(found.agreement, Missing) == (config.model.depth.kind != "expert_choice")
     for layer in found.layers:
         assert all(isinstance(call.entropy, Spread) and call.entropy.mean > 0 for call in layer.calls)
+    if getattr(mixer, "kind", "") in ("huginn", "shared_recurrent", "layer_recurrent"):
+        judged = {line.quantity: line.status for line in found.health}
+        assert judged["change of the state by an expert step"] in ("ok", "warn")
+        assert judged["last expert step's share of the path"] in ("ok", "warn")
+        assert [layer.moves for layer in analyze_trace(tmp_path / "t.npz").layers] == [x.moves for x in found.layers]
     for group in found.groups:
+        assert sum(group.depths) == pytest.approx(1)
         assert all(0 <= share <= 1 for share in group.active_share)
     again = analyze_trace(tmp_path / "t.npz")
     assert [layer.load for layer in again.layers] == [layer.load for layer in found.layers]
@@ -73,6 +81,7 @@ def test_other_forms(case: str, tmp_path: Path) -> None:
     found = analyze_opened(opened(tiny(preset, *overrides), tmp_path), case, tokens=64)
     json.dumps(to_dict(found), allow_nan=False)
     assert len(found.groups) == (2 if case == "expert+sequence" else 1)
+    assert (depth_by_group(found) is None) == (len(found.groups) == 1)
 
 
 def test_losses_are_those_of_evaluation(tmp_path: Path) -> None:
@@ -232,7 +241,7 @@ def test_a_trace_file_gives_the_same_decisions(trained: Path, tmp_path: Path) ->
             assert isinstance(a, Spread) and isinstance(b, Spread) and a.mean == pytest.approx(b.mean)
     needs = "a trace file has no weights; analyse the run"
     assert {line.reason for line in alone.health if "loss" in line.quantity} == {needs}
-    assert {path.stem for path in write(alone, tmp_path / "out")} == FIGURES - {"drift"} | {"analysis"}
+    assert {path.stem for path in write(alone, tmp_path / "out")} == OF_DECISIONS | {"analysis"}
 
 
 def test_figures_of_an_earlier_analysis_go(trained: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from analysis.helpers import GROUP, expert_trace, routed, tiny
-from morex.analysis.health import dead_experts, effective_experts, hot_experts, judge, load_cv
+from morex.analysis.health import judge
+from morex.analysis.measures import dead_experts, effective_experts, hot_experts, load_cv
 from morex.analysis.records import Agreement, Analysis, Drift, Health, LossReport, Missing
 from morex.analysis.tally import Tally
 from morex.analysis.trace import Decisions, Moves

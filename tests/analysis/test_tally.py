@@ -60,6 +60,8 @@ def test_gated_router() -> None:
     config, scores = tiny("mor-expert").model, gate_scores()
     group = tallied(routed(config, ACTIVE, scores, LENGTHS)).groups[GROUP].report()
     assert group.active_share == pytest.approx((7 / 7, 4 / 7, 2 / 7))
+    taken = [int(ACTIVE[:, b, t].sum()) for b, t in TOKENS]
+    assert group.depths == pytest.approx([taken.count(level) / 7 for level in range(4)])
     assert group.wanted_share == pytest.approx((1, 2 / 3, 1 / 3))
     assert group.entropy_limit == pytest.approx(math.log(2))
     for r in range(3):
@@ -183,7 +185,7 @@ def test_expert_layer(top_k: int) -> None:
     assert_spread(call.entropy, entropies)
     assert_spread(call.confidence, largest)
     assert_spread(call.weight, weights)
-    assert isinstance(call.change, Missing)
+    assert call.own_entropy == call.entropy
 
 
 def test_memory_does_not_grow() -> None:

@@ -39,6 +39,10 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["train", "vanilla", "--set", "train.epochs=3"], "unknown key 'train.epochs'; did you mean 'steps'"),
         (["train", "vanilla", "--set", "learning_rate=1"], "unknown key 'learning_rate'; did you mean 'train.lr'"),
         (["train", "vanilla", "--set", "steps=3"], "unknown key 'steps'; did you mean .*'train.steps'"),
+        (
+            ["train", "more-a", "--set", "model.mixer.depth.kind=halting"],
+            "unknown key 'model.mixer.depth': only model.mixer.kind 'recursive' has it",
+        ),
         (["train", "moe", "--set", "model.mixer.top_k=2"], "did you mean 'model.mixer.router.top_k'"),
         (["train", "vanilla", "--set", "model.depth.kind=expert_choise"], "expert_choise.*expert_choice"),
         (["train", "vanilla", "--set", "train.lr"], "'train.lr' must have the form a.b=value"),

@@ -1,6 +1,8 @@
 """The experts of the Mixture of Recurrent Experts in plain loops over tokens, from their definitions alone."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,13 @@ from parity.reference import Place, Reference, States
 
 class RecurrentReference(Reference):
     """`Reference` for the expert kinds `huginn`, `shared_recurrent` and `layer_recurrent`, in eval mode."""
+
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], training: bool) -> None:
+        super().__init__(config, weights, training)
+        self.paths: dict[tuple[int, int], list[list[Tensor]]] = {}
+        """(block, position) -> the states, first to last, of each visit to an expert, or to a layer that recurs."""
+        self.entropies: dict[tuple[int, int], list[float]] = {}
+        """(block, position) -> entropy of the averaged logits before the floor, at each step."""
 
     def mixer(self, index: int, inputs: States, step: Place = (0, 0, 0)) -> States:
         name = f"stack.blocks.{index}.mixer."
@@ -41,6 +50,10 @@ class RecurrentReference(Reference):
             return self.weights[name + part][expert]
 
         states = {t: torch.zeros_like(x) for t, x in inputs.items()}
+        block = int(name.split(".")[2])
+        paths = {t: [s] for t, s in states.items()}
+        for t, path in paths.items():
+            self.paths.setdefault((block, t), []).append(path)
         for _ in range(self.config["mixer"]["steps"]):
             states = {t: own("adapter") @ torch.cat((s, inputs[t])) for t, s in states.items()}
             normed = {t: rms_norm(s, own("norm1"), self.eps) for t, s in states.items()}
@@ -53,6 +66,7 @@ class RecurrentReference(Reference):
                 inner = rms_norm(s, own("norm3"), self.eps)
                 gated = feed_forward("swiglu", inner, own("up"), own("down"), own("gate"))
                 states[t] = rms_norm(s + gated, own("norm4"), self.eps)
+                paths[t].append(states[t])
         return states
 
     def recur_layer(self, index: int, name: str, inputs: States) -> States:
@@ -62,13 +76,15 @@ class RecurrentReference(Reference):
         floor = min(mixer["entropy_floor"], 0.9 * math.log(experts))
         outputs = {}
         for t, x in inputs.items():
-            state, average = x, None
+            state, average, path = x, None, [x]
+            self.paths.setdefault((index, t), []).append(path)
             for _ in range(mixer["steps"]):
                 logits = (self.weights[name + "router.weight"] @ state).tolist()
                 if average is None:
                     average = logits
                 else:
                     average = [mixer["ema"] * a + (1 - mixer["ema"]) * b for a, b in zip(average, logits, strict=True)]
+                self.entropies.setdefault((index, t), []).append(entropy(average))
                 probabilities = softmax(warmed(average, floor))
                 best = sorted(range(experts), key=lambda e: -probabilities[e])[: mixer["router"]["top_k"]]
                 total = sum(probabilities[e] for e in best) if len(best) > 1 else 1.0
@@ -77,6 +93,7 @@ class RecurrentReference(Reference):
                     (y,) = self.feed_forward_expert(name, e, {t: state}).values()
                     change = change + probabilities[e] / total * y
                 state = state + mixer["scale"] * change
+                path.append(state)
             outputs[t] = state - x
         return outputs
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from morex.analysis.health import effective_experts, load_cv
+from morex.analysis.measures import effective_experts, load_cv
 from morex.analysis.records import Drift, Missing
 from morex.config import ModelConfig
 from morex.loading import decides_depth

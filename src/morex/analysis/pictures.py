@@ -1,24 +1,20 @@
 """The figures of an analysis, in the style of a study's."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from morex.analysis.health import place, short
-from morex.analysis.records import Analysis, ClassDepth, Found, Missing, Spread
+from morex.analysis.curves import MOST_LINES, active_share, agreement, entropy, look, losses, state_change, weights
+from morex.analysis.measures import place, short
+from morex.analysis.records import Analysis, ClassDepth, Missing
 from morex.study.canvas import new_figure, write_figures
-from morex.study.pictures import DASHES, MARKERS, depth_bars
-from morex.study.series import DEPTH_STOPS, FAINT, HUES, ink_on
+from morex.study.pictures import depth_bars
+from morex.study.series import DEPTH_STOPS, HUES, ink_on
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Series = dict[str, Sequence[float | None]]
-MOST_LINES = 10
-"""Lines in a panel with a legend; more are drawn thin, without one."""
 MOST_NUMBERS = 16
 """Experts up to which the loads are written into the map."""
 LEAST_SPAN = 0.02
@@ -32,10 +28,15 @@ def write_pictures(analysis: Analysis, folder: Path) -> list[Path]:
     drawings = {
         "expert-loads": expert_loads,
         "depth": depth,
+        "depth-by-group": depth_by_group,
         "depth-by-class": depth_by_class,
         "depth-by-difficulty": depth_by_difficulty,
         "expert-steps": expert_steps,
         "accuracy": accuracy,
+        "active-share": active_share,
+        "agreement": agreement,
+        "weights": weights,
+        "losses": losses,
         "state-change": state_change,
         "entropy": entropy,
         "drift": drift,
@@ -100,6 +101,18 @@ def depth(analysis: Analysis) -> "Figure | None":
     axes.set_ylabel("share of the tokens, %")
     axes.set_title(f"How deep the tokens went: {report.mean:.2f} on average")
     return figure
+
+
+def depth_by_group(analysis: Analysis) -> "Figure | None":
+    """Depths in each routed group, the first at the top."""
+    if isinstance(analysis.depth, Missing) or len(analysis.groups) < 2:
+        return None
+    groups = {f"{short(group.name)}, mean {_mean(group.depths):.2f}": group.depths for group in analysis.groups}
+    return depth_bars(dict(reversed(groups.items())), "Depth by routed group")
+
+
+def _mean(shares: Sequence[float]) -> float:
+    return sum(level * share for level, share in enumerate(shares))
 
 
 def depth_by_class(analysis: Analysis) -> "Figure | None":
@@ -172,60 +185,6 @@ def accuracy(analysis: Analysis) -> "Figure | None":
     return figure
 
 
-def state_change(analysis: Analysis) -> "Figure | None":
-    """How far each recursion, or expert step, moves the state, and how much it turns it."""
-    changes: Series = {}
-    cosines: Series = {}
-    for group in analysis.groups:
-        if len(group.change) > 1:
-            changes[short(group.name)], cosines[short(group.name)] = _means(group.change), _means(group.cosine)
-    for layer in analysis.layers:
-        found = [call.change for call in layer.calls]
-        if any(isinstance(one, Spread) for one in found):
-            changes[short(layer.name)] = _means(found)
-            cosines[short(layer.name)] = _means([call.cosine for call in layer.calls])
-    if not any(value is not None for values in changes.values() for value in values):
-        return None
-    figure, grid = new_figure(9.4, 3.6, columns=2)
-    label = "recursion" if not analysis.layers else "recursion or expert step"
-    _panel(grid[0][0], changes, "Change of the state", "difference over the state before", label)
-    _panel(grid[0][1], cosines, "Direction of the state", "cosine with the state before", label)
-    _legend(figure, grid[0][0], changes)
-    return figure
-
-
-def entropy(analysis: Analysis) -> "Figure | None":
-    """Entropy of every router over the largest possible, at every decision."""
-    depths: Series = {}
-    for group in analysis.groups:
-        if not isinstance(group.entropy, Missing):
-            scaled = [None if value is None else value / group.entropy_limit for value in _means(group.entropy)]
-            depths[short(group.name)] = scaled
-    experts: Series = {}
-    for layer in analysis.layers:
-        if layer.experts > 1:
-            means = _means([call.entropy for call in layer.calls])
-            experts[short(layer.name)] = [None if value is None else value / math.log(layer.experts) for value in means]
-    panels = [
-        (found, title, x)
-        for found, title, x in (
-            (depths, "Depth routers", "recursion"),
-            (experts, "Expert routers", "choice of the layer, in order"),
-        )
-        if any(value is not None for values in found.values() for value in values)
-    ]
-    if not panels:
-        return None
-    figure, grid = new_figure(4.8 * len(panels), 3.6, columns=len(panels))
-    for axes, (found, title, x) in zip(grid[0], panels, strict=True):
-        _panel(axes, found, title, "entropy over the largest", x)
-        is_bars = not axes.lines
-        (axes.set_xlim if is_bars else axes.set_ylim)(0, 1.05)
-        if 1 < len(found) <= MOST_LINES and not is_bars:
-            axes.legend(loc="lower left", fontsize=8)
-    return figure
-
-
 def drift(analysis: Analysis) -> "Figure | None":
     """Routing over the training steps."""
     course = analysis.drift
@@ -246,7 +205,7 @@ def drift(analysis: Analysis) -> "Figure | None":
         unused.remove()
     for axes, (title, (series, label)) in zip(grid.flat, shown.items(), strict=False):
         for number, (name, values) in enumerate(series.items()):
-            axes.plot(course.steps, values, label=short(name).removesuffix(".router"), **_look(number, len(series)))
+            axes.plot(course.steps, values, label=short(name).removesuffix(".router"), **look(number, len(series)))
         axes.set_title(title)
         axes.set_ylabel(label)
         axes.set_xlabel("training step")
@@ -258,47 +217,3 @@ def drift(analysis: Analysis) -> "Figure | None":
         if 1 < len(series) <= MOST_LINES:
             axes.legend(fontsize=8)
     return figure
-
-
-def _panel(axes: "Axes", series: Series, title: str, label: str, x_label: str) -> None:
-    """A line for each name over 1, 2, ..., places without a value left out; bars where no name has two values."""
-    axes.set_title(title)
-    known = {
-        name: [(x, value) for x, value in enumerate(values, start=1) if value is not None]
-        for name, values in series.items()
-    }
-    if all(len(points) < 2 for points in known.values()):
-        bars = {name: points[0][1] for name, points in reversed(known.items()) if points}
-        axes.barh(list(bars), list(bars.values()), height=0.6, color=HUES[0])
-        axes.grid(axis="y", visible=False)
-        room = 0.8 + max(0, 3 - len(bars)) / 2
-        axes.set_ylim(-room, len(bars) - 1 + room)
-        axes.set_xlabel(label)
-        return
-    for number, (name, points) in enumerate(known.items()):
-        look = _look(number, len(series)) | {"marker": list(MARKERS.values())[number % len(MARKERS)], "markersize": 5}
-        axes.plot([x for x, _ in points], [value for _, value in points], label=name, **look)
-    most = max(len(values) for values in series.values())
-    axes.set_xticks(range(1, most + 1))
-    axes.set_xlim(0.7, most + 0.3)
-    axes.set_ylabel(label)
-    axes.set_xlabel(x_label)
-    axes.ticklabel_format(axis="y", useOffset=False)
-
-
-def _legend(figure: "Figure", axes: "Axes", series: Series) -> None:
-    if 1 < len(series) <= MOST_LINES and axes.lines:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
-
-
-def _look(number: int, count: int) -> dict[str, Any]:
-    """Colour and dash of a line; of many, all alike."""
-    if count > MOST_LINES:
-        return {"color": FAINT, "linewidth": 0.7, "alpha": 0.6}
-    dash = list(DASHES.values())[number // len(HUES) % len(DASHES)]
-    return {"color": HUES[number % len(HUES)], "linewidth": 1.7, "linestyle": dash}
-
-
-def _means(values: Sequence[Found]) -> list[float | None]:
-    return [value.mean if isinstance(value, Spread) else None for value in values]

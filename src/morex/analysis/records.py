@@ -40,6 +40,8 @@ class GroupReport:
     tokens: int
     active_share: tuple[float, ...]
     """Share of the tokens that takes recursion r."""
+    depths: tuple[float, ...]
+    """Share of the tokens that takes 0, 1, ... R recursions here."""
     wanted_share: tuple[float, ...] | None
     """Capacities, for routers that have them."""
     entropy: tuple[Found, ...] | Missing
@@ -66,15 +68,28 @@ class CallReport:
     load: tuple[float, ...] | None
     """Share of the assignments of each expert; None where no token came by."""
     entropy: Found
+    """As the choice was made."""
+    own_entropy: Found
+    """Before an entropy floor raised it; the same where there is none."""
     confidence: Found
     """Largest probability."""
     weight: Found
     """Weight of the expert that counts most."""
-    change: Found
-    cosine: Found
     steps: tuple[float, ...] | Missing
     """Share of the assignments that takes 0, 1, ... steps in the expert."""
     mean_steps: Found
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of an expert layer with a state that recurs, at one recursion."""
+
+    recursion: int
+    step: int
+    change: Found
+    """Difference that the step makes to the state over the state before it."""
+    cosine: Found
+    """Cosine between the states before and after."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,9 @@ class LayerReport:
     load: tuple[float, ...] | None
     """Over all its choices."""
     calls: tuple[CallReport, ...]
+    moves: tuple[StepReport, ...] | Missing
+    last_share: tuple[Found, ...] | Missing
+    """At each recursion, the last step's difference over the sum of all differences."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from morex.analysis.records import (
     LayerReport,
     Missing,
     Spread,
+    StepReport,
 )
 from morex.analysis.scores import distribution_entropy, read_scores
 from morex.analysis.trace import Array, Decisions, GroupDecisions, LayerDecisions, Moves
@@ -87,6 +88,7 @@ class GroupTally:
         self.name, self.config, self.recursions, self.policy = name, config, recursions, policy
         self.tokens = 0
         self.active = np.zeros(recursions, np.int64)
+        self.depths = np.zeros(recursions + 1, np.int64)
         self.entropy: list[Moments] = []
         self.gate = [Moments() for _ in range(recursions)]
         self.moves, self.last = MoveMoments.of(recursions), Moments()
@@ -96,6 +98,7 @@ class GroupTally:
         self.tokens += int(real.sum())
         taken = group.active & real
         self.active += taken.sum(axis=(1, 2))
+        self.depths += np.bincount(taken.sum(0)[real], minlength=len(self.depths))
         self.moves.add(group.moves, taken)
         path = group.moves.moved.sum(0)
         whole = taken.all(0) & (path > 0)
@@ -125,6 +128,7 @@ class GroupTally:
             name=self.name,
             tokens=self.tokens,
             active_share=tuple((self.active / max(1, self.tokens)).tolist()),
+            depths=shares(self.depths) or (),
             wanted_share=wanted,
             entropy=tuple(entropy) or Missing(self.why),
             entropy_limit=self.limit,
@@ -153,7 +157,8 @@ class LayerTally:
         self.tokens = np.zeros(count, np.int64)
         self.load = np.zeros((count, experts), np.int64)
         self.entropy, self.confidence, self.weight = ([Moments() for _ in range(count)] for _ in range(3))
-        self.moves = None if layer.moves is None else MoveMoments.of(count)
+        self.own_entropy = None if layer.entropy is None else [Moments() for _ in range(count)]
+        self.path = None if layer.moves is None else PathTally(int(layer.calls[:, 0].max()), len(layer.moves.moved))
         self.steps = [Moments() for _ in range(count)]
         self.by_steps = None if layer.steps is None else np.zeros((count, steps + 1), np.int64)
 
@@ -174,21 +179,17 @@ class LayerTally:
                 taken = layer.steps[c][mask].ravel()
                 self.steps[c].add(taken)
                 self.by_steps[c] += np.bincount(taken, minlength=self.by_steps.shape[1])
-        if self.moves is not None and layer.moves is not None:
-            # The state before a first step is not in the trace, and so neither is its change.
-            taken = came & ~np.isnan(layer.moves.start)
-            self.moves.add(layer.moves, taken)
+            if self.own_entropy is not None and layer.entropy is not None:
+                self.own_entropy[c].add(present(layer.entropy[c][mask]))
+        if self.path is not None and layer.moves is not None:
+            self.path.add(layer.moves, real)
 
     def report(self) -> LayerReport:
         nobody = "no token came by"
         no_steps = Missing("no router decides steps inside experts")
         calls = []
         for c, (recursion, step) in enumerate(self.calls.tolist()):
-            change: Spread | Missing = Missing("the experts' states are not in the trace")
-            cosine = change
-            if self.moves is not None:
-                why = "the state before the first step is not in the trace" if step == 1 else nobody
-                change, cosine = self.moves.change[c].spread(why), self.moves.cosine[c].spread(why)
+            own_entropy = self.entropy if self.own_entropy is None else self.own_entropy
             calls.append(
                 CallReport(
                     recursion=recursion,
@@ -196,15 +197,66 @@ class LayerTally:
                     tokens=int(self.tokens[c]),
                     load=shares(self.load[c]),
                     entropy=self.entropy[c].spread(nobody),
+                    own_entropy=own_entropy[c].spread(nobody),
                     confidence=self.confidence[c].spread(nobody),
                     weight=self.weight[c].spread(nobody),
-                    change=change,
-                    cosine=cosine,
                     steps=no_steps if self.by_steps is None else shares(self.by_steps[c]) or Missing(nobody),
                     mean_steps=no_steps if self.by_steps is None else self.steps[c].spread(nobody),
                 )
             )
-        return LayerReport(name=self.name, experts=self.experts, load=shares(self.load.sum(0)), calls=tuple(calls))
+        stateless = Missing("the experts have no state in the trace")
+        return LayerReport(
+            name=self.name,
+            experts=self.experts,
+            load=shares(self.load.sum(0)),
+            calls=tuple(calls),
+            moves=stateless if self.path is None else self.path.steps_report(),
+            last_share=stateless if self.path is None else self.path.last_report(),
+        )
+
+
+class PathTally:
+    """The steps of an expert layer with a state that recurs."""
+
+    def __init__(self, recursions: int, moves: int) -> None:
+        """Args:
+        recursions: R of the layer.
+        moves: R S.
+        """
+        self.recursions, self.steps = recursions, moves // recursions
+        self.moves, self.last = MoveMoments.of(moves), [Moments() for _ in range(recursions)]
+        self.came = np.zeros(moves, np.int64)
+
+    def add(self, moves: Moves, real: Array) -> None:
+        """Adds the steps [R S, B, T] of real tokens that came by."""
+        taken = ~np.isnan(moves.moved) & real
+        self.came += taken.sum(axis=(1, 2))
+        self.moves.add(moves, taken)
+        for r, last in enumerate(self.last):
+            own = moves.moved[r * self.steps : (r + 1) * self.steps]
+            path = own.sum(0)
+            whole = real & (path > 0)
+            last.add(own[-1][whole] / path[whole])
+
+    def steps_report(self) -> tuple[StepReport, ...]:
+        """One entry for each step, recursion by recursion."""
+        entries = []
+        for place, (change, cosine) in enumerate(zip(self.moves.change, self.moves.cosine, strict=True)):
+            r, s = divmod(place, self.steps)
+            why = self._why(r, "the state before the step is zero, or not in the trace")
+            entries.append(StepReport(r + 1, s + 1, change.spread(why), cosine.spread(why)))
+        return tuple(entries)
+
+    def last_report(self) -> tuple[Spread | Missing, ...]:
+        """One entry for each recursion."""
+        if self.steps == 1:
+            return (Missing("the experts take one step"),) * self.recursions
+        why = "the state does not move, or the first step is not in the trace"
+        return tuple(last.spread(self._why(r, why)) for r, last in enumerate(self.last))
+
+    def _why(self, recursion: int, otherwise: str) -> str:
+        """Why there is no value at a recursion, from 0. The last step is in every trace that has any."""
+        return otherwise if self.came[(recursion + 1) * self.steps - 1] else "no token came by"
 
 
 def shares(counts: Array) -> tuple[float, ...] | None:

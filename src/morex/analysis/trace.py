@@ -1,7 +1,7 @@
 """Decisions of the routers, token by token, as numpy arrays; and the file that other tools read them from.
 
-A trace file is an `.npz` of plain arrays, read without unpickling. B windows, T tokens, R recursions, K chosen of E
-experts, C choices of an expert layer; GROUP and LAYER are module paths.
+A trace file is an `.npz` of plain arrays, read without unpickling. B windows, T tokens, R recursions, S expert
+steps, K chosen of E experts, C choices of an expert layer; GROUP and LAYER are module paths.
 
 | array | shape, type | meaning |
 |---|---|---|
@@ -23,7 +23,8 @@ experts, C choices of an expert layer; GROUP and LAYER are module paths.
 | `expert_logits/LAYER` | [C, B, T, E], float | logits of the choice; NaN where a token did not come by |
 | `expert_steps/LAYER` | [C, B, T, K], int | optional: steps taken in each chosen expert, where a router decides; -1 where a token did not come by |
 | `expert_calls/LAYER` | [C, 2], int | recursion and expert step of each choice, from 1 |
-| `expert_start`, `expert_moved`, `expert_cosine` `/LAYER` | [C, B, T], float | as for groups, for layers that choose again on their own state; NaN for a first step |
+| `expert_entropy/LAYER` | [C, B, T], float | optional: entropy of the router in nats before `entropy_floor` raised it; NaN where a token did not come by |
+| `expert_start`, `expert_moved`, `expert_cosine` `/LAYER` | [R S, B, T], float | optional: as for groups, for layers with a state that recurs, at place (r - 1) S + s - 1 step s of recursion r; the states of a token in its K experts count as one vector; NaN where a token did not come by |
 """  # noqa: E501
 
 import io
@@ -46,13 +47,22 @@ from morex.data.errors import DataError
 from morex.files import write_whole
 from morex.loading import ConfigError, validate
 from morex.model.trace import GroupTrace, Trace
+from morex.nn.moves import move
 from morex.nn.signals import Choice
 from morex.sections.depth import FixedConfig
-from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, RecursiveExpertsConfig
+from morex.sections.mixers import (
+    FeedForwardConfig,
+    HuginnExpertsConfig,
+    LayerRecurrentConfig,
+    RecursiveExpertsConfig,
+    SharedRecurrentConfig,
+)
 
 Array = NDArray[Any]
 FORMAT = 1
 WHOLE = ("tokens", "lengths", "depth")
+RECUR = HuginnExpertsConfig | SharedRecurrentConfig | LayerRecurrentConfig
+"""Expert layers with a state that recurs."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +104,12 @@ class LayerDecisions:
     logits: Array
     """[C, B, T, E]; NaN likewise."""
     moves: Moves | None
-    """For layers that choose again on their own state; NaN for a first step."""
+    """Of each step of layers with a state that recurs, recursion by recursion [R S, B, T]; NaN where a token did not
+    come by. The states of a token in its K experts count as one vector."""
     steps: Array | None = None
     """Steps taken in each chosen expert [C, B, T, K], where a router decides; -1 where a token did not come by."""
+    entropy: Array | None = None
+    """Entropy of the router in nats [C, B, T] before a floor raised it, where there may be one; NaN likewise."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +207,9 @@ def _group(group: GroupTrace, recursions: int) -> GroupDecisions:
 
 def _moves(states: Sequence[Tensor]) -> Moves:
     """Between neighbours of so many states [B, T, D]."""
-    starts, moved, cosines = [], [], []
-    for before, after in pairwise(states):
-        before, after = _wide(before), _wide(after)
-        start, end = before.norm(dim=-1), after.norm(dim=-1)
-        scale = start * end
-        cosine = ((before * after).sum(-1) / scale).clamp(-1, 1)
-        starts.append(_array(start))
-        moved.append(_array((after - before).norm(dim=-1)))
-        cosines.append(_array(cosine.masked_fill(~(scale > 0), torch.nan)))
-    return Moves(np.stack(starts), np.stack(moved), np.stack(cosines))
+    return Moves(
+        *np.stack([_array(move(before, after)) for before, after in pairwise(states)], -2).transpose(3, 2, 0, 1)
+    )
 
 
 def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, GroupDecisions]) -> LayerDecisions:
@@ -221,8 +227,10 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
     rows, time = trace.depth.shape
     experts = np.full((len(visited) * steps, rows, time, mixer.router.top_k), -1, np.int16)
     logits = np.full((len(visited) * steps, rows, time, mixer.router.experts), np.nan, np.float32)
-    missing = np.full((len(visited) * steps, rows, time), np.nan, np.float32)
-    moves = Moves(missing.copy(), missing.copy(), missing.copy()) if steps > 1 else None
+    entropy = np.full(logits.shape[:3], np.nan, np.float32) if isinstance(mixer, LayerRecurrentConfig) else None
+    moved = (
+        np.full((len(visited), mixer.steps, rows, time, 3), np.nan, np.float32) if isinstance(mixer, RECUR) else None
+    )
     taken = np.full_like(experts, -1) if routes_steps else None
     for r, is_visited in enumerate(visited):
         choices: list[Choice] = [next(made) for _ in range(steps)] if is_visited else []
@@ -230,16 +238,14 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
             experts[c], logits[c] = _array(choice.experts), _array(choice.logits)
             if taken is not None and choice.steps is not None:
                 taken[c] = _array(choice.steps)
-        states = [choice.state for choice in choices if choice.state is not None]
-        if moves is not None and states:
-            made_here, own = _moves(states), slice(r * steps + 1, (r + 1) * steps)
-            moves.start[own], moves.moved[own], moves.cosine[own] = (
-                made_here.start,
-                made_here.moved,
-                made_here.cosine,
-            )
+            if entropy is not None and choice.entropy is not None:
+                entropy[c] = _array(choice.entropy)
+        moves = [_array(choice.moves) for choice in choices if choice.moves is not None]
+        if moved is not None and moves:
+            moved[r] = np.concatenate(moves, 2).transpose(2, 0, 1, 3)
     calls = [(r, s) for r in range(1, len(visited) + 1) for s in range(1, steps + 1)]
-    return LayerDecisions(np.array(calls), experts, logits, moves, taken)
+    of_steps = None if moved is None else Moves(*np.moveaxis(moved.reshape(-1, rows, time, 3), -1, 0))
+    return LayerDecisions(np.array(calls), experts, logits, of_steps, taken, entropy)
 
 
 def join(parts: Sequence[Decisions]) -> Decisions:
@@ -271,7 +277,8 @@ def join(parts: Sequence[Decisions]) -> Decisions:
         moved = None if layer.moves is None else moves([part.moves for part in of if part.moves is not None])
         experts, logits = put([p.experts for p in of], 1, -1), put([p.logits for p in of], 1, np.nan)
         steps = None if layer.steps is None else put([p.steps for p in of if p.steps is not None], 1, -1)
-        layers[name] = LayerDecisions(layer.calls, experts, logits, moved, steps)
+        entropy = None if layer.entropy is None else put([p.entropy for p in of if p.entropy is not None], 1, np.nan)
+        layers[name] = LayerDecisions(layer.calls, experts, logits, moved, steps, entropy)
     optional = {
         name: put([getattr(part, name) for part in parts], 0, 0)
         for name in ("token_class", "token_rarity")
@@ -314,6 +321,8 @@ def write_trace(path: str | Path, found: Decisions) -> None:
         arrays[f"expert_calls/{name}"] = layer.calls
         if layer.steps is not None:
             arrays[f"expert_steps/{name}"] = layer.steps
+        if layer.entropy is not None:
+            arrays[f"expert_entropy/{name}"] = layer.entropy
         if layer.moves is not None:
             arrays |= {f"expert_{key}/{name}": value for key, value in vars(layer.moves).items()}
     buffer = io.BytesIO()
@@ -357,6 +366,7 @@ def _read(arrays: dict[str, Array]) -> Decisions:
             arrays[f"expert_logits/{name}"],
             moves("expert_", name) if f"expert_moved/{name}" in arrays else None,
             arrays.get(f"expert_steps/{name}"),
+            arrays.get(f"expert_entropy/{name}"),
         )
         for name in named("experts")
     }

@@ -4,6 +4,7 @@ An expert's attention runs causally over the tokens of a sequence that visit it 
 (`token`). The branch is the weighted sum of the experts' last states.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews
+from morex.nn.moves import Watch
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
 
@@ -47,14 +49,20 @@ class HuginnExperts(nn.Module):
         for name, weight in recurrent_parameters(router.experts, d_model, shape, d_ff, attention_scope).items():
             self.register_parameter(name, weight)
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
+    def forward(
+        self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
+    ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)
         states = initial_state(x, self.state_std, self.training).index_select(0, sent.token)
         own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
         rows = ExpertRows(packing, sent.token, sent.counts)
-        y = recur(states, sent.gather(x), own, self.steps, self.shape, self.eps, rows, views)
+        # The states of a token in its K experts count as one vector.
+        watch = Watch(states, lambda s: s[sent.places].flatten(1)) if traces else None
+        y = recur(states, sent.gather(x), own, self.steps, self.shape, self.eps, rows, views, watch)
+        if watch is not None:
+            signals.choices = [replace(choice, moves=watch.moves) for choice in signals.choices]
         return sent.combine(y, weights), {"router": signals}
 
     @staticmethod

@@ -19,6 +19,7 @@ from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews, feed_forward_costs
+from morex.nn.moves import move
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports, Signals
 
@@ -54,7 +55,9 @@ class LayerRecurrentExperts(MoE):
         self.steps, self.scale, self.ema = steps, scale, ema
         self.entropy_floor = min(entropy_floor, REACHABLE * math.log(router.experts))
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
+    def forward(
+        self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
+    ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report over all steps."""
         state, average, reports = x, None, []
         for _ in range(self.steps):
@@ -62,8 +65,14 @@ class LayerRecurrentExperts(MoE):
             average = logits if average is None else self.ema * average + (1 - self.ema) * logits
             warm = average / temperature(average, self.entropy_floor).unsqueeze(1)
             chosen, weights, signals = self.router.route(warm)
-            state = state + self.scale * self.mix(state, chosen, weights)
-            signals.choices = [replace(choice, state=state.detach()) for choice in signals.choices]
+            before, state = state, state + self.scale * self.mix(state, chosen, weights)
+            if traces:
+                about = {
+                    "state": state.detach(),
+                    "moves": move(before.detach(), state.detach()).unsqueeze(1),
+                    "entropy": _entropy(average.detach()),
+                }
+                signals.choices = [replace(choice, **about) for choice in signals.choices]
             reports.append(signals)
         return state - x, {"router": Signals.join(reports)}
 

@@ -39,7 +39,9 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(router.experts, d_ff, d_model))
         self.down = nn.Parameter(torch.empty(router.experts, d_model, d_ff))
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
+    def forward(
+        self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
+    ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x)
         return self.mix(x, chosen, weights), {"router": signals}

@@ -18,6 +18,7 @@ from morex.nn import fast
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import AttentionCosts, Costs
 from morex.nn.mixers import ExpertViews
+from morex.nn.moves import Watch
 from morex.nn.norm import rms_norm
 
 NORMS = 4
@@ -51,6 +52,7 @@ def recur(
     eps: float,
     rows: ExpertRows,
     views: ExpertViews | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """S steps of each block on its own rows.
 
@@ -62,11 +64,12 @@ def recur(
         eps: of the norms.
         rows: what stands in the rows of each block.
         views: the cache slots of the blocks.
+        watch: sees the state after each step, for a trace.
 
     Returns:
         The last state [M, D].
     """
-    plan = fast_plan(x, w, shape, eps, rows, together=True) if views is None else None
+    plan = fast_plan(x, w, shape, eps, rows, together=True) if views is None and watch is None else None
     if plan is not None:
         return fast.recurrent_experts(s, x, w, plan, steps)
     counts = rows.counts
@@ -79,6 +82,8 @@ def recur(
         s = rms_norm(s + attention(rms_norm(s, norm1, eps), rows, step), norm2, eps)
         hidden = expert_gated("swiglu", rms_norm(s, norm3, eps), w["gate"], w["up"], w["down"], counts)
         s = rms_norm(s + hidden, norm4, eps)
+        if watch is not None:
+            watch.see(s)
     return s
 
 

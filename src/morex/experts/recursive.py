@@ -85,7 +85,9 @@ class RecursiveExperts(nn.Module):
         self.gate, self.up = stacked(d_ff, d_model), stacked(d_ff, d_model)
         self.down = stacked(d_model, d_ff)
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
+    def forward(
+        self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
+    ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and what the routers report."""
         chosen, weights, signals = self.router(x)
         sent = dispatch(chosen, self.router.experts)

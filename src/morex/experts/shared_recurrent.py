@@ -4,6 +4,7 @@ The input of the block is the weighted sum of what the token's experts return; t
 attention is causal over all tokens, and has the place of the first expert in a cache.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from morex.experts.router import ExpertRouter
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
 from morex.nn.mixers import ExpertViews
+from morex.nn.moves import Watch
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
 
@@ -48,12 +50,19 @@ class SharedRecurrentExperts(MoE):
         self.shape, self.eps, self.steps, self.state_std = shape, eps, steps, state_std
         self.shared = nn.ParameterDict(recurrent_parameters(1, d_model, shape, d_ff, "routed"))
 
-    def forward(self, x: Tensor, packing: Packing, views: ExpertViews | None = None) -> tuple[Tensor, Reports]:
+    def forward(
+        self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
+    ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         mixed, reports = super().forward(x, packing)
         state, shared = initial_state(mixed, self.state_std, self.training), dict(self.shared.items())
         everyone = ExpertRows(packing, torch.arange(x.shape[0], device=x.device), [x.shape[0]])
-        return recur(state, mixed, shared, self.steps, self.shape, self.eps, everyone, views), reports
+        watch = Watch(state) if traces else None
+        y = recur(state, mixed, shared, self.steps, self.shape, self.eps, everyone, views, watch)
+        if watch is not None:
+            signals = reports["router"]
+            signals.choices = [replace(choice, moves=watch.moves) for choice in signals.choices]
+        return y, reports
 
     @staticmethod
     def costs(  # type: ignore[override]

@@ -89,25 +89,16 @@ class Pass:
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
         # What does not count leaves no key behind.
         views = views_of(step, self.rule, self.cache, self.call) if counts else None
-        x, reports = block(x, packing, views, local, parts)
+        x, reports = block(x, packing, views, local, replace(parts, traces=True) if self.record.traces else parts)
         for part, signals in reports.items() if counts else ():
             path = f"{name}.mixer.{part}"
             self.record.add(path, signals)
             if self.record.traces and signals.choices:
-                spread = [self._spread_choice(choice, packing) for choice in signals.choices]
-                self.record.choices.setdefault(path, []).extend(spread)
+                frames = partial(self._spread, packing)
+                self.record.choices.setdefault(path, []).extend(choice.each(frames) for choice in signals.choices)
         return x
 
-    def _spread_choice(self, choice: Choice, packing: Packing) -> Choice:
-        """A choice of packed tokens in the frame of the batch."""
-        return Choice(
-            self.spread(choice.experts, packing, -1),
-            self.spread(choice.logits, packing, torch.nan),
-            None if choice.state is None else self.spread(choice.state, packing, torch.nan),
-            None if choice.steps is None else self.spread(choice.steps, packing, -1),
-        )
-
-    def spread(self, values: Tensor, packing: Packing, missing: float) -> Tensor:
+    def _spread(self, packing: Packing, values: Tensor, missing: float) -> Tensor:
         """Values of packed tokens [M, ...] -> the frame of the batch [B, T, ...]."""
         if packing.index is not None:
             everyone = values.new_full((self.batch.num_tokens, *values.shape[1:]), missing)

@@ -106,18 +106,7 @@ def full_trace(
         )
         for name, group in groups.items()
     }
-    made = {
-        name: [
-            Choice(
-                widen(choice.experts, -1),
-                widen(choice.logits, torch.nan),
-                None if choice.state is None else widen(choice.state, torch.nan),
-                None if choice.steps is None else widen(choice.steps, -1),
-            )
-            for choice in found
-        ]
-        for name, found in choices.items()
-    }
+    made = {name: [choice.each(widen) for choice in found] for name, found in choices.items()}
     active = [mask for group in wide.values() for mask in group.active]
     depth = torch.stack(active).sum(0) if active else torch.zeros_like(tokens)
     return Trace(depth, wide, made, num_experts)

@@ -34,6 +34,8 @@ class StepParts:
     """Norms of a block that has none, by its names for them."""
     changes: Changes = field(default_factory=dict)
     """Low-rank changes of the linear maps of attention and feed-forward net, by their names."""
+    traces: bool = False
+    """Whether the mixer reports for a trace."""
 
 
 WHOLE = StepParts()
@@ -84,7 +86,7 @@ class Block(nn.Module):
         view = None if views is None else views.attention
         branch = self.attention(self._norm("norm1", parts, x), packing, view, local, *changes)
         x = self._join(x, branch, "norm1_after", parts)
-        branch, reports = self.mixer(self._norm("norm2", parts, x), packing, views, *changes)
+        branch, reports = self.mixer(self._norm("norm2", parts, x), packing, views, *changes, traces=parts.traces)
         return self._join(x, branch, "norm2_after", parts), reports
 
     def _norm(self, name: str, parts: StepParts, x: Tensor) -> Tensor:

@@ -24,8 +24,10 @@ class ExpertViews(Protocol):
 class Mixer(Protocol):
     """The channel part of a block: a feed-forward net or an expert layer."""
 
-    def __call__(self, x: Tensor, packing: Packing, views: ExpertViews | None) -> tuple[Tensor, Reports]:
-        """x [N, D] -> the branch's output [N, D], and what its routers report."""
+    def __call__(
+        self, x: Tensor, packing: Packing, views: ExpertViews | None, *, traces: bool = False
+    ) -> tuple[Tensor, Reports]:
+        """x [N, D] -> the branch's output [N, D], and what its routers report, with `traces` for the trace too."""
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -64,6 +66,7 @@ class GatedFeedForward(nn.Module):
         packing: Packing | None = None,
         views: ExpertViews | None = None,
         changes: Changes | None = None,
+        traces: bool = False,
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D]. `changes`: of the maps `gate`, `up` and `down` at this step."""
         if not changes:
@@ -87,6 +90,7 @@ class FeedForward(nn.Module):
         packing: Packing | None = None,
         views: ExpertViews | None = None,
         changes: Changes | None = None,
+        traces: bool = False,
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D]. `changes`: of the maps `up` and `down` at this step."""
         own = changes or {}

@@ -1,6 +1,7 @@
 """What routers report beside their output. Nothing here is written to a module during a forward pass."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,9 +25,19 @@ class Choice:
     logits: Tensor
     """[N, E], on which the choice was made."""
     state: Tensor | None = None
-    """What the experts made of the tokens [N, D], where the layer chooses again on it."""
+    """What the experts made of the tokens [N, D], where the layer chooses again on it; for a trace alone."""
     steps: Tensor | None = None
     """Steps that each token took in each of its experts [N, K], where a depth router decides."""
+    moves: Tensor | None = None
+    """How far each step after this choice moved the state, as `morex.nn.moves.move` gives it [N, S, 3], where the layer
+    has a state; for a trace alone."""
+    entropy: Tensor | None = None
+    """Entropy of the router in nats [N] before a floor raised it, where there may be one; for a trace alone."""
+
+    def each(self, change: Callable[[Tensor, float], Tensor]) -> "Choice":
+        """This choice with every tensor changed; the function also gets what stands for a token that is not there."""
+        missing = {name: math.nan if x.is_floating_point() else -1 for name, x in vars(self).items() if x is not None}
+        return Choice(**{name: change(getattr(self, name), value) for name, value in missing.items()})
 
 
 @dataclass(frozen=True)

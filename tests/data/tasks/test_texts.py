@@ -1,6 +1,8 @@
 """Tasks in words: bAbI and GSM8K, made up in small and, where they are there, the real ones."""
 
 import os
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,11 @@ import pytest
 
 from data.tasks.helpers import SUMS, write_sets
 from morex.data.characters import ByteTokenizer
+from morex.data.tasks.babi import Babi
 from morex.data.tasks.example import Example
 from morex.data.tasks.loader import TaskLoader
 from morex.data.tasks.prepared import PreparedTask, prepare_task
-from morex.data.tasks.text import Shuffled, TextExample, encoded
+from morex.data.tasks.text import Shuffled, TextExample, encoded, find
 from morex.sections.data import DataConfig
 
 REAL = os.environ.get("MOREX_DATA")
@@ -142,12 +145,36 @@ def needs(kind: str) -> Any:
     return pytest.mark.skipif(not there, reason=f"the data set {kind} is not in $MOREX_DATA")
 
 
+FACTS = {
+    **dict.fromkeys((1, 4, 5, 6, 9, 10, 12, 20), 1),
+    **dict.fromkeys((2, 11, 13, 14, 15, 17, 18, 19), 2),
+    **dict.fromkeys((3, 16), 3),
+}
+"""Supporting facts of a bAbI task's questions; those of tasks 7 and 8 differ in number."""
+
+
 @needs("babi")
 def test_the_real_babi() -> None:
-    task = prepared({"kind": "babi", "size": "en", "tasks": [1, 2, 3, 19]}, seq_len=8000)
-    assert task.num_train == len(task.val.examples) == 4000 and task.shortened == 0
-    difficulties = [Counter(one.difficulty for one in task.val.examples[1000 * i : 1000 * (i + 1)]) for i in range(4)]
-    assert difficulties == [{1: 1000}, {2: 1000}, {3: 1000}, {2: 1000}]
+    task = prepared({"kind": "babi", "size": "en", "tasks": list(range(1, 21))}, seq_len=8000)
+    assert task.num_train == len(task.val.examples) == 20_000 and task.shortened == 0
+    for number in range(1, 21):
+        facts = Counter(one.difficulty for one in task.val.examples[1000 * (number - 1) : 1000 * number])
+        assert facts == {FACTS[number]: 1000} if number in FACTS else set(facts) >= {1, 2, 3, 4, 5, 6}
+
+
+@needs("babi")
+def test_the_real_babi_of_ten_thousand() -> None:
+    """The training questions of the tasks that the archive has; its test questions are those of `en`."""
+    with tarfile.open(find("babi", "en-10k.tar.gz")) as archive:
+        parts = [re.search(r"/qa(\d+)_.*_train", name) for name in archive.getnames()]
+    # In the order of the archive, which is then unpacked once.
+    there = [int(found[1]) for found in parts if found]
+    train = list(Babi(there, "en-10k").read("train"))
+    assert there and len(train) == 10_000 * len(there)
+    assert all(one.prompt.endswith("?\n") and one.answer for one in train)
+    for place, number in enumerate(there):
+        facts = {one.difficulty for one in train[10_000 * place : 10_000 * (place + 1)]}
+        assert facts == {FACTS[number]} if number in FACTS else facts >= {1, 2, 3, 4, 5, 6}
 
 
 @needs("gsm8k")
