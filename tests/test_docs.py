@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_named_files_exist(page: Path) -> None:
         assert name in added or (ROOT / name).exists(), f"{page.name} names {name}"
 
 
-@pytest.mark.parametrize("name", ["one_idea", "schedules"])
+@pytest.mark.parametrize("name", ["one_idea", "schedules", "routers", "experts"])
 def test_figures_are_drawn(name: str, tmp_path: Path) -> None:
     script = DOCS / "figures" / f"{name}.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, env=environment(ROOT / "src"), capture_output=True)
@@ -61,6 +62,18 @@ def test_family_page_has_every_preset_with_its_parameters() -> None:
     rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \|", text, re.M))
     counted = {name: f"{morex.count(morex.load_config(name).model).parameters:,}" for name in morex.presets()}
     assert rows == counted
+
+
+def test_family_page_has_source_and_use_of_every_preset() -> None:
+    text = (DOCS / "family.md").read_text(encoding="utf-8")
+    sources = dict(re.findall(r"^\| `([\w-]+)` \| [\d,]+ \|.*\| *([^|]*?) *\|$", text, re.M))
+    assert all(sources[name] for name in morex.presets())
+    (table,) = re.findall(r"^\| presets \| when to use \|\n((?:\|.*\n)+)", text, re.M)
+    groups = re.findall(r"`([\w*-]+)`", table)
+    for name in morex.presets():
+        assert any(fnmatch(name, group) for group in groups), f"nothing says when to use {name}"
+    for group in groups:
+        assert any(fnmatch(name, group) for name in morex.presets()), f"there is no preset {group}"
 
 
 def test_adding_a_router_works(tmp_path: Path) -> None:
