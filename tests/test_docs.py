@@ -84,6 +84,8 @@ def test_adding_a_router_works(tmp_path: Path) -> None:
     )
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(DOCS / "generate_configuration.py", tmp_path / "docs")
     outputs = []
     for block in code_blocks(DOCS / "adding-a-router.md"):
         if block.language == "diff":
@@ -104,7 +106,9 @@ def test_adding_a_router_works(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stdout + done.stderr
             outputs.append(done.stdout)
-    tried, tested = outputs
+    _, tried, tested = outputs
+    page = (tmp_path / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page != (DOCS / "configuration.md").read_text(encoding="utf-8") and "`periodic`" in page
     assert re.fullmatch(r"0\.\d\d of the FLOPs\n", tried)
     passed = re.search(r"(\d+) passed", tested)
     assert passed and int(passed[1]) >= 10
