@@ -1,5 +1,6 @@
 """The documentation says what the program does: pages are current, links lead somewhere, worked examples work."""
 
+import json
 import os
 import re
 import runpy
@@ -74,6 +75,22 @@ def test_family_page_has_source_and_use_of_every_preset() -> None:
         assert any(fnmatch(name, group) for group in groups), f"nothing says when to use {name}"
     for group in groups:
         assert any(fnmatch(name, group) for name in morex.presets()), f"there is no preset {group}"
+
+
+def test_speed_page_says_which_presets_miss_its_target() -> None:
+    """From the files of results: which presets are below 0.90, and which have no row that could say so."""
+    explained: dict[str, list[float]] = {}
+    for path in (ROOT / "benchmarks" / "results").glob("train*.json"):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            even = len(set(row["expert_loads"] or [1.0])) == 1
+            if row["threads"] == 1 and row["precision"] == "fp32" and row["explained"] is not None and even:
+                explained.setdefault(row["preset"], []).append(row["explained"])
+    text = (DOCS / "speed.md").read_text(encoding="utf-8")
+    _, below, *others = text.partition("## The target")[2].partition("\n## ")[0].split("\n- ")
+    named = set(re.findall(r"`([\w-]+)`", below))
+    assert named == {preset for preset, found in explained.items() if min(found) < 0.90}
+    unmeasured = re.findall(r"`([\w-]+)`", " ".join(others))
+    assert sorted(unmeasured) == sorted(set(morex.presets()) - explained.keys())
 
 
 def test_adding_a_router_works(tmp_path: Path) -> None:
