@@ -1,11 +1,13 @@
 """The documentation says what the program does: pages are current, links lead somewhere, worked examples work."""
 
+import json
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ def test_named_files_exist(page: Path) -> None:
         assert name in added or (ROOT / name).exists(), f"{page.name} names {name}"
 
 
-@pytest.mark.parametrize("name", ["one_idea", "schedules"])
+@pytest.mark.parametrize("name", ["one_idea", "schedules", "routers", "experts"])
 def test_figures_are_drawn(name: str, tmp_path: Path) -> None:
     script = DOCS / "figures" / f"{name}.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, env=environment(ROOT / "src"), capture_output=True)
@@ -63,6 +65,34 @@ def test_family_page_has_every_preset_with_its_parameters() -> None:
     assert rows == counted
 
 
+def test_family_page_has_source_and_use_of_every_preset() -> None:
+    text = (DOCS / "family.md").read_text(encoding="utf-8")
+    sources = dict(re.findall(r"^\| `([\w-]+)` \| [\d,]+ \|.*\| *([^|]*?) *\|$", text, re.M))
+    assert all(sources[name] for name in morex.presets())
+    (table,) = re.findall(r"^\| presets \| when to use \|\n((?:\|.*\n)+)", text, re.M)
+    groups = re.findall(r"`([\w*-]+)`", table)
+    for name in morex.presets():
+        assert any(fnmatch(name, group) for group in groups), f"nothing says when to use {name}"
+    for group in groups:
+        assert any(fnmatch(name, group) for name in morex.presets()), f"there is no preset {group}"
+
+
+def test_speed_page_says_which_presets_miss_its_target() -> None:
+    """From the files of results: which presets are below 0.90, and which have no row that could say so."""
+    explained: dict[str, list[float]] = {}
+    for path in (ROOT / "benchmarks" / "results").glob("train*.json"):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            even = len(set(row["expert_loads"] or [1.0])) == 1
+            if row["threads"] == 1 and row["precision"] == "fp32" and row["explained"] is not None and even:
+                explained.setdefault(row["preset"], []).append(row["explained"])
+    text = (DOCS / "speed.md").read_text(encoding="utf-8")
+    _, below, *others = text.partition("## The target")[2].partition("\n## ")[0].split("\n- ")
+    named = set(re.findall(r"`([\w-]+)`", below))
+    assert named == {preset for preset, found in explained.items() if min(found) < 0.90}
+    unmeasured = re.findall(r"`([\w-]+)`", " ".join(others))
+    assert sorted(unmeasured) == sorted(set(morex.presets()) - explained.keys())
+
+
 def test_adding_a_router_works(tmp_path: Path) -> None:
     """Every change of the page, applied to a copy of the package; then its programs and its tests run."""
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
@@ -71,6 +101,8 @@ def test_adding_a_router_works(tmp_path: Path) -> None:
     )
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(DOCS / "generate_configuration.py", tmp_path / "docs")
     outputs = []
     for block in code_blocks(DOCS / "adding-a-router.md"):
         if block.language == "diff":
@@ -91,7 +123,9 @@ def test_adding_a_router_works(tmp_path: Path) -> None:
             )
             assert done.returncode == 0, done.stdout + done.stderr
             outputs.append(done.stdout)
-    tried, tested = outputs
+    _, tried, tested = outputs
+    page = (tmp_path / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page != (DOCS / "configuration.md").read_text(encoding="utf-8") and "`periodic`" in page
     assert re.fullmatch(r"0\.\d\d of the FLOPs\n", tried)
     passed = re.search(r"(\d+) passed", tested)
     assert passed and int(passed[1]) >= 10
