@@ -62,12 +62,6 @@ def of_layers(analysis: Analysis, measure: Callable[[tuple[float, ...]], float])
     return found
 
 
-def step_place(layer: LayerReport, step: StepReport) -> str:
-    """Likewise of a step of a layer with a state."""
-    recurs = not isinstance(layer.last_share, Missing) and len(layer.last_share) > 1
-    return f"{short(layer.name)}{f' recursion {step.recursion}' if recurs else ''} step {step.step}"
-
-
 def _mean(found: Found) -> float | Missing:
     return found.mean if isinstance(found, Spread) else found
 
@@ -78,6 +72,12 @@ def place(layer: LayerReport, recursion: int, step: int) -> str:
     if max(call.recursion for call in layer.calls) > 1:
         name += f" recursion {recursion}"
     return f"{name} step {step}" if max(call.step for call in layer.calls) > 1 else name
+
+
+def step_place(layer: LayerReport, step: StepReport) -> str:
+    """Likewise of a step of a layer with a state."""
+    recurs = not isinstance(layer.last_share, Missing) and len(layer.last_share) > 1
+    return f"{short(layer.name)}{f' recursion {step.recursion}' if recurs else ''} step {step.step}"
 
 
 def short(name: str) -> str:
