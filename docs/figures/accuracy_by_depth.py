@@ -24,13 +24,13 @@ def main() -> None:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = -(-len(variants) // COLUMNS)
     figure = Figure(figsize=(3.4 * COLUMNS, 3.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(lines, COLUMNS, squeeze=False).flat)
     image = None
     for axis, variant in zip(axes, variants, strict=False):
         image = draw(axis, variant, [row for row in rows if row["variant"] == variant])
-    for axis in list(axes)[len(variants) :]:
+    for axis in axes[len(variants) :]:
         axis.set_visible(False)
-    figure.colorbar(image, ax=list(axes), label="held-out accuracy", shrink=0.6)
+    figure.colorbar(image, ax=axes, label="held-out accuracy", shrink=0.6)
     target = IMAGES / f"{source.stem}.png"
     figure.savefig(target, dpi=120)
     print(f"wrote {target}")
