@@ -95,6 +95,12 @@ class ModelConfig(Section):
         alone = self.step_embedding or self.recursion_norms or self.lora is not None
         return alone or self.schedule.sharing == "none"
 
+    @property
+    def windows_move(self) -> bool:
+        """Whether the number of recursions says which steps are global: all rows of a batch then take as many."""
+        schedule = self.schedule.resolved
+        return self.attention.global_every is not None and (schedule.coda > 0 or len(schedule.groups) > 1)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         attention, recursions = self.attention, self.schedule.recursions
@@ -125,8 +131,6 @@ class ModelConfig(Section):
                 "attention.local_rope_base or attention.global_every out, or use kv 'per_recursion'"
             )
         self.depth.check(recursions, "depth", "schedule.recursions")
-        if self.kv != "per_recursion" and recursions == 1:
-            self._check_may_recur()
         if isinstance(self.depth, GatedConfig) and self.kv == "shared_first" and recursions > 1:
             self._check_first_keys(self.depth.shares(recursions)[0])
         if isinstance(self.depth, StoppingConfig) and self.kv == "per_recursion":
@@ -139,6 +143,8 @@ class ModelConfig(Section):
             self._check_exits()
         if isinstance(self.depth, SampledConfig):
             self._check_sampled(self.depth)
+        if self.kv != "per_recursion" and recursions == 1:
+            self._check_may_recur()
         return self
 
     def _check_sampled(self, depth: SampledConfig) -> None:
@@ -200,7 +206,8 @@ class ModelConfig(Section):
             "residual_scale": self.residual_scale != "none",
             "recursion_norms": self.recursion_norms,
             "lora": self.lora is not None,
-            "step_embedding": self.step_embedding,
+            # With a core that is shared, one recursion is the shallowest form of a deeper model.
+            "step_embedding": self.step_embedding and self.schedule.sharing == "none",
         }
         for option in (name for name, is_given in given.items() if is_given and recursions == 1):
             raise ValueError(
@@ -296,6 +303,11 @@ class Config(Section):
             raise ValueError(
                 f"{asked} leaves model.depth.kind {model.depth.kind!r} nothing to decide; use model.depth.kind 'fixed' "
                 "or train.depth 'router'"
+            )
+        if model.windows_move:
+            raise ValueError(
+                f"{asked} gives examples of a batch different numbers of recursions, and these say which steps of this "
+                "model are global; leave model.attention.global_every out, or use train.depth 'router'"
             )
         if task.difficulty[1] > recursions:
             raise ValueError(

@@ -12,6 +12,7 @@ from morex.model.generate import sample
 from morex.model.lm import Trace
 from parity.helpers import (
     LM_CASES,
+    REPEATABLE,
     cases,
     config_of,
     eval_model,
@@ -263,9 +264,13 @@ def test_depth_policies_are_functions_of_position(case: str) -> None:
 
 @pytest.mark.parametrize("case", [*RECURRENT, "recursive+norms"])
 def test_each_row_may_have_a_depth_of_its_own(case: str) -> None:
-    """In training too; and each row is as it would be alone."""
-    for model in (eval_model(case), fresh_model(case)):
-        tokens, depth = random_tokens(case, 3, 12), torch.tensor([2, 1, config_of(case).schedule.recursions])
+    """In training too; and each row is as it would be alone, or all are refused where depths change windows."""
+    tokens, depth = random_tokens(case, 3, 12), torch.tensor([2, 1, config_of(case).schedule.recursions])
+    if config_of(case).windows_move:
+        with pytest.raises(ValueError, match=r"depth of each row .* global; give all rows one depth"):
+            eval_model(case)(tokens, depth=depth)
+        return
+    for model in (eval_model(case), fresh_model(case)) if case in REPEATABLE else (eval_model(case),):
         together = model(tokens, depth=depth, return_trace=True)
         for row, recursions in enumerate(depth.tolist()):
             alone = model(tokens[row : row + 1], depth=recursions).logits

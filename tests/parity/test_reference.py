@@ -389,7 +389,7 @@ def test_halting_at_depths_that_the_caller_fixes(bias: float, depth: str) -> Non
         model.stack.core.groups[0].router.bias.fill_(bias)
     policy = parse_depth(depth, 3, 6, any_depth=False)
     reference = reference_of(model, False)
-    reference.forced = policy.depths(torch.arange(max(LENGTHS))).tolist()
+    reference.forced = policy.depths(torch.arange(max(LENGTHS)), torch.zeros(max(LENGTHS), dtype=torch.int64)).tolist()
     for row in sequences():
         assert largest_change(model(row[None], depth=depth).logits[0], reference.logits(row.tolist())) <= 1e-9
 

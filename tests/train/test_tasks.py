@@ -129,6 +129,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(case: str) -> None
         ("recursive", ("data.task={kind: babi}",), r"data.task 'babi' has no such examples"),
         ("mor-token", (BITS,), r"leaves model.depth.kind 'token_choice' nothing to decide; use .*'fixed'"),
         ("recursive", (BITS, "model.step_embedding=true"), r"up to 5 recursions.*weights for each of 3"),
+        (
+            "recursive",
+            (
+                BITS,
+                "model.attention={heads: 4, window: 4, global_every: 2}",
+                "model.schedule={sharing: middle_cycle, layers: 5}",
+            ),
+            r"which steps of this model are global; leave model.attention.global_every out",
+        ),
     ],
 )
 def test_a_depth_that_cannot_follow_the_difficulty_is_refused(

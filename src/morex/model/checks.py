@@ -48,8 +48,8 @@ def check_batch(
         raise ValueError(f"lengths must have the shape [{batch}], not {list(lengths.shape)}")
     if lengths is not None and lengths.is_floating_point():
         raise ValueError(f"lengths must be integers, not {lengths.dtype}")
-    if isinstance(depth, Tensor) and depth.shape[:1] != (batch,):
-        raise ValueError(f"depth of each row must have the shape [{batch}], not {list(depth.shape)}")
+    if isinstance(depth, Tensor):
+        _check_rows(config, depth, batch)
     for name, given in (("positions", positions), ("document_ids", documents)):
         if given is not None and tuple(given.shape) != (batch, time):
             raise ValueError(f"{name} must have the shape {[batch, time]}, not {list(given.shape)}")
@@ -61,6 +61,17 @@ def check_batch(
         raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
     if cache is not None and cache.seen.shape[0] != batch:
         raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
+
+
+def _check_rows(config: ModelConfig, depth: Tensor, batch: int) -> None:
+    """Refuses a depth of each row that has another shape, or would let a row change what its neighbours see."""
+    if depth.shape[:1] != (batch,):
+        raise ValueError(f"depth of each row must have the shape [{batch}], not {list(depth.shape)}")
+    if config.windows_move:
+        raise ValueError(
+            "depth of each row would let the deepest one say which steps of the others are global; give all rows one "
+            "depth, or use a model without attention.global_every"
+        )
 
 
 def check_exit(config: ModelConfig, training: bool, policy: DepthPolicy, asked: str) -> None:
