@@ -3,8 +3,8 @@
     python docs/update_pages.py [STUDY_FOLDER] [--picture NAME]
 
 README.md gets the table, the findings, the machine and a picture of the study `demo`, docs/studies/NAME.md those of any
-other study, NAME-MORE included, and its accuracies by recursions where benchmarks/depth.py measured them; docs/speed.md
-gets the training benchmarks.
+other study, NAME-MORE included, with its accuracies by recursions where benchmarks/depth.py measured them, and what its
+routers do where benchmarks/routing.py did; docs/speed.md gets the training benchmarks.
 """
 
 import argparse
@@ -44,6 +44,20 @@ SPEED_HEADINGS = (
 )  # fmt: skip
 
 
+# Quantities of `morex analyze` that pages show, where a study has them.
+ROUTING_HEADINGS = {
+    "depth router entropy over the largest": "depth router entropy over the largest",
+    "mean depth": "mean depth",
+    "agreement of the causal rule with top-k": "agreement of the rules",
+    "expert router entropy over ln E": "expert router entropy over ln E",
+    "recurring expert router entropy over ln E": "expert router entropy over ln E, each step",
+    "expert load CV": "expert load CV",
+    "last recursion's share of the path": "last recursion's share of the path",
+    "last expert step's share of the path": "last expert step's share of the path",
+    "loss that the last expert step takes off": "loss that the last expert step takes off",
+}
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     """Reads the study and the benchmarks and rewrites the pages in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,9 +69,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     page = root / "README.md" if name == "demo" else page_of(name, root)
     fill(page, f"{name}-table", study_section(results))
     shutil.copyfile(find_picture(options.study, options.picture), root / "docs" / "images" / f"{name}.png")
-    by_depth = root / "benchmarks" / "results" / f"{name}-depths.json"
-    if by_depth.is_file():
-        fill(page, f"{name}-depths", depth_section(by_depth))
+    for part, section in (("depths", depth_section), ("routing", routing_section)):
+        measured_part = root / "benchmarks" / "results" / f"{name}-{part}.json"
+        if measured_part.is_file():
+            fill(page, f"{name}-{part}", section(measured_part))
     measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
     print(f"wrote {page.relative_to(root)}, docs/images/{name}.png and docs/speed.md")
@@ -141,6 +156,26 @@ def depth_section(path: Path) -> str:
             lines.append([f"`{variant}`", title, *shown])
     command = f"`{content['machine']['command']}` (`{path.name}`), held-out accuracy by difficulty:"
     return f"{command}\n\n{_table(['model', 'recursions', *difficulties], lines)}"
+
+
+def routing_section(path: Path) -> str:
+    """Quantities of the routers, means over seeds: the lowest to the highest of a model's layers and recursions."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = content["rows"]
+    shown = [name for name in ROUTING_HEADINGS if any(name in row["quantities"] for row in rows)]
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row["quantities"] for row in rows if row["variant"] == variant]
+        lines.append([f"`{variant}`", *(_range([each[name] for each in own if name in each]) for name in shown)])
+    command = f"`{content['machine']['command']}` (`{path.name}`):"
+    return f"{command}\n\n{_table(['model', *(ROUTING_HEADINGS[name] for name in shown)], lines)}"
+
+
+def _range(found: Sequence[dict[str, float]]) -> str:
+    if not found:
+        return "–"
+    low, high = (sum(each[end] for each in found) / len(found) for end in ("low", "high"))
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
 
 
 def speed_section(path: Path) -> str:

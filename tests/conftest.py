@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from morex.study import worker
+
 settings.register_profile("morex", deadline=None, derandomize=True, database=None)
 settings.load_profile("morex")
 
@@ -42,3 +44,46 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+class ForkedServer:
+    """What `Worker` needs of the process that serves its cells, forked from this one, which has imported everything."""
+
+    def __init__(self, folder: Path) -> None:
+        requests, answers = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for source, standard in ((requests[0], 0), (answers[1], 1)):
+                os.dup2(source, standard)
+            for end in (*requests, *answers):
+                os.close(end)
+            with open(0, closefd=False) as worker.sys.stdin, open(1, "w", closefd=False) as worker.sys.stdout:
+                worker.serve(str(folder))
+            os._exit(0)
+        os.close(requests[0])
+        os.close(answers[1])
+        self.stdin, self.stdout = open(requests[1], "wb"), open(answers[0], "rb", buffering=0)  # noqa: SIM115
+        os.set_blocking(answers[0], False)
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        """As of `subprocess.Popen`."""
+        return self._ended(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        """As of `subprocess.Popen`."""
+        return self._ended(0)
+
+    def _ended(self, options: int) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+
+@pytest.fixture
+def quick_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of studies start without the seconds that a new interpreter takes to import everything."""
+    if hasattr(os, "fork"):
+        monkeypatch.setattr(worker.Worker, "_serve", lambda self: ForkedServer(self.folder))

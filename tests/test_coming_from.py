@@ -140,7 +140,7 @@ def imports() -> set[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_cells: None) -> Path:
     """The current folder: a text with every letter of the page's prompts, rows of a table, and sets that are read."""
     monkeypatch.chdir(tmp_path)
     write_sets(tmp_path / "sets")

@@ -13,7 +13,7 @@ COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "compare"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_cells: None) -> Path:
     """An empty folder, the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -121,6 +121,25 @@ def test_a_study_of_depth_gets_its_accuracies(project: Path) -> None:
     assert "| `dense` | its own | 1.00 | 0.75 | 0.00 |" in table
 
 
+def test_a_study_of_routers_gets_what_they_do(project: Path) -> None:
+    """Means over seeds of the lowest and the highest; only what some model has."""
+
+    def row(variant: str, seed: int, **quantities: tuple[float, float]) -> dict[str, Any]:
+        found = {name.replace("_", " "): {"low": low, "high": high} for name, (low, high) in quantities.items()}
+        return {"variant": variant, "seed": seed, "quantities": found}
+
+    rows = [row("mor", 0, mean_depth=(1.5, 2.0)), row("mor", 1, mean_depth=(2.5, 3.0)), row("moe", 0, gate=(1, 1))]
+    rows.append(row("moe", 1, expert_load_CV=(0.25, 0.25)))
+    measured = {"machine": {"command": "python routing.py"}, "rows": rows}
+    (project / "benchmarks" / "results" / "demo-routing.json").write_text(json.dumps(measured))
+    page = project / "README.md"
+    page.write_text(page.read_text() + "<!-- demo-routing -->\n<!-- /demo-routing -->\n")
+    SCRIPT["main"]([], root=project)
+    table = page.read_text().partition("<!-- demo-routing -->")[2]
+    assert "`python routing.py` (`demo-routing.json`)" in table and "| model | mean depth | expert load CV |" in table
+    assert "| `mor` | 2.00 to 2.50 | – |" in table and "| `moe` | – | 0.25 |" in table
+
+
 def test_speed_page_gets_the_training_rows(project: Path) -> None:
     SCRIPT["main"]([], root=project)
     text = (project / "docs" / "speed.md").read_text()

@@ -12,6 +12,7 @@ from morex.model.generate import sample
 from morex.model.lm import Trace
 from parity.helpers import (
     LM_CASES,
+    PRESETS,
     REPEATABLE,
     cases,
     config_of,
@@ -26,14 +27,14 @@ from parity.helpers import (
 
 DEPTHS: list[int | str] = ["uniform:2", "adaptive:8", "progressive:12", 1]
 RECURRENT = [case for case in LM_CASES if config_of(case).schedule.recursions > 1]
+# Constant and growing depths in every case, the others of both kinds in every preset.
+CASE_DEPTHS = [(case, depth) for case in RECURRENT for depth in (DEPTHS if case in PRESETS else DEPTHS[:2])]
 DEPTH_ROUTED = cases("expert_choice", "token_choice", "threshold", "halting", "exit_gate", "random", head="lm")
 ROUTED = sorted({*DEPTH_ROUTED, *cases(mixer="moe", head="lm"), *cases(mixer="recursive", head="lm")})
 CHUNKS: dict[str, list[list[int]]] = {
     "ones": [[1] * 14] * 3,
-    "threes": [[3, 3, 3, 3, 2]] * 3,
-    "mixed": [[5, 1, 3, 1, 4]] * 3,
-    "ragged": [[6, 1, 1, 3], [2, 1, 1, 3], [4, 1, 1, 3]],
-    "ragged chunks": [[1, 4, 2, 3], [5, 1, 1, 2], [3, 2, 4, 1]],
+    "chunks": [[5, 1, 3, 1, 4]] * 3,
+    "ragged": [[6, 1, 1, 3], [2, 1, 1, 1], [4, 1, 1, 2]],
 }
 
 # What one token did: the recursions it took, by routed group, and the experts of each of its visits, by expert layer.
@@ -126,10 +127,9 @@ def test_cached_equals_full_in_fp32(case: str) -> None:
     assert_cached_equals_full(case, "ragged", dtype=torch.float32, atol=1e-4)
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("case", RECURRENT)
+@pytest.mark.parametrize(("case", "depth"), CASE_DEPTHS)
 def test_cached_equals_full_at_call_time_depths(case: str, depth: int | str) -> None:
-    assert_cached_equals_full(case, "ragged chunks", depth)
+    assert_cached_equals_full(case, "ragged", depth)
 
 
 @pytest.mark.parametrize("case", LM_CASES)
