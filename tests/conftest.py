@@ -85,5 +85,7 @@ class ForkedServer:
 @pytest.fixture
 def quick_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells of studies start without the seconds that a new interpreter takes to import everything."""
+    import torch._dynamo  # noqa: F401 (what the server imports first)
+
     if hasattr(os, "fork"):
         monkeypatch.setattr(worker.Worker, "_serve", lambda self: ForkedServer(self.folder))

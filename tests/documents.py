@@ -1,5 +1,6 @@
 """What the tests of the documentation share: the code blocks of a page, and running them at tiny sizes."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -174,9 +175,13 @@ def shrunk(words: list[str]) -> list[str]:
         case ["data", *_]:
             pass
         case ["compare", source, *_]:
-            (config, *_) = (cell.config for cell in plan(load_study(source)).cells)
-            tiny = TINY_TASK if on_generated_task(config) else [*changes, *TINY_VARIANTS, *TINY_MODEL]
-            changes = [*TINY_STUDY, *tiny]
+            study = load_study(source)
+            if on_generated_task(plan(study).cells[0].config):
+                *others, last = study.to_dict()["variants"]
+                pair = [*(other for other in others if other["name"] == last["twin_of"]), last]
+                changes = [*TINY_STUDY, f"variants={json.dumps(pair)}", *TINY_TASK]
+            else:
+                changes = [*TINY_STUDY, *TINY_VARIANTS, *changes, *TINY_MODEL]
         case ["bench", "train", *_]:
             return [*words, *TINY_BENCH]
         case _:
