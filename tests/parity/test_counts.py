@@ -256,7 +256,7 @@ def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: s
 def test_flops_of_decoding_agree_with_torch_counter(case: str) -> None:
     """One more token for each row, after a context of known length; too few for work to be shared by a batch."""
     config, context = visits_everything(case), 32
-    rows = 8
+    rows = 2
     depth = None if config.depth.kind == "fixed" else "uniform:2"
     model: Any = build(config).eval()
     tokens = random_tokens(case, rows, context)

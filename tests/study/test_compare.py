@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -65,6 +66,20 @@ def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     progress, output = quiet(), quiet()
     compare(source, folder, console=progress, output=output)
     return folder, text_of(progress), text_of(output)
+
+
+def test_what_the_routers_of_a_study_do(
+    finished: tuple[Path, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/routing.py, on the models that have a router and came to an end."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "routing.py"))
+    target = tmp_path / "routing.json"
+    monkeypatch.setattr(sys, "argv", ["routing.py", str(finished[0]), str(target)])
+    script["main"]()
+    [row] = json.loads(target.read_text())["rows"]
+    assert (row["variant"], row["seed"], row["policy"]) == ("mor-expert", 0, "router")
+    entropy = row["quantities"]["depth router entropy over the largest"]
+    assert 0 < entropy["low"] <= entropy["mean"] <= entropy["high"] <= 1 and entropy["places"] >= 2
 
 
 def test_the_folder_holds_everything(finished: tuple[Path, str, str]) -> None:
