@@ -41,6 +41,8 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	$(BIN)/morex bench train moe --batch-size 32 --seq-len 128 --rounds 11 --no-memory \
 	  --json benchmarks/results/train-experts-moe.json
 	$(BIN)/morex bench train more-a more-b more-c mor-act --rounds 5 --no-memory --json benchmarks/results/train-recurrent.json
+	$(BIN)/morex bench train more-a more-b more-c moe-one-layer more-a-one-layer more-b-one-layer more-c-one-layer \
+	  --batch-size 32 --seq-len 128 --rounds 5 --no-memory --json benchmarks/results/train-recurrent-wide.json
 	$(BIN)/morex bench train huginn ouro more-small sandbox-expert sandbox-token --rounds 3 --no-memory \
 	  --json benchmarks/results/train-family.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \

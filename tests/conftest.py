@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,8 +59,8 @@ class ForkedServer:
                 os.dup2(source, standard)
             for end in (*requests, *answers):
                 os.close(end)
-            with open(0, closefd=False) as worker.sys.stdin, open(1, "w", closefd=False) as worker.sys.stdout:
-                worker.serve(str(folder))
+            sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+            worker.serve(str(folder))
             os._exit(0)
         os.close(requests[0])
         os.close(answers[1])
