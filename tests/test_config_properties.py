@@ -279,7 +279,7 @@ def test_the_strategy_finds_both_kinds() -> None:
     """The property above would be empty if nearly everything were refused, or nothing."""
     outcomes: list[tuple[bool, str]] = []
 
-    @settings(max_examples=1000)
+    @settings(max_examples=4000)
     @given(models())
     def collect(tree: Tree) -> None:
         try:
