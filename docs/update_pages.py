@@ -42,20 +42,13 @@ SPEED_HEADINGS = (
     "preset", "twin", "tokens of a step", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
     "time ratio to unrouted", "times as fast as fp32", "peak memory",
 )  # fmt: skip
-
-
 # Quantities of `morex analyze` that pages show, where a study has them.
-ROUTING_HEADINGS = {
-    "depth router entropy over the largest": "depth router entropy over the largest",
-    "mean depth": "mean depth",
-    "agreement of the causal rule with top-k": "agreement of the rules",
-    "expert router entropy over ln E": "expert router entropy over ln E",
-    "recurring expert router entropy over ln E": "expert router entropy over ln E, each step",
-    "expert load CV": "expert load CV",
-    "last recursion's share of the path": "last recursion's share of the path",
-    "last expert step's share of the path": "last expert step's share of the path",
-    "loss that the last expert step takes off": "loss that the last expert step takes off",
-}
+ROUTING_SHOWN = (
+    "depth router entropy over the largest", "mean depth", "agreement of the causal rule with top-k",
+    "expert router entropy over ln E", "recurring expert router entropy over ln E", "expert load CV",
+    "last recursion's share of the path", "last expert step's share of the path",
+    "loss that the last expert step takes off",
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
@@ -162,13 +155,15 @@ def routing_section(path: Path) -> str:
     """Quantities of the routers, means over seeds: the lowest to the highest of a model's layers and recursions."""
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = content["rows"]
-    shown = [name for name in ROUTING_HEADINGS if any(name in row["quantities"] for row in rows)]
+    shown = [name for name in ROUTING_SHOWN if any(name in row["quantities"] for row in rows)]
+    several_rates = len({row["lr"] for row in rows}) > 1
     lines = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row["quantities"] for row in rows if row["variant"] == variant]
-        lines.append([f"`{variant}`", *(_range([each[name] for each in own if name in each]) for name in shown)])
+    for variant, rate in dict.fromkeys((row["variant"], row["lr"]) for row in rows):
+        own = [row["quantities"] for row in rows if (row["variant"], row["lr"]) == (variant, rate)]
+        title = f"`{variant}` at {rate:g}" if several_rates else f"`{variant}`"
+        lines.append([title, *(_range([each[name] for each in own if name in each]) for name in shown)])
     command = f"`{content['machine']['command']}` (`{path.name}`):"
-    return f"{command}\n\n{_table(['model', *(ROUTING_HEADINGS[name] for name in shown)], lines)}"
+    return f"{command}\n\n{_table(['model', *shown], lines)}"
 
 
 def _range(found: Sequence[dict[str, float]]) -> str:

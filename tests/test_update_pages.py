@@ -124,9 +124,9 @@ def test_a_study_of_depth_gets_its_accuracies(project: Path) -> None:
 def test_a_study_of_routers_gets_what_they_do(project: Path) -> None:
     """Means over seeds of the lowest and the highest; only what some model has."""
 
-    def row(variant: str, seed: int, **quantities: tuple[float, float]) -> dict[str, Any]:
+    def row(variant: str, seed: int, lr: float = 0.002, **quantities: tuple[float, float]) -> dict[str, Any]:
         found = {name.replace("_", " "): {"low": low, "high": high} for name, (low, high) in quantities.items()}
-        return {"variant": variant, "seed": seed, "quantities": found}
+        return {"variant": variant, "seed": seed, "lr": lr, "quantities": found}
 
     rows = [row("mor", 0, mean_depth=(1.5, 2.0)), row("mor", 1, mean_depth=(2.5, 3.0)), row("moe", 0, gate=(1, 1))]
     rows.append(row("moe", 1, expert_load_CV=(0.25, 0.25)))
@@ -138,6 +138,11 @@ def test_a_study_of_routers_gets_what_they_do(project: Path) -> None:
     table = page.read_text().partition("<!-- demo-routing -->")[2]
     assert "`python routing.py` (`demo-routing.json`)" in table and "| model | mean depth | expert load CV |" in table
     assert "| `mor` | 2.00 to 2.50 | – |" in table and "| `moe` | – | 0.25 |" in table
+    measured["rows"] = [*rows, row("mor", 0, 0.004, mean_depth=(1.0, 1.0))]
+    (project / "benchmarks" / "results" / "demo-routing.json").write_text(json.dumps(measured))
+    SCRIPT["main"]([], root=project)
+    table = page.read_text().partition("<!-- demo-routing -->")[2]
+    assert "| `mor` at 0.002 | 2.00 to 2.50 | – |" in table and "| `mor` at 0.004 | 1.00 | – |" in table
 
 
 def test_speed_page_gets_the_training_rows(project: Path) -> None:

@@ -161,10 +161,10 @@ def test_finite_when_an_expert_is_never_visited(case: str) -> None:
     assert_finite_step(case, model, random_tokens(case))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 7)])
 @pytest.mark.parametrize("case", CASES)
 def test_finite_on_the_smallest_batches(case: str, shape: tuple[int, int]) -> None:
-    """Rows of one token, which has no next one: its loss is that of the label given in the window."""
+    """One row, one token. A single token has no next one: its loss is that of the label given in the window."""
     tokens = random_tokens(case, *shape)
     model = fresh_model(case)
     is_lm = config_of(case).head.kind == "lm"
