@@ -7,6 +7,7 @@ Models without a router are left out.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from morex.analysis import Analysis, analyze
@@ -51,4 +52,7 @@ def quantities(analysis: Analysis) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

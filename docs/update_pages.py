@@ -10,6 +10,7 @@ routers do where benchmarks/routing.py did; docs/speed.md gets the training benc
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,8 @@ def routing_section(path: Path) -> str:
 def _range(found: Sequence[dict[str, float]]) -> str:
     if not found:
         return "–"
-    low, high = (sum(each[end] for each in found) / len(found) for end in ("low", "high"))
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+    low, high = (f"{sum(each[end] for each in found) / len(found):z.2f}" for end in ("low", "high"))
+    return low if low == high else f"{low} to {high}"
 
 
 def speed_section(path: Path) -> str:
@@ -221,4 +222,7 @@ def _table(headings: Sequence[str], rows: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

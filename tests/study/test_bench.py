@@ -8,19 +8,8 @@ import torch
 
 from morex.loading import ConfigError, load_config
 from morex.model.count import count
-from morex.study.bench import (
-    Contender,
-    Match,
-    Shape,
-    _row,
-    _shape,
-    bench_train,
-    drawn_experts,
-    paired_ratio,
-    random_batches,
-    twin_name,
-    write_json,
-)
+from morex.study.bench import Match, _row, _shape, bench_train, paired_ratio, twin_name, write_json
+from morex.study.contender import Contender, Shape, drawn_experts, random_batches
 from morex.study.twins import bench_twin
 
 CPU = torch.device("cpu")
