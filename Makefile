@@ -45,6 +45,7 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --batch-size 32 --seq-len 128 --rounds 5 --no-memory --json benchmarks/results/train-recurrent-wide.json
 	$(BIN)/morex bench train huginn ouro more-small sandbox-expert sandbox-token --rounds 3 --no-memory \
 	  --json benchmarks/results/train-family.json
+	$(BIN)/morex bench train more-small --batch-size 32 --rounds 3 --no-memory --json benchmarks/results/train-more-small.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \

@@ -43,6 +43,7 @@ SPEED_HEADINGS = (
     "preset", "twin", "tokens of a step", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
     "time ratio to unrouted", "times as fast as fp32", "peak memory",
 )  # fmt: skip
+MOST_COLUMNS = 12
 # Quantities of `morex analyze` that pages show, where a study has them.
 ROUTING_SHOWN = (
     "depth router entropy over the largest", "mean depth", "agreement of the causal rule with top-k",
@@ -129,10 +130,10 @@ def _rates(results: Results) -> str:
 
 
 def depth_section(path: Path) -> str:
-    """Accuracies at each difficulty: with as many recursions as it says, as many as trained, and the most measured."""
+    """Accuracies by difficulty: with as many recursions as it says, as many as trained, and the most measured."""
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = content["rows"]
-    difficulties = list(rows[0]["by_difficulty"])
+    columns = _columns(list(rows[0]["by_difficulty"]))
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
@@ -141,15 +142,31 @@ def depth_section(path: Path) -> str:
         if depths:
             asked = {"as many as the difficulty": 0, f"{trained}": trained, f"{max(depths)}": max(depths)}
         for title, depth in asked.items():
-            wanted = {level: int(level) if depth == 0 else depth for level in difficulties}
-            found = {
-                level: [row["by_difficulty"][level]["accuracy"] for row in own if row["recursions"] == wanted[level]]
-                for level in difficulties
-            }
-            shown = [f"{sum(each) / len(each):.2f}" if each else "–" for each in found.values()]
-            lines.append([f"`{variant}`", title, *shown])
+            found = [
+                [
+                    (row["by_difficulty"][level]["accuracy"], row["by_difficulty"][level]["examples"])
+                    for level in levels
+                    for row in own
+                    if row["recursions"] == (int(level) if depth == 0 else depth)
+                ]
+                for levels in columns.values()
+            ]
+            lines.append([f"`{variant}`", title, *map(_accuracy, found)])
     command = f"`{content['machine']['command']}` (`{path.name}`), held-out accuracy by difficulty:"
-    return f"{command}\n\n{_table(['model', 'recursions', *difficulties], lines)}"
+    return f"{command}\n\n{_table(['model', 'recursions', *columns], lines)}"
+
+
+def _columns(levels: Sequence[str]) -> dict[str, Sequence[str]]:
+    """Difficulties under the heading of their column, several in one where there are many."""
+    width = -(-len(levels) // MOST_COLUMNS)
+    parts = [levels[start : start + width] for start in range(0, len(levels), width)]
+    return {part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}": part for part in parts}
+
+
+def _accuracy(found: Sequence[tuple[float, int]]) -> str:
+    """The mean of accuracies over their examples."""
+    examples = sum(number for _, number in found)
+    return f"{sum(share * number for share, number in found) / examples:.2f}" if examples else "–"
 
 
 def routing_section(path: Path) -> str:

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 
 IMAGES = Path(__file__).parents[1] / "images"
 COLUMNS = 3
+MOST_TICKS = 12
 
 
 def main() -> None:
@@ -51,11 +52,13 @@ def draw(axis: Any, variant: str, rows: list[dict[str, Any]]) -> Any:
     )
     image = axis.imshow(accuracy, vmin=0, vmax=1, origin="lower", cmap="viridis", aspect="auto")
     axis.set_title(variant, fontsize=10)
-    axis.set_xticks(range(len(difficulties)), difficulties, fontsize=7)
-    axis.set_yticks(range(len(depths)), [str(depth) if depth else "own" for depth in depths], fontsize=7)
+    recursions = [str(depth) if depth else "own" for depth in depths]
+    for set_ticks, names in ((axis.set_xticks, difficulties), (axis.set_yticks, recursions)):
+        apart = -(-len(names) // MOST_TICKS)
+        set_ticks(range(apart - 1, len(names), apart), names[apart - 1 :: apart], fontsize=7)
     axis.set_xlabel("difficulty", fontsize=8)
     axis.set_ylabel("recursions", fontsize=8)
-    if len(difficulties) <= 12:
+    if len(difficulties) <= MOST_TICKS:
         for (y, x), value in np.ndenumerate(accuracy):
             axis.text(
                 x, y, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if value < 0.6 else "black"
