@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,11 @@ def write_sets(folder: Path) -> None:
     """bAbI and GSM8K, made up and very small, laid out as in $MOREX_DATA."""
     for name in ("babi", "gsm8k"):
         (folder / name).mkdir(parents=True)
-    with tarfile.open(folder / "babi" / "en.tar.gz", "w:gz") as archive:
-        for task in (1, 2, 11):
-            for split in ("train", "test"):
+    for size in ("en", "en-10k"):
+        with tarfile.open(folder / "babi" / f"{size}.tar.gz", "w:gz") as archive:
+            for task, split in product((1, 2, 11, 15, 16), ("train", "test")):
                 content = STORY.replace("Mary", f"Mary{task}").encode()
-                member = tarfile.TarInfo(f"tasks_1-20_v1-2/en/qa{task}_some-task_{split}.txt")
+                member = tarfile.TarInfo(f"tasks_1-20_v1-2/{size}/qa{task}_some-task_{split}.txt")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     lines = "".join(json.dumps(entry) + "\n" for entry in SUMS)
