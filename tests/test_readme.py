@@ -77,7 +77,7 @@ def test_tasks_page_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 def test_pages_of_studies_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_sets(folder / "sets")
+    write_sets(folder / "sets", ["en-10k"])
     monkeypatch.setenv("MOREX_DATA", str(folder / "sets"))
     for page in (ROOT / "docs" / "studies").iterdir():
         assert run_page(page, folder)

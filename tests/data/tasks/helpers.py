@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -160,11 +160,11 @@ SUMS = [
 ]
 
 
-def write_sets(folder: Path) -> None:
-    """bAbI and GSM8K, made up and very small, laid out as in $MOREX_DATA."""
+def write_sets(folder: Path, sizes: Sequence[str] = ("en",)) -> None:
+    """bAbI, in these sizes, and GSM8K, made up and very small, laid out as in $MOREX_DATA."""
     for name in ("babi", "gsm8k"):
         (folder / name).mkdir(parents=True)
-    for size in ("en", "en-10k"):
+    for size in sizes:
         with tarfile.open(folder / "babi" / f"{size}.tar.gz", "w:gz") as archive:
             for task, split in product((1, 2, 11, 15, 16), ("train", "test")):
                 content = STORY.replace("Mary", f"Mary{task}").encode()
