@@ -97,7 +97,7 @@ def test_a_study_of_depth_gets_its_accuracies(project: Path) -> None:
     """Means over seeds, by difficulty: as many recursions as it says, as many as trained, and the most."""
 
     def row(variant: str, seed: int, recursions: int | None, *accuracies: float) -> dict[str, Any]:
-        levels = {str(level): {"accuracy": value} for level, value in enumerate(accuracies, start=1)}
+        levels = {str(level): {"accuracy": value, "examples": 10} for level, value in enumerate(accuracies, start=1)}
         return {"variant": variant, "seed": seed, "recursions": recursions, "trained_recursions": 2} | {
             "by_difficulty": levels
         }
@@ -119,6 +119,23 @@ def test_a_study_of_depth_gets_its_accuracies(project: Path) -> None:
     assert "| `looped` | as many as the difficulty | 0.10 | 0.60 | 0.75 |" in table
     assert "| `looped` | 2 | 0.20 | 0.60 | 0.50 |" in table and "| `looped` | 4 | 0.40 | 0.60 | 1.00 |" in table
     assert "| `dense` | its own | 1.00 | 0.75 | 0.00 |" in table
+
+
+def test_many_difficulties_share_columns(tmp_path: Path) -> None:
+    """Means over the examples of a column: thirty difficulties stand in ten columns of three."""
+
+    def row(recursions: int) -> dict[str, Any]:
+        right = {level: float(level == recursions) for level in range(1, 31)}
+        levels = {str(level): {"accuracy": share, "examples": level} for level, share in right.items()}
+        return {"variant": "looped", "recursions": recursions, "trained_recursions": 2, "by_difficulty": levels}
+
+    path = tmp_path / "hops-depths.json"
+    path.write_text(json.dumps({"machine": {"command": "python depth.py"}, "rows": [row(r) for r in (1, 2, 3, 4)]}))
+    lines = SCRIPT["depth_section"](path).splitlines()
+    assert lines[2].startswith("| model | recursions | 1 to 3 | 4 to 6 |") and lines[2].endswith("| 28 to 30 |")
+    assert lines[4].startswith("| `looped` | as many as the difficulty | 1.00 | 1.00 | – |")
+    assert lines[5].startswith("| `looped` | 2 | 0.33 | 0.00 |")
+    assert lines[6].startswith("| `looped` | 4 | 0.00 | 0.27 |")
 
 
 def test_a_study_of_routers_gets_what_they_do(project: Path) -> None:
