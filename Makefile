@@ -45,7 +45,12 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --batch-size 32 --seq-len 128 --rounds 5 --no-memory --json benchmarks/results/train-recurrent-wide.json
 	$(BIN)/morex bench train huginn ouro more-small sandbox-expert sandbox-token --rounds 3 --no-memory \
 	  --json benchmarks/results/train-family.json
-	$(BIN)/morex bench train more-small --batch-size 32 --rounds 3 --no-memory --json benchmarks/results/train-more-small.json
+	$(BIN)/morex bench train more-small --batch-size 16 --rounds 5 --no-memory --json benchmarks/results/train-more-small.json
+	$(BIN)/morex bench train more-small --batch-size 32 --rounds 3 --no-memory --json benchmarks/results/train-more-small-wide.json
+	$(BIN)/morex bench train moe-base more-a-base more-b-base more-c-base --batch-size 1 --seq-len 512 --steps 1 --rounds 2 \
+	  --no-memory --json benchmarks/results/train-base.json
+	$(BIN)/morex bench train moe-base more-c-base --batch-size 8 --seq-len 512 --steps 1 --rounds 1 --no-memory \
+	  --json benchmarks/results/train-base-wide.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
