@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from morex.eval.loss import depths_to_measure
+from morex.loading import ConfigError
 from morex.model.lm import takes_any_depth
 from morex.study.results import cell_folder, collect
 from morex.train.opening import evaluate_by, open_run
@@ -34,7 +35,8 @@ def main() -> None:
         depths = depths_to_measure(model, options.deepest) if takes_any_depth(model) else []
         for depth in depths or [None]:
             found = evaluate_by(opened.config, opened.model, opened.data.val, depth)
-            assert found.scores is not None, "a study on text has no accuracy"
+            if found.scores is None:
+                raise ConfigError(f"'{options.study}' is a study on text, which has no accuracy; give one of a task")
             trained = model.schedule.resolved.recursions
             row = {"variant": cell.variant, "seed": cell.seed, "recursions": depth, "trained_recursions": trained}
             rows.append(row | {"loss": found.loss, **asdict(found.scores)})

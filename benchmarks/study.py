@@ -3,6 +3,7 @@
 python benchmarks/study.py STUDY_FOLDER benchmarks/results/NAME.json
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,11 @@ MACHINE = ("versions", "platform", "device", "cpu", "cores", "threads")
 
 
 def main() -> None:
-    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("target", type=Path)
+    options = parser.parse_args()
+    folder, target = options.study, options.target
     results = collect(folder)
     rows, commits = [], set()
     for cell in results.cells:

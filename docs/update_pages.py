@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
     parser.add_argument("study", nargs="?", type=Path, default=root / "studies" / "demo")
     parser.add_argument("--picture", default="loss", help="name of the PNG, without its ending")
     options = parser.parse_args(arguments)
-    results = validate(Results, json.loads((options.study / "results.json").read_text(encoding="utf-8")))
+    source = options.study / "results.json"
+    if not source.is_file():
+        raise ConfigError(f"'{options.study}' has no results.json; `morex compare` makes it")
+    results = validate(Results, json.loads(source.read_text(encoding="utf-8")))
     name = results.study.name
     page = root / "README.md" if name == "demo" else page_of(name, root)
     fill(page, f"{name}-table", study_section(results))

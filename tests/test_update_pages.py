@@ -180,6 +180,8 @@ def test_running_it_again_changes_nothing(project: Path) -> None:
 def test_what_is_missing_is_named(project: Path) -> None:
     with pytest.raises(ConfigError, match="no picture 'cost'; there are loss"):
         SCRIPT["main"](["--picture", "cost"], root=project)
+    with pytest.raises(ConfigError, match=r"nowhere' has no results\.json; `morex compare`"):
+        SCRIPT["main"]([str(project / "nowhere")], root=project)
     page = project / "README.md"
     page.write_text(page.read_text().replace("<!-- /demo-table -->", ""))
     with pytest.raises(ValueError, match="no place '<!-- demo-table -->"):

@@ -5,6 +5,7 @@
 The picture is docs/images/NAME-depths.png. Models that do not recur have one row.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ MOST_TICKS = 12
 
 
 def main() -> None:
-    source = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    source = parser.parse_args().source
     rows = json.loads(source.read_text(encoding="utf-8"))["rows"]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = -(-len(variants) // COLUMNS)
@@ -70,4 +73,7 @@ def draw(axis: Any, variant: str, rows: list[dict[str, Any]]) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

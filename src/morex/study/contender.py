@@ -1,4 +1,4 @@
-"""What a training benchmark sets in turn: a model with its optimizer, which takes steps on random text.
+"""A contender of a training benchmark: a model with its optimizer, which takes steps on random text.
 
 What a layer of experts costs depends on how evenly it is used, and a router that has not been trained uses it unevenly
 by chance. So the loads are given: each token's experts are drawn at random, every expert alike unless the caller says
