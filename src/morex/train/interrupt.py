@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import FrameType
 
 from rich.console import Console
@@ -29,15 +30,27 @@ def stop_on_signals(console: Console) -> Iterator[StopRequest]:
         yield stop
         return
 
+    # A handler runs between any two instructions of the main thread, also of one that is printing or importing what to
+    # print with, so another thread says what was heard. Of the queues only this one may be filled from a handler.
+    heard: SimpleQueue[str | None] = SimpleQueue()
+
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.asked:
             raise KeyboardInterrupt
         stop.signal_number = number
-        console.print("stopping after this step, to save; once more stops at once without saving", style="yellow")
+        heard.put("stopping after this step, to save; once more stops at once without saving")
 
+    def say() -> None:
+        while (text := heard.get()) is not None:
+            console.print(text, style="yellow")
+
+    speaker = threading.Thread(target=say, daemon=True)
+    speaker.start()
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        heard.put(None)
+        speaker.join()
