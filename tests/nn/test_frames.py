@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from morex.nn.fast.frame import ALIGNMENT, FRAME_COST, widths_of
+from morex.nn.fast.scratch import Scratch
 from morex.nn.packing import pack_batch
 from morex.nn.rope import Rope
 
@@ -41,14 +42,16 @@ def test_rows_go_into_the_cheapest_frames(lengths: list[int], heads: int) -> Non
         left = left[rows:]
 
 
-def test_loading_and_unloading_are_inverse() -> None:
-    """What the frames of ragged rows hold comes back to its token, turned there and back."""
-    from morex.nn.fast.scratch import Scratch
-
-    packing = pack_batch((3, 40), torch.device("cpu"), torch.tensor([40, 3, 17]))
-    frames = packing.frames(4, 2, 8, Rope(10_000.0), torch.float64)
-    x = torch.randn(packing.num_tokens, 8 * 8, dtype=torch.float64)
+@pytest.mark.parametrize("lengths", [[40, 3, 17], [40, 40, 40]])
+@pytest.mark.parametrize(("dim", "rope"), [(8, Rope(10_000.0)), (8, None), (7, None)])
+def test_loading_and_unloading_are_inverse(lengths: list[int], dim: int, rope: Rope | None) -> None:
+    """What frames hold comes back to its token, turned there and back or never."""
+    packing = pack_batch((3, 40), torch.device("cpu"), torch.tensor(lengths))
+    frames = packing.frames(4, 2, dim, rope, torch.float64)
+    x = torch.randn(packing.num_tokens, 8 * dim, dtype=torch.float64)
     buffer = frames.load(x)
+    held = {tuple(row) for row in buffer.tolist()}
+    assert (rope is None) == all(tuple(row) in held for row in x.view(-1, dim).tolist())
     torch.testing.assert_close(frames.unload(buffer.clone(), Scratch(buffer)), x)
-    heads = torch.randn(packing.num_tokens, 4 * 8, dtype=torch.float64)
+    heads = torch.randn(packing.num_tokens, 4 * dim, dtype=torch.float64)
     torch.testing.assert_close(frames.collect(frames.spread(heads, Scratch(heads))), heads)

@@ -32,9 +32,20 @@ def rows_of(counts: list[int], documents: bool = False) -> ExpertRows:
     return ExpertRows(packing, torch.cat([part.sort().values for part in token.split(counts)]), counts)
 
 
-def run(rows: ExpertRows, scope: str, steps: int, dtype: torch.dtype, fast: bool) -> Found:
+TURNING, STILL, ODD = (4, Rope(100.0)), (4, None), (5, None)
+"""Width of a head, and how it turns."""
+
+
+def run(
+    rows: ExpertRows,
+    scope: str,
+    steps: int,
+    dtype: torch.dtype,
+    fast: bool,
+    head: tuple[int, Rope | None] = TURNING,
+) -> Found:
     """The last states, and the gradients of the input and of every weight."""
-    shape = AttentionShape(4, 2, 4, 0.3, Rope(100.0))
+    shape = AttentionShape(4, 2, head[0], 0.3, head[1])
     generator = torch.Generator().manual_seed(1)
 
     def drawn(*size: int) -> Tensor:
@@ -68,6 +79,18 @@ def test_fast_is_plain(loads: str, scope: str, steps: int, dtype: torch.dtype, n
     for name, gradient in expected.items():
         scale = max(1.0, gradient.abs().max().item())
         torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=near * scale, msg=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("loads", LOADS)
+@pytest.mark.parametrize("head", [STILL, ODD], ids=["even width", "odd width"])
+def test_fast_is_plain_where_heads_do_not_turn(loads: str, head: tuple[int, Rope | None]) -> None:
+    rows = rows_of(LOADS[loads])
+    (y, gradients), (plain, expected) = (run(rows, "routed", 2, torch.float64, fast, head) for fast in (True, False))
+    torch.testing.assert_close(y, plain)
+    turning, _ = run(rows, "routed", 2, torch.float64, True)
+    assert max(LOADS[loads]) == 1 or not torch.allclose(y, turning)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, msg=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("scope", ["routed", "token"])

@@ -1,4 +1,4 @@
-"""Signals: the first is noted and said, whatever the main thread is at; the second stops at once; handlers come back."""
+"""Signals: the first is noted and said, the second stops at once; handlers come back."""
 
 import io
 import signal

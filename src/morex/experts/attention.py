@@ -69,7 +69,7 @@ def fast_plan(
         together: whether all experts' rows stand in frames in common.
     """
     routed = "q" in w
-    if routed and (shape.rope is None or not has_fast_rows(rows.packing)):
+    if routed and not has_fast_rows(rows.packing):
         return None
     if not x.shape[0] or not fast.usable(x, *w.values()):
         return None
@@ -90,7 +90,7 @@ def attend_routed(
         slots: the cache slots of each expert's steps.
     """
     dim, fast_weights = shape.head_dim, None
-    if slots is None and shape.rope is not None and fast.available(w["q"]):
+    if slots is None and fast.available(w["q"]):
         fast_weights = fast.joint_weight(w["q"], w["k"], w["v"], dim, shape.scale)
 
     def attention(x: Tensor, rows: ExpertRows, step: int) -> Tensor:

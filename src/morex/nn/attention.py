@@ -123,7 +123,6 @@ class AttentionShape:
 
     def frames(self, packing: Packing, rope: Rope | None, dtype: torch.dtype) -> fast.Frames:
         """Where the fast path puts heads of this shape."""
-        assert rope is not None, "heads that do not turn have no frames"
         return packing.frames(self.heads, self.kv_heads, self.head_dim, rope, dtype)
 
 
@@ -183,7 +182,7 @@ class Attention(nn.Module):
             changes: of the maps `q`, `k`, `v` and `o` at this step.
         """
         rope, window = (self.shape.rope, None) if local is None else (local.rope, local.window)
-        if view is None and not changes and self._has_fast_path(x, packing, rope, window):
+        if view is None and not changes and self._has_fast_path(x, packing, window):
             return self._fast(x, packing, rope)
         n, dim, own = x.shape[0], self.shape.head_dim, changes or {}
         q = turn(_normed(changed(self.q, x, own.get("q")).view(n, -1, dim), self.norm_q), packing, rope)
@@ -200,10 +199,10 @@ class Attention(nn.Module):
             y = attend_to(q, packing, view.read(), self.shape.scale, window, dropout)
         return changed(self.o, y.reshape(n, -1), own.get("o"))
 
-    def _has_fast_path(self, x: Tensor, packing: Packing, rope: Rope | None, window: int | None) -> bool:
+    def _has_fast_path(self, x: Tensor, packing: Packing, window: int | None) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
         drops = self.training and self.dropout > 0
-        is_known = rope is not None and not self.shape.bias and self.norm_q is None and not drops
+        is_known = not self.shape.bias and self.norm_q is None and not drops
         sees_all = window is None or window >= packing.span
         return is_known and sees_all and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
 

@@ -38,7 +38,7 @@ class Packing:
     index: Tensor | None = None
     """Where each token stands in the list that these were selected from [N]; None where all were."""
     _tables: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _frames: dict[tuple[int, int, int, Rope, torch.dtype], Frames] = field(default_factory=dict, repr=False)
+    _frames: dict[tuple[int, int, int, Rope | None, torch.dtype], Frames] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -124,12 +124,12 @@ class Packing:
             self._tables[key] = (angle.cos(), angle.sin())
         return self._tables[key]
 
-    def frames(self, heads: int, kv_heads: int, dim: int, rope: Rope, dtype: torch.dtype) -> Frames:
-        """The frames that fast attention pads these tokens into; computed once and kept."""
+    def frames(self, heads: int, kv_heads: int, dim: int, rope: Rope | None, dtype: torch.dtype) -> Frames:
+        """The frames that fast attention pads these tokens into; computed once and kept. Without rope nothing turns."""
         key = (heads, kv_heads, dim, rope, dtype)
         if key not in self._frames:
-            turns = torch.complex(*self.rotary(dim, rope, dtype))
-            self._frames[key] = Frames(self.row, self.rank, self.rows, self.width, turns, heads, kv_heads)
+            turns = None if rope is None else torch.complex(*self.rotary(dim, rope, dtype))
+            self._frames[key] = Frames(self.row, self.rank, self.rows, self.width, turns, heads, kv_heads, dim)
         return self._frames[key]
 
 

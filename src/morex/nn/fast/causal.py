@@ -1,4 +1,4 @@
-"""Causal attention of packed tokens: rotated heads in frames, rows by batched products, and back to flat tokens.
+"""Causal attention of packed tokens: heads, turned or not, into frames, rows by batched products, back to flat tokens.
 
 Queries and keys come out of their linear maps with the two channels of a pair side by side, so that the rotation is
 one complex product. A permutation of channels that queries and keys share changes no score; values keep their order.
@@ -108,12 +108,19 @@ def joint_weight_backward(grad: Tensor, queries: int, keys: int, dim: int, scale
 
 
 def _paired(weight: Tensor, dim: int) -> Tensor:
-    """Puts channels i and i + dim / 2 of each head (the pairs of rotate-half) side by side."""
+    """Puts channels i and i + dim / 2 of each head (the pairs of rotate-half) side by side.
+
+    Heads of odd width, which never turn, stay as they are.
+    """
+    if dim % 2:
+        return weight
     return weight.unflatten(-2, (-1, 2, dim // 2)).transpose(-3, -2).flatten(-4, -2)
 
 
 def _unpaired(weight: Tensor, dim: int) -> Tensor:
     """The reverse of `_paired`."""
+    if dim % 2:
+        return weight
     return weight.unflatten(-2, (-1, dim // 2, 2)).transpose(-3, -2).flatten(-4, -2)
 
 
@@ -123,7 +130,7 @@ def fits(width: int) -> bool:
 
 
 def attend(projected: Tensor, frames: Frames) -> Tensor:
-    """Rotated causal attention.
+    """Causal attention, rotated where the frames have turns.
 
     Args:
         projected: x times the joint weight [N, (H + 2 KV) * dim].

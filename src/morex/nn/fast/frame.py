@@ -22,23 +22,32 @@ class Frames:
     """
 
     def __init__(
-        self, row: Tensor, rank: Tensor, rows: int, width: int, turns: Tensor, heads: int, kv_heads: int
+        self,
+        row: Tensor,
+        rank: Tensor,
+        rows: int,
+        width: int,
+        turns: Tensor | None,
+        heads: int,
+        kv_heads: int,
+        dim: int,
     ) -> None:
         """Args:
         row, rank: of each token [N], rows ascending.
         rows, width: rows R of the batch, and the longest.
-        turns: exp(i * angle) of each token and pair of channels [N, dim / 2].
-        heads, kv_heads: H and KV.
+        turns: exp(i * angle) of each token and pair of channels [N, dim / 2]; None where heads do not turn.
+        heads, kv_heads, dim: H, KV and the width of a head.
         """
-        self.heads, self.kv_heads, self.dim = heads, kv_heads, 2 * turns.shape[1]
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.kinds = (heads, kv_heads, kv_heads)
         self.is_full = row.shape[0] == rows * width
         self.shapes = [(rows, width)]
         token = None if self.is_full else self._index(row, rank, rows)
-        # torch gathers real numbers several times as fast as complex ones.
-        own = turns if token is None else torch.view_as_complex(torch.view_as_real(turns).index_select(0, token))
-        self.turns = own
-        self.turns_back = own.conj().resolve_conj()
+        if turns is not None and token is not None:
+            # torch gathers real numbers several times as fast as complex ones.
+            turns = torch.view_as_complex(torch.view_as_real(turns).index_select(0, token))
+        self.turns = turns
+        self.turns_back = None if turns is None else turns.conj().resolve_conj()
         self._areas = [size * width * count for count in self.kinds for size, width in self.shapes]
 
     @property
@@ -77,7 +86,7 @@ class Frames:
     def load(self, x: Tensor) -> Tensor:
         """Projections [N, (H + 2 KV) * dim], pairs of channels of queries and keys side by side -> the buffer.
 
-        Queries and keys are turned. Padding holds copies of some token.
+        Queries and keys are turned, where heads turn. Padding holds copies of some token.
         """
         if not self.is_full:
             buffer = x.reshape(-1, self.dim).index_select(0, self._source.flatten())
@@ -85,10 +94,12 @@ class Frames:
             return buffer
         buffer = x.new_empty(x.numel() // self.dim, self.dim)
         areas, tokens = self._only_frame(buffer), self._by_kind(x)
-        turns = self.turns.view(*self.shapes[0], 1, -1)
-        for area, part in zip(areas[:2], tokens[:2], strict=True):
-            torch.mul(as_pairs(part), turns, out=as_pairs(area))
-        areas[2].copy_(tokens[2])
+        turns = None if self.turns is None else self.turns.view(*self.shapes[0], 1, -1)
+        for area, part, may_turn in zip(areas, tokens, (True, True, False), strict=True):
+            if turns is not None and may_turn:
+                torch.mul(as_pairs(part), turns, out=as_pairs(area))
+            else:
+                area.copy_(part)
         return buffer
 
     def unload(self, buffer: Tensor, scratch: Scratch) -> Tensor:
@@ -103,8 +114,10 @@ class Frames:
             part.copy_(area)
         return x
 
-    def _turn(self, buffer: Tensor, turns: Tensor) -> None:
+    def _turn(self, buffer: Tensor, turns: Tensor | None) -> None:
         """Turns queries and keys in place."""
+        if turns is None:
+            return
         areas, frames = buffer.split(self._areas), len(self.shapes)
         parts = turns.split([rows * width for rows, width in self.shapes])
         for i, ((rows, width), own) in enumerate(zip(self.shapes, parts, strict=True)):
