@@ -93,18 +93,26 @@ def test_speed_page_says_which_presets_miss_its_target() -> None:
     assert sorted(unmeasured) == sorted(set(morex.presets()) - explained.keys())
 
 
-def test_adding_a_router_works(tmp_path: Path) -> None:
+ADDED = {
+    "adding-a-router.md": ("`periodic`", r"0\.\d\d of the FLOPs\n", 10),
+    "adding-experts.md": ("`moe_shared`", r"1\.\d\d times the FLOPs\n", 10),
+    "adding-a-task.md": ("`sorting`", r"Task: sorting\.", 4),
+}
+"""Page -> what it adds to the page of options, what its program says, and the fewest tests that it runs."""
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_added_works(name: str, tmp_path: Path) -> None:
     """Every change of the page, applied to a copy of the package; then its programs and its tests run."""
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copytree(
-        ROOT / "tests" / "parity", tmp_path / "tests" / "parity", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    unused = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("src", "tests/parity", "tests/data"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unused)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "docs").mkdir()
     shutil.copy(DOCS / "generate_configuration.py", tmp_path / "docs")
     outputs = []
-    for block in code_blocks(DOCS / "adding-a-router.md"):
+    for block in code_blocks(DOCS / name):
         if block.language == "diff":
             assert block.title
             apply_diff(tmp_path / block.title, block.text)
@@ -124,11 +132,12 @@ def test_adding_a_router_works(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stdout + done.stderr
             outputs.append(done.stdout)
     _, tried, tested = outputs
+    kind, says, fewest = ADDED[name]
     page = (tmp_path / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page != (DOCS / "configuration.md").read_text(encoding="utf-8") and "`periodic`" in page
-    assert re.fullmatch(r"0\.\d\d of the FLOPs\n", tried)
+    assert page != (DOCS / "configuration.md").read_text(encoding="utf-8") and kind in page
+    assert re.search(says, tried), tried
     passed = re.search(r"(\d+) passed", tested)
-    assert passed and int(passed[1]) >= 10
+    assert passed and int(passed[1]) >= fewest
 
 
 def environment(source: Path) -> dict[str, str]:

@@ -23,13 +23,7 @@ from morex.sections.depth import (
 from morex.sections.dropout import DropoutConfig
 from morex.sections.head import ClassifierHeadConfig, HeadConfig, LanguageModelHeadConfig
 from morex.sections.lora import LoRAConfig
-from morex.sections.mixers import (
-    FeedForwardConfig,
-    HuginnExpertsConfig,
-    MixerConfig,
-    RecursiveExpertsConfig,
-    SharedRecurrentConfig,
-)
+from morex.sections.mixers import ExpertsConfig, FeedForwardConfig, MixerConfig
 from morex.sections.schedule import ScheduleConfig
 from morex.sections.tasks import GeneratedTaskConfig
 from morex.sections.train import EvalConfig, TrainConfig
@@ -122,7 +116,7 @@ class ModelConfig(Section):
                 "use input_injection 'none' or another sharing"
             )
         self._check_relaxations(recursions)
-        if isinstance(self.mixer, RecursiveExpertsConfig | HuginnExpertsConfig | SharedRecurrentConfig):
+        if isinstance(self.mixer, ExpertsConfig) and self.mixer.has_blocks:
             self._check_recurring_experts(self.mixer.kind)
         if self.kv != "per_recursion" and recursions > 1 and attention.global_every and attention.local_rope_base:
             raise ValueError(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from morex.config import Config, ModelConfig
 from morex.sections.depth import FixedConfig, SampledConfig
-from morex.sections.mixers import FeedForwardConfig, LayerRecurrentConfig, MoEConfig
+from morex.sections.mixers import ExpertsConfig, FeedForwardConfig
 from morex.sections.tasks import GeneratedTaskConfig
 
 TINY_WIDTH, TINY_VOCABULARY, TINY_WINDOW = 32, 97, 6
@@ -198,16 +198,7 @@ def tiny_model(model: ModelConfig) -> dict[str, Any]:
     def narrower(width: int) -> int:
         return max(4, round(width * TINY_WIDTH / model.d_model / 4) * 4)
 
-    def small(net: FeedForwardConfig) -> FeedForwardConfig:
-        return net.model_copy(update={"d_ff": narrower(net.hidden(model.d_model))})
-
-    mixer = model.mixer
-    if isinstance(mixer, FeedForwardConfig):
-        mixer = small(mixer)
-    elif isinstance(mixer, MoEConfig | LayerRecurrentConfig):
-        mixer = mixer.model_copy(update={"expert": small(mixer.expert)})
-    elif mixer.d_ff is not None:
-        mixer = mixer.model_copy(update={"d_ff": narrower(mixer.d_ff)})
+    mixer = model.mixer.shrunk(narrower, model.d_model)
     small_schedule: dict[str, Any] = {"sharing": model.schedule.sharing, "recursions": schedule.recursions}
     if model.schedule.sharing == "none":
         small_schedule["layers"] = min(schedule.core, 3)
@@ -242,6 +233,12 @@ def dense_twin_mixer(model: ModelConfig) -> ModelConfig:
 def is_depth_routed(model: ModelConfig) -> bool:
     """Whether a router decides how many recursions a token takes."""
     return not isinstance(model.depth, FixedConfig)
+
+
+def decides_steps(model: ModelConfig) -> bool:
+    """Whether a router decides how many of its steps a token takes in an expert."""
+    mixer = model.mixer
+    return isinstance(mixer, ExpertsConfig) and not isinstance(mixer.steps_router, FixedConfig | None)
 
 
 def decides_depth(model: ModelConfig) -> bool:

@@ -53,6 +53,11 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "moe loss-free": ("moe", ("model.mixer.router.bias_rate=0.01",)),
     "experts": ("more", ()),
     "experts routed": ("more-tuned", ("train.accumulation=2",)),
+    "experts with steps by a router": ("more-tuned", ("model.mixer.depth.kind=threshold",)),
+    "experts with steps by expert choice": ("more-tuned", ("model.mixer.depth.kind=expert_choice",)),
+    "recurrent experts": ("more-a", ()),
+    "shared recurrent block": ("more-b", ("train.accumulation=2",)),
+    "recurrent layer": ("more-c", ("model.mixer.router.bias_rate=0.01",)),
     "random windows": ("more-baseline", ("data.windows=random",)),
 }
 

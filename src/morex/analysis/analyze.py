@@ -26,10 +26,10 @@ from morex.depth.routers import ROUTERS
 from morex.eval.loss import EvalResult
 from morex.eval.traces import own_rule, traced_batches
 from morex.files import write_json
-from morex.loading import ConfigError, decides_depth
+from morex.loading import ConfigError, decides_depth, decides_steps
 from morex.model.lm import LanguageModel, build_model, takes_any_depth
-from morex.sections.depth import ExpertChoiceConfig, FixedConfig
-from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
+from morex.sections.depth import ExpertChoiceConfig
+from morex.sections.mixers import FeedForwardConfig
 from morex.train.opening import OpenRun, evaluate_by, open_run, run_of
 from morex.train.precision import autocast_dtype
 from morex.train.setup import cpu_threads
@@ -215,7 +215,9 @@ def _trace(
 def _why_no_agreement(config: ModelConfig, depth: Depth) -> str:
     """Why the causal rule and top-k are not compared; empty where they are."""
     if not isinstance(config.depth, ExpertChoiceConfig):
-        return f"depth.kind {config.depth.kind!r} trains and decodes by one rule"
+        steps = None if isinstance(config.mixer, FeedForwardConfig) else config.mixer.steps_router
+        apart = "; what mixer.depth decides about steps is not" if isinstance(steps, ExpertChoiceConfig) else ""
+        return f"depth.kind {config.depth.kind!r} trains and decodes by one rule{apart}"
     if config.depth.causal == "none":
         return "this model was trained with depth.causal 'none' and has no causal rule"
     return "" if depth is None else "the caller decides the depth"
@@ -238,7 +240,8 @@ def _losses(
         by_steps = shallow
     else:
         _say(console, "loss with one expert step less")
-        steps = config.model.mixer.steps  # type: ignore[union-attr]
+        assert not isinstance(config.model.mixer, FeedForwardConfig)
+        steps = config.model.mixer.num_steps
         own = own_rule(config) if depth is None else depth
         by_steps = {steps - 1: evaluate_by(config, shallow, held_out, own).loss, steps: whole.loss}
     values = [whole.loss, *(v for found in (by_depth, by_steps) if isinstance(found, dict) for v in found.values())]
@@ -266,12 +269,12 @@ def with_fewer_steps(model: LanguageModel) -> LanguageModel | Missing:
     mixer = model.config.mixer
     if isinstance(mixer, FeedForwardConfig):
         return Missing("this model has no experts")
-    steps = getattr(mixer, "steps", 1)
-    if steps == 1:
+    if mixer.num_steps == 1:
         return Missing(f"mixer.kind {mixer.kind!r} has experts of one step")
-    if isinstance(mixer, RecursiveExpertsConfig) and not isinstance(mixer.depth, FixedConfig):
-        return Missing(f"router {mixer.depth.kind!r} decides how many steps a token takes")
-    shorter = model.config.model_copy(update={"mixer": mixer.model_copy(update={"steps": steps - 1})})
+    if decides_steps(model.config):
+        assert mixer.steps_router is not None
+        return Missing(f"router {mixer.steps_router.kind!r} decides how many steps a token takes")
+    shorter = model.config.model_copy(update={"mixer": mixer.model_copy(update={"steps": mixer.num_steps - 1})})
     weight = model.embedding.weight
     shallow = build_model(shorter, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():

@@ -45,24 +45,15 @@ from morex.analysis.vocabulary import CLASSES, RARITIES
 from morex.config import ModelConfig
 from morex.data.errors import DataError
 from morex.files import write_whole
-from morex.loading import ConfigError, validate
+from morex.loading import ConfigError, decides_steps, validate
 from morex.model.trace import GroupTrace, Trace
 from morex.nn.moves import move
 from morex.nn.signals import Choice
-from morex.sections.depth import FixedConfig
-from morex.sections.mixers import (
-    FeedForwardConfig,
-    HuginnExpertsConfig,
-    LayerRecurrentConfig,
-    RecursiveExpertsConfig,
-    SharedRecurrentConfig,
-)
+from morex.sections.mixers import FeedForwardConfig
 
 Array = NDArray[Any]
 FORMAT = 1
 WHOLE = ("tokens", "lengths", "depth")
-RECUR = HuginnExpertsConfig | SharedRecurrentConfig | LayerRecurrentConfig
-"""Expert layers with a state that recurs."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +207,7 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
     """All choices that a layer can make, those of recursions that nobody took included."""
     mixer = config.mixer
     assert not isinstance(mixer, FeedForwardConfig)
-    routes_steps = isinstance(mixer, RecursiveExpertsConfig) and not isinstance(mixer.depth, FixedConfig)
-    steps = mixer.steps if isinstance(mixer, LayerRecurrentConfig) else 1
+    steps = mixer.num_steps if mixer.routes_every_step else 1
     visited = [True]
     if ".core." in name:
         block = name.split(".")[3] if config.schedule.resolved.order == "sequence" else "0"
@@ -227,11 +217,9 @@ def _layer(name: str, trace: Trace, config: ModelConfig, groups: dict[str, Group
     rows, time = trace.depth.shape
     experts = np.full((len(visited) * steps, rows, time, mixer.router.top_k), -1, np.int16)
     logits = np.full((len(visited) * steps, rows, time, mixer.router.experts), np.nan, np.float32)
-    entropy = np.full(logits.shape[:3], np.nan, np.float32) if isinstance(mixer, LayerRecurrentConfig) else None
-    moved = (
-        np.full((len(visited), mixer.steps, rows, time, 3), np.nan, np.float32) if isinstance(mixer, RECUR) else None
-    )
-    taken = np.full_like(experts, -1) if routes_steps else None
+    entropy = np.full(logits.shape[:3], np.nan, np.float32) if mixer.routes_every_step else None
+    moved = np.full((len(visited), mixer.num_steps, rows, time, 3), np.nan, np.float32) if mixer.has_states else None
+    taken = np.full_like(experts, -1) if decides_steps(config) else None
     for r, is_visited in enumerate(visited):
         choices: list[Choice] = [next(made) for _ in range(steps)] if is_visited else []
         for c, choice in enumerate(choices, start=r * steps):

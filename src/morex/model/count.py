@@ -22,7 +22,7 @@ from morex.nn.injection import injection_costs
 from morex.nn.mixers import feed_forward_costs
 from morex.nn.norm import norm_costs
 from morex.sections.head import ClassifierHeadConfig
-from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
+from morex.sections.mixers import FeedForwardConfig
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,10 @@ def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = Non
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k
     options = mixer.options(d_model)
-    if isinstance(mixer, RecursiveExpertsConfig):
-        kind, of_router = ROUTERS[mixer.depth.kind], mixer.depth.options(mixer.steps)
-        options["step_shares"] = step_shares or kind.shares(mixer.steps, **of_router)
-        asked = kind.costs(d_model, mixer.steps, shares=options["step_shares"], **of_router)
+    if (router := mixer.steps_router) is not None:
+        kind, steps, of_router = ROUTERS[router.kind], mixer.num_steps, router.options(mixer.num_steps)
+        options["step_shares"] = step_shares or kind.shares(steps, **of_router)
+        asked = kind.costs(d_model, steps, shares=options["step_shares"], **of_router)
         own += Costs(asked.parameters, top_k * asked.per_token, per_token_stopped=top_k * asked.per_token_stopped)
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **options)
 

@@ -33,7 +33,7 @@ from morex.nn.packing import Packing, pack_batch
 from morex.nn.rope import Rope, RopeScaling
 from morex.nn.signals import RouterStats, loss_name
 from morex.sections.head import ClassifierHeadConfig
-from morex.sections.mixers import FeedForwardConfig, RecursiveExpertsConfig
+from morex.sections.mixers import FeedForwardConfig
 
 
 @dataclass
@@ -311,9 +311,8 @@ def _block(config: ModelConfig, has_norms: bool = True) -> Block:
     else:
         router = ExpertRouter(d_model, **mixer.router.model_dump())
         parts: dict[str, Any] = {}
-        if isinstance(mixer, RecursiveExpertsConfig):
-            own = mixer.depth
-            parts["depth"] = ROUTERS[own.kind](d_model, mixer.steps, **own.options(mixer.steps))
+        if (own := mixer.steps_router) is not None:
+            parts["depth"] = ROUTERS[own.kind](d_model, mixer.num_steps, **own.options(mixer.num_steps))
         built = EXPERTS[mixer.kind](d_model, router, shape, eps, **parts, **mixer.options(d_model))
     norm_q, norm_k = (NORMS[config.norm](shape.head_dim, eps) if config.attention.qk_norm else None for _ in "qk")
     attention = Attention(d_model, shape, norm_q, norm_k, config.dropout.attention)

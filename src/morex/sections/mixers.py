@@ -1,6 +1,7 @@
 """The channel part of a block: a feed-forward net or an expert layer."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -31,6 +32,10 @@ class FeedForwardConfig(Section):
         width = self.hidden(d_model)
         return width if self.is_gated else max(1, round(width / 12)) * 8
 
+    def shrunk(self, narrower: Callable[[int], int], d_model: int) -> Self:
+        """The same net of another width, for a model of another width than `d_model`."""
+        return self.model_copy(update={"d_ff": narrower(self.hidden(d_model))})
+
 
 class ExpertRouterConfig(Section):
     """Chooses K of E experts for each token: linear, softmax, top-k; weights renormalised for K > 1."""
@@ -56,27 +61,68 @@ class ExpertRouterConfig(Section):
         return self
 
 
-class MoEConfig(Section):
-    """Feed-forward experts."""
+class ExpertsConfig(Section):
+    """What the program asks about an expert layer of any kind."""
 
-    kind: Literal["moe"]
+    kind: str
     router: ExpertRouterConfig = ExpertRouterConfig()
-    expert: FeedForwardConfig = FeedForwardConfig()
+
+    has_blocks: ClassVar[bool] = False
+    """Whether attention and norms like those of a block are part of the layer."""
+    has_states: ClassVar[bool] = False
+    """Whether a trace has how far each of its `steps` moved a state."""
+    routes_every_step: ClassVar[bool] = False
+    """Whether each of its `steps` chooses experts anew."""
+
+    @property
+    def num_steps(self) -> int:
+        """Times that the layer or its experts loop."""
+        return int(getattr(self, "steps", 1))
+
+    @property
+    def steps_router(self) -> StepsRouterConfig | None:
+        """Router that decides how many steps a token takes; None where a layer has none."""
+        return None
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Constructor options of the layer, without its router."""
-        return {"expert": self.expert.kind, "d_ff": self.expert.hidden(d_model)}
+        """Constructor options of the layer, without its routers."""
+        raise NotImplementedError
 
     def twin_width(self, d_model: int) -> int:
         """Hidden width of the dense twin's swiglu, which has the size of one expert."""
+        raise NotImplementedError
+
+    def shrunk(self, narrower: Callable[[int], int], d_model: int) -> Self:
+        """The same layer for a model of another width than `d_model`: what is set in `d_ff` and `expert` narrower."""
+        small: dict[str, Any] = {}
+        d_ff: int | None = getattr(self, "d_ff", None)
+        expert: FeedForwardConfig | None = getattr(self, "expert", None)
+        if d_ff is not None:
+            small["d_ff"] = narrower(d_ff)
+        if expert is not None and expert.d_ff is not None:
+            small["expert"] = expert.shrunk(narrower, d_model)
+        return self.model_copy(update=small)
+
+
+class MoEConfig(ExpertsConfig):
+    """Feed-forward experts."""
+
+    kind: Literal["moe"]
+    expert: FeedForwardConfig = FeedForwardConfig()
+
+    def options(self, d_model: int) -> dict[str, Any]:
+        return {"expert": self.expert.kind, "d_ff": self.expert.hidden(d_model)}
+
+    def twin_width(self, d_model: int) -> int:
         return self.expert.twin_width(d_model)
 
 
-class RecursiveExpertsConfig(Section):
+class RecursiveExpertsConfig(ExpertsConfig):
     """Experts that are small recursive transformers: each loops `steps` times through attention and swiglu."""
 
+    has_blocks = True
+
     kind: Literal["recursive"]
-    router: ExpertRouterConfig = ExpertRouterConfig()
     steps: PositiveInt = 3
     """Times S that an expert loops; its weights are shared over the steps."""
     depth: StepsRouterConfig = FixedConfig()
@@ -99,6 +145,10 @@ class RecursiveExpertsConfig(Section):
             )
         return self
 
+    @property
+    def steps_router(self) -> StepsRouterConfig:
+        return self.depth
+
     @model_validator(mode="after")
     def _keeps_what_is_unused(self) -> Self:
         if self.keep_unused_qk and self.attention_scope == "routed":
@@ -108,19 +158,18 @@ class RecursiveExpertsConfig(Section):
         return self
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Constructor options of the layer, without its routers."""
         return self.model_dump(exclude={"kind", "router", "depth"})
 
     def twin_width(self, d_model: int) -> int:
-        """Hidden width of the dense twin's swiglu, which has the size of one expert."""
         return self.d_ff
 
 
-class HuginnExpertsConfig(Section):
+class HuginnExpertsConfig(ExpertsConfig):
     """Experts that are recurrent blocks: a latent state meets the input again at each of `steps` steps."""
 
+    has_blocks = has_states = True
+
     kind: Literal["huginn"]
-    router: ExpertRouterConfig = ExpertRouterConfig()
     steps: PositiveInt = 2
     """Times S that an expert recurs; its weights are shared over the steps."""
     d_ff: PositiveInt | None = None
@@ -131,19 +180,18 @@ class HuginnExpertsConfig(Section):
     """Standard deviation of the first state in training; in evaluation it is zero."""
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Constructor options of the layer, without its router."""
         return self.model_dump(exclude={"kind", "router"}) | {"d_ff": self.twin_width(d_model)}
 
     def twin_width(self, d_model: int) -> int:
-        """Hidden width of the dense twin's swiglu."""
         return self.d_ff or 2 * d_model
 
 
-class SharedRecurrentConfig(Section):
+class SharedRecurrentConfig(ExpertsConfig):
     """Light experts, mixed first, then one recurrent block that every token passes `steps` times."""
 
+    has_blocks = has_states = True
+
     kind: Literal["shared_recurrent"]
-    router: ExpertRouterConfig = ExpertRouterConfig()
     expert: FeedForwardConfig = FeedForwardConfig(kind="gelu")
     """The light experts; default: gelu of hidden width 2 d_model."""
     steps: PositiveInt = 2
@@ -154,7 +202,6 @@ class SharedRecurrentConfig(Section):
     """Standard deviation of the first state in training; in evaluation it is zero."""
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Constructor options of the layer, without its router."""
         return {
             "expert": self.expert.kind,
             "expert_d_ff": self.expert.d_ff or 2 * d_model,
@@ -164,15 +211,15 @@ class SharedRecurrentConfig(Section):
         }
 
     def twin_width(self, d_model: int) -> int:
-        """Hidden width of the dense twin's swiglu."""
         return self.d_ff or 4 * d_model
 
 
-class LayerRecurrentConfig(Section):
+class LayerRecurrentConfig(ExpertsConfig):
     """Feed-forward experts whose layer recurs `steps` times on its own output, routed anew at each step."""
 
+    has_states = routes_every_step = True
+
     kind: Literal["layer_recurrent"]
-    router: ExpertRouterConfig = ExpertRouterConfig()
     expert: FeedForwardConfig = FeedForwardConfig()
     steps: PositiveInt = 2
     """Times S that the layer recurs."""
@@ -184,12 +231,10 @@ class LayerRecurrentConfig(Section):
     """Least entropy of a token's router in nats, at most 0.9 ln E: its temperature rises until it is reached."""
 
     def options(self, d_model: int) -> dict[str, Any]:
-        """Constructor options of the layer, without its router."""
         own = self.model_dump(include={"steps", "scale", "ema", "entropy_floor"})
         return {"expert": self.expert.kind, "d_ff": self.expert.hidden(d_model), **own}
 
     def twin_width(self, d_model: int) -> int:
-        """Hidden width of the dense twin's swiglu."""
         return self.expert.twin_width(d_model)
 
 

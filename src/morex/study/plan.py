@@ -163,7 +163,7 @@ def describe(config: Config) -> str:
     else:
         router = mixer.router
         what = "recursive experts" if mixer.kind == "recursive" else "experts"
-        loops = f", {mixer.steps} steps each" if mixer.kind == "recursive" else ""
+        loops = f", {mixer.num_steps} steps each" if mixer.kind == "recursive" else ""
         channel = f"{router.top_k} of {router.experts} {what}{loops}"
     if schedule.recursions == 1:
         blocks = f"{schedule.num_blocks} blocks"

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -14,27 +15,6 @@ from morex.data.symbols import SymbolTokenizer
 from morex.data.tasks.example import Example
 from morex.data.tasks.prepared import PreparedTask, prepare_task
 from morex.sections.data import DataConfig
-
-# name -> (options of the section, tokens of a sequence that are enough)
-SMALL: dict[str, dict[str, Any]] = {
-    "copy": {"kind": "copy", "difficulty": [11, 30]},
-    "copy of few numbers": {"kind": "copy", "difficulty": [12, 12], "numbers": 6},
-    "counting": {"kind": "counting", "difficulty": [1, 64]},
-    "counting balanced": {"kind": "counting", "difficulty": [6, 20], "numbers": 9, "target": 3, "balanced": True},
-    "pattern": {"kind": "pattern", "difficulty": [11, 24]},
-    "parity": {"kind": "parity", "difficulty": [1, 12]},
-    "addition": {"kind": "addition", "difficulty": [1, 9]},
-    "addition reversed": {"kind": "addition", "difficulty": [1, 9], "order": "reversed"},
-    "addition with a reversed sum": {"kind": "addition", "difficulty": [1, 9], "order": "reversed_sum"},
-    "p_hop": {"kind": "p_hop", "difficulty": [1, 8]},
-    "p_hop unary": {"kind": "p_hop", "difficulty": [1, 8], "count": "unary"},
-    "p_hop far": {"kind": "p_hop", "difficulty": [9, 12], "length": 60, "letters": 5},
-    "chain": {"kind": "chain", "difficulty": [1, 8]},
-    "chain asked often": {"kind": "chain", "difficulty": [1, 6], "pairs": 9, "queries": 5},
-    "chain of all": {"kind": "chain", "difficulty": [1, 13], "pairs": 13},
-    "arithmetic": {"kind": "arithmetic", "difficulty": [1, 5]},
-    "arithmetic in a chain": {"kind": "arithmetic", "difficulty": [1, 7], "modulus": 10, "side_depth": 0},
-}
 
 
 def prepared(options: dict[str, Any], classifies: bool = False, **changes: Any) -> PreparedTask:
@@ -126,25 +106,83 @@ def evaluated(question: list[str], modulus: int = 5) -> set[str]:
     return {str(eval("".join(question)) % modulus)}
 
 
-ANSWERS: dict[str, Callable[[list[str]], set[str]]] = {
-    "copy": copied,
-    "copy of few numbers": copied,
-    "counting": counted,
-    "counting balanced": lambda question: counted(question, "3"),
-    "pattern": hidden_pattern,
-    "parity": odd,
-    "addition": added,
-    "addition reversed": lambda question: added(question, "reversed"),
-    "addition with a reversed sum": lambda question: added(question, "reversed_sum"),
-    "p_hop": hopped,
-    "p_hop unary": partial(hopped, unary=True),
-    "p_hop far": hopped,
-    "chain": followed,
-    "chain asked often": followed,
-    "chain of all": followed,
-    "arithmetic": evaluated,
-    "arithmetic in a chain": lambda question: evaluated(question, 10),
+def digits(question: list[str]) -> int:
+    """Of the first number."""
+    return len("".join(question).partition("+")[0])
+
+
+def hops(question: list[str], unary: bool = False) -> int:
+    number = "".join(question).partition(":")[0]
+    return len(number) if unary else int(number)
+
+
+def pointers(question: list[str]) -> int:
+    """How many are followed from the first letter that is farthest from its end."""
+    text, _, asked = "".join(question).partition(":")
+    table = dict(text.split(","))
+    counts = [0] * len(asked)
+    for i, letter in enumerate(asked):
+        while letter in table:
+            letter, counts[i] = table[letter], counts[i] + 1
+    return max(counts)
+
+
+def nesting(question: list[str]) -> int:
+    """Brackets open at once, at most."""
+    depth, most = 0, 0
+    for symbol in question:
+        depth += (symbol == "(") - (symbol == ")")
+        most = max(most, depth)
+    return most
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task in a small form, and what is true of its questions, found in another way than the task does it."""
+
+    options: dict[str, Any]
+    answers: Callable[[list[str]], set[str]]
+    """The answers that a question allows."""
+    difficulty: Callable[[list[str]], int] = len
+
+
+CASES: dict[str, Case] = {
+    "copy": Case({"kind": "copy", "difficulty": [11, 30]}, copied),
+    "copy of few numbers": Case({"kind": "copy", "difficulty": [12, 12], "numbers": 6}, copied),
+    "counting": Case({"kind": "counting", "difficulty": [1, 64]}, counted),
+    "counting balanced": Case(
+        {"kind": "counting", "difficulty": [6, 20], "numbers": 9, "target": 3, "balanced": True},
+        partial(counted, target="3"),
+    ),
+    "pattern": Case({"kind": "pattern", "difficulty": [11, 24]}, hidden_pattern),
+    "parity": Case({"kind": "parity", "difficulty": [1, 12]}, odd),
+    "addition": Case({"kind": "addition", "difficulty": [1, 9]}, added, digits),
+    "addition reversed": Case(
+        {"kind": "addition", "difficulty": [1, 9], "order": "reversed"}, partial(added, order="reversed"), digits
+    ),
+    "addition with a reversed sum": Case(
+        {"kind": "addition", "difficulty": [1, 9], "order": "reversed_sum"},
+        partial(added, order="reversed_sum"),
+        digits,
+    ),
+    "p_hop": Case({"kind": "p_hop", "difficulty": [1, 8]}, hopped, hops),
+    "p_hop unary": Case(
+        {"kind": "p_hop", "difficulty": [1, 8], "count": "unary"},
+        partial(hopped, unary=True),
+        partial(hops, unary=True),
+    ),
+    "p_hop far": Case({"kind": "p_hop", "difficulty": [9, 12], "length": 60, "letters": 5}, hopped, hops),
+    "chain": Case({"kind": "chain", "difficulty": [1, 8]}, followed, pointers),
+    "chain asked often": Case({"kind": "chain", "difficulty": [1, 6], "pairs": 9, "queries": 5}, followed, pointers),
+    "chain of all": Case({"kind": "chain", "difficulty": [1, 13], "pairs": 13}, followed, pointers),
+    "arithmetic": Case({"kind": "arithmetic", "difficulty": [1, 5]}, evaluated, nesting),
+    "arithmetic in a chain": Case(
+        {"kind": "arithmetic", "difficulty": [1, 7], "modulus": 10, "side_depth": 0},
+        partial(evaluated, modulus=10),
+        nesting,
+    ),
 }
+SMALL = {name: case.options for name, case in CASES.items()}
 
 STORY = """1 Mary moved to the bathroom.
 2 John went to the hallway.
