@@ -1,4 +1,4 @@
-"""How often decoding with a cache and full forward passes disagree in bf16: greedy tokens and routes, every preset.
+"""How often cached decoding and full passes disagree in bf16: greedy tokens and routes, every preset with a router.
 
 python benchmarks/bf16_flips.py [benchmarks/results/bf16-flips.json]
 
@@ -16,6 +16,7 @@ from torch import Tensor
 import morex
 from morex.config import ModelConfig
 from morex.model.lm import LanguageModel, Trace, build_model
+from morex.sections.mixers import ExpertsConfig
 from morex.study.bench import write_json
 
 SEEDS = 2
@@ -28,8 +29,8 @@ Decisions = dict[str, list[list[Any]]]
 """What each token of each row did, by routed group or expert layer."""
 
 
-def is_routed(config: ModelConfig) -> bool:
-    return config.depth.kind != "fixed" or config.mixer.kind in ("moe", "recursive")
+def decodes_by_routers(config: ModelConfig) -> bool:
+    return config.head.kind == "lm" and (config.depth.kind != "fixed" or isinstance(config.mixer, ExpertsConfig))
 
 
 def moved_model(config: ModelConfig, seed: int) -> LanguageModel:
@@ -99,7 +100,7 @@ def flips(config: ModelConfig, seed: int, dtype: torch.dtype | None) -> dict[str
     }
     if config.depth.kind != "fixed":
         compared["depth"] = list(pairs(cached, full, ".groups."))
-    if config.mixer.kind in ("moe", "recursive"):
+    if isinstance(config.mixer, ExpertsConfig):
         compared["expert"] = list(pairs(cached, full, ".mixer."))
     return {kind: (sum(a != b for a, b in both), len(both)) for kind, both in compared.items()}
 
@@ -125,7 +126,7 @@ def sentence(found: dict[str, Any]) -> str:
 
 def main() -> None:
     torch.set_num_threads(1)
-    presets = [name for name in morex.presets() if is_routed(morex.load_config(name).model)]
+    presets = [name for name in morex.presets() if decodes_by_routers(morex.load_config(name).model)]
     rows = []
     for preset in presets:
         for precision in FORMATS:

@@ -14,6 +14,7 @@ import pytest
 
 import morex
 from documents import ROOT, apply_diff, code_blocks
+from morex.study.spec import studies
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
@@ -91,6 +92,14 @@ def test_speed_page_says_which_presets_miss_its_target() -> None:
     assert named == {preset for preset, found in explained.items() if min(found) < 0.90}
     unmeasured = re.findall(r"`([\w-]+)`", " ".join(others))
     assert sorted(unmeasured) == sorted(set(morex.presets()) - explained.keys())
+
+
+def test_every_study_is_in_the_table() -> None:
+    """By its name, or in the row of the study that it is a form of."""
+    text = (DOCS / "getting-started.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", text.partition("These come with the library:")[2], re.M)
+    named = {name + ending for name, text in rows for ending in ["", *re.findall(r"`(-[\w-]+)`", text)]}
+    assert named == set(studies())
 
 
 ADDED = {

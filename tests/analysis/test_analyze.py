@@ -132,6 +132,15 @@ def test_without_a_causal_rule_the_oracle_is_shown(tmp_path: Path) -> None:
     assert found.group(GROUP).active_share == pytest.approx((1, 10 / 16, 5 / 16))
 
 
+def test_that_steps_are_trained_by_another_rule_is_said(tmp_path: Path) -> None:
+    """Inside experts there is no second pass by top-k to compare with, and the reason does not deny the rule."""
+    config = tiny("more-tuned", "model.mixer.depth.kind=expert_choice")
+    found = analyze_opened(opened(config, tmp_path), "", tokens=32).agreement
+    assert isinstance(found, Missing) and "mixer.depth decides about steps is not" in found.missing
+    one_rule = analyze_opened(opened(tiny("more-tuned"), tmp_path), "", tokens=32).agreement
+    assert isinstance(one_rule, Missing) and "mixer.depth" not in one_rule.missing
+
+
 @pytest.mark.parametrize("preset", ["more", "more-tuned", "more-a", "more-b", "more-c"])
 def test_one_step_less_is_the_same_model_with_its_loop_cut(preset: str) -> None:
     model = perturbed(tiny(preset).model)
