@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from analysis.helpers import GROUP, LAYER, perturbed, tiny
-from morex.analysis import load_trace, save_trace
+from morex.analysis import analyze_trace, load_trace, save_trace
 from morex.analysis.trace import Decisions, Moves, decisions, join, write_trace
+from morex.analysis.vocabulary import CLASSES
 from morex.data.errors import DataError
 
 
@@ -158,10 +159,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "frame" in refused({"depth": arrays["depth"][:, :3]})
     assert f"moved/{GROUP}" in refused({f"moved/{GROUP}": None})
     assert "damaged" in refused({"config": np.array('{"vocab_size": 3}')})
+    assert "lengths" in refused({"lengths": arrays["lengths"] * 100})
+    assert "tokens" in refused({"tokens": -arrays["tokens"] - 1})
     # An array of objects would have to be unpickled.
     assert "damaged" in refused({"policy": np.array([{}], dtype=object)})
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(DataError, match="no trace file"):
         load_trace(tmp_path / "text.npz")
+    whole = (tmp_path / "t.npz").read_bytes()
+    (tmp_path / "flipped.npz").write_bytes(whole[:2000] + bytes(b ^ 255 for b in whole[2000:2100]) + whole[2100:])
+    with pytest.raises(DataError, match="damaged"):
+        analyze_trace(tmp_path / "flipped.npz")
+    classes = {f"token_class{end}": x for end, x in (("", np.full_like(arrays["tokens"], 99)), ("_names", CLASSES))}
+    for changes in ({f"active/{GROUP}": arrays[f"active/{GROUP}"][:1]}, classes):
+        np.savez(tmp_path / "bad.npz", **(arrays | changes))
+        with pytest.raises(DataError, match=r"bad\.npz.*damaged"):
+            analyze_trace(tmp_path / "bad.npz")
     with pytest.raises(OSError):
         load_trace(tmp_path / "absent.npz")

@@ -51,4 +51,6 @@ def test_mistakes(trained: Path, shell: Shell) -> None:
     assert not Path("x").exists()
     Path("t.npz").write_text("nothing")
     assert "no trace file" in shell.refuses("analyze", "t.npz")
+    assert "--difficulty is for runs on a task" in shell.refuses("eval", trained, "--difficulty", "1:2")
+    assert "--out 't.npz/x' cannot be a folder" in shell.refuses("analyze", trained, "--out", "t.npz/x")
     assert "--tokens is for a run" in shell.refuses("analyze", "t.npz", "--tokens", "5")

@@ -52,6 +52,7 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["train", "moe", "--set", "model.mixer.router.top_k=5"], "top_k 5 .*4 experts"),
         (["train", "vanilla", "--resume"], "--resume needs the run"),
         (["train", "--resume", "nowhere", "--out", "nowhere"], "unknown preset 'nowhere'"),
+        (["train", "--resume", "nowhere"], "'nowhere' is not a run folder: it has no config.yaml"),
         (["eval", "nowhere"], "'nowhere' is neither a run folder nor a checkpoint"),
         (["generate", "nowhere", "--prompt", "a"], "'nowhere' is neither a run folder nor a checkpoint"),
         (["generate", "nowhere"], "nothing to continue"),
@@ -325,3 +326,12 @@ def test_interrupted_training_saves_and_says_how_to_go_on(shell: Shell, monkeypa
     assert "error" not in result.err and "morex train --resume run" in result.err
     shell.succeeds("train", "--resume", "run")
     assert json.loads(Path("run/summary.json").read_text())["steps"] == 3
+
+
+def test_ctrl_c_where_there_is_nothing_to_save_is_one_word(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupting(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("morex.analysis.analyze.folder_for", interrupting)
+    result = shell("analyze", "run")
+    assert (result.code, result.out, result.err.strip()) == (130, "", "interrupted")

@@ -21,6 +21,8 @@ def test_cells_are_variants_times_seeds_times_learning_rates(tmp_path: Path) -> 
     assert [cell.name for cell in found.cells] == [
         f"{name}-s{seed}-lr{lr}" for seed in (0, 5) for name in ("vanilla", "mor-expert") for lr in ("0.001", "0.0003")
     ]
+    near = planned(tmp_path, learning_rates=[1e-3, 1.0000000001e-3])
+    assert len({cell.name for cell in near.cells}) == len(near.cells) == 4
     cell = found.cells[-1]
     assert (cell.config.model.seed, cell.config.train.seed, cell.config.train.lr) == (5, 5, 3e-4)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,11 @@ def test_an_unfinished_run_is_not_overwritten(corpus: Path, tmp_path: Path) -> N
     with pytest.raises(RunFolderError, match=r"holds a run; nothing was overwritten: .*`morex train --resume "):
         run(configure("vanilla", corpus), crashed.path)
     assert files_of(crashed.path) == before
+
+
+def test_the_command_that_goes_on_can_be_pasted() -> None:
+    words = shlex.split(RunFolder(Path("runs/my first")).resume_command)
+    assert words == ["morex", "train", "--resume", "runs/my first"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "tokenizer", "env.json", "summary.json"])

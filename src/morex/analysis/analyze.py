@@ -14,7 +14,7 @@ from morex.analysis.health import judge
 from morex.analysis.pictures import write_pictures
 from morex.analysis.records import AccuracyReport, Analysis, LossReport, Missing
 from morex.analysis.tally import AgreementTally, Tally
-from morex.analysis.trace import Decisions, decisions, join, load_trace, write_trace
+from morex.analysis.trace import DAMAGE, Decisions, damaged, decisions, join, load_trace, write_trace
 from morex.analysis.vocabulary import token_classes, token_rarities
 from morex.config import ModelConfig
 from morex.data.errors import DataError
@@ -118,7 +118,10 @@ def analyze_trace(path: str | Path) -> Analysis:
     if not trace.real.any():
         raise DataError(f"trace file '{path}' has no tokens")
     tally = Tally(trace.config)
-    tally.add(trace)
+    try:
+        tally.add(trace)
+    except DAMAGE as error:
+        raise damaged(path, error) from None
     found = Analysis(
         source=str(path),
         step=None,

@@ -30,6 +30,7 @@ steps, K chosen of E experts, C choices of an expert layer; GROUP and LAYER are 
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -318,6 +319,15 @@ def write_trace(path: str | Path, found: Decisions) -> None:
     write_whole(Path(path), buffer.getvalue())
 
 
+DAMAGE = (ValueError, TypeError, IndexError)
+"""What arrays that do not fit together end in, wherever they meet."""
+
+
+def damaged(path: str | Path, error: Exception) -> DataError:
+    """What is said about a trace file that ended in this error."""
+    return DataError(f"'{path}' is no trace file of morex or is damaged ({' '.join(str(error).split())})")
+
+
 def load_trace(path: str | Path) -> Decisions:
     """Reads a trace file; nothing is unpickled.
 
@@ -331,8 +341,8 @@ def load_trace(path: str | Path) -> Decisions:
         version = int(arrays.get("format", -1))
         if version == FORMAT:
             return _read(arrays)
-    except (ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, ConfigError) as error:
-        raise DataError(f"'{path}' is no trace file of morex or is damaged ({' '.join(str(error).split())})") from None
+    except (*DAMAGE, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error, ConfigError) as error:
+        raise damaged(path, error) from None
     raise DataError(f"trace file '{path}' has format {version}; this version reads {FORMAT}")
 
 
@@ -361,6 +371,8 @@ def _read(arrays: dict[str, Array]) -> Decisions:
     for name, known in (("token_class", CLASSES), ("token_rarity", RARITIES)):
         if name in arrays and tuple(arrays[f"{name}_names"].tolist()) != known:
             raise ValueError(f"{name}_names are not {', '.join(known)}")
+        if name in arrays and arrays[name].max(initial=0) >= len(known):
+            raise ValueError(f"{name} has a number beyond those of {name}_names")
     found = Decisions(
         config=validate(ModelConfig, json.loads(str(arrays["config"]))),
         policy=str(arrays["policy"]),
@@ -372,6 +384,10 @@ def _read(arrays: dict[str, Array]) -> Decisions:
         **{name: arrays[name] for name in WHOLE},
     )
     frame = found.tokens.shape
+    if not ((found.lengths >= 0) & (found.lengths <= frame[1])).all():
+        raise ValueError(f"lengths are not from 0 to {frame[1]}")
+    if found.tokens.size and not 0 <= found.tokens.min() <= found.tokens.max() < found.config.vocab_size:
+        raise ValueError(f"tokens are not from 0 to {found.config.vocab_size - 1}")
     for what, array in (
         ("depth", found.depth),
         *((f"active/{name}", group.active[0]) for name, group in groups.items()),
@@ -379,6 +395,9 @@ def _read(arrays: dict[str, Array]) -> Decisions:
     ):
         if array.shape != frame:
             raise ValueError(f"{what} has the frame {list(array.shape)} and tokens {list(frame)}")
+    for name, group in groups.items():
+        if group.active.shape != group.moves.moved.shape:
+            raise ValueError(f"active/{name} and moved/{name} have different recursions")
     return found
 
 

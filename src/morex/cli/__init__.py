@@ -19,6 +19,8 @@ from morex.train.errors import Interrupted, TrainingError
 __all__ = ["app", "main"]
 COMMANDS = (listing, run, analysis, studies)
 """Importing these modules adds their commands to the application, in this order."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,11 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             code = app(words, prog_name="morex", standalone_mode=False, obj=settings)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130, stopped=True)
+        return _fail("interrupted", INTERRUPTED, stopped=True)
     except Exception as error:
         if settings.debug or not _is_user_fault(error):
             raise
         return _fail(_sentence(error), getattr(error, "exit_code", 2), stopped=isinstance(error, Interrupted))
+    if code == INTERRUPTED:  # typer turns Ctrl-C into an exit code
+        return _fail("interrupted", code, stopped=True)
     return code if isinstance(code, int) else 0
 
 

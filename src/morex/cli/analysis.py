@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from morex.cli.app import AsJson, Depth, Device, Overrides, app, examples
-from morex.cli.terminal import check_target, console, print_json
+from morex.cli.terminal import check_folder, check_target, console, print_json
 from morex.loading import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def analyze(
     from morex.analysis.analyze import TOKENS, folder_for
 
     folder = folder_for(run) if out is None else out
+    check_folder("--out", folder)
     said = console(stderr=True)
     if run.is_file():
         _refuse_with_trace_file({"--tokens": tokens, "--depth": depth, "--trace": trace, "--set": overrides})

@@ -12,7 +12,7 @@ import typer
 from morex.cli.accuracy import accuracy_table, rule_name, rules
 from morex.cli.app import AsJson, ConfigSource, Depth, Device, Overrides, RunFolder, Tiny, app, examples
 from morex.cli.terminal import console, number, print_json, print_table
-from morex.loading import ConfigError, load_config
+from morex.loading import ConfigError, load_config, presets
 
 if TYPE_CHECKING:
     from morex.config import Config
@@ -103,13 +103,13 @@ def evaluate(
     Loss, perplexity and bits per byte, or of a task accuracy; for expert choice by the causal rule of decoding, beside
     the oracle of training.
     """
-    overrides = [*(overrides or []), *([] if difficulty is None else [_eval_difficulty(difficulty)])]
-    from morex.train.opening import evaluate_by, open_run
+    span = [] if difficulty is None else [_eval_difficulty(difficulty)]
+    from morex.train.opening import evaluate_by, open_run, run_of
 
-    opened = open_run(run, overrides, device)
+    _check_task_options(run_of(run).config(), by_difficulty, difficulty)
+    opened = open_run(run, [*(overrides or []), *span], device)
     config = opened.config
     named = config.train.policy if depth is None else depth
-    _check_task_options(config, by_difficulty, difficulty)
     by_depth = depths or deepest is not None or config.eval.depths
     result = evaluate_by(config, opened.model, opened.data.val, depth, by_depth, deepest or config.eval.deepest)
     if as_json:
@@ -187,6 +187,8 @@ def _run_to_train(
     """The config of a training and the folder that it goes to."""
     if resume and (Path(source) / "config.yaml").is_file():
         return load_config(Path(source) / "config.yaml", overrides), Path(source)
+    if resume and out is None and source not in presets() and not Path(source).is_file():
+        raise ConfigError(f"'{source}' is not a run folder: it has no config.yaml")
     if tiny:
         overrides = [f"model.vocab_size={TINY_VOCABULARY}", *overrides]
     config = load_config(source, overrides, tiny=tiny)
@@ -208,7 +210,7 @@ def _advice(config: "Config", run: str) -> str:
 def _eval_difficulty(span: str) -> str:
     """The override that --difficulty LOW:HIGH stands for."""
     low, separator, high = span.partition(":")
-    if not (separator and low.isdigit() and high.isdigit()):
+    if not (separator and low.isdecimal() and high.isdecimal()):
         raise ConfigError(f"--difficulty {span} must have the form LOW:HIGH, such as 11:20")
     return f"data.task.eval_difficulty=[{low}, {high}]"
 

@@ -57,6 +57,15 @@ def number(value: Any, short: bool = False) -> str:
     return str(value)
 
 
+def check_folder(option: str, path: Path) -> None:
+    """Refuses a folder that cannot be made or written, which is better known before the work than after it."""
+    known = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not known.is_dir():
+        raise ConfigError(f"{option} '{path}' cannot be a folder: '{known}' is a file; name another")
+    if not os.access(known, os.W_OK):
+        raise ConfigError(f"{option} '{path}' cannot be written: folder '{known}' is read-only")
+
+
 def check_target(option: str, path: Path) -> None:
     """Refuses a file that cannot be written, which is better known before the work than after it."""
     if path.is_dir():

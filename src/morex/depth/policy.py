@@ -76,16 +76,16 @@ def parse_depth(
     if isinstance(depth, Tensor):
         return _parse_rows(depth, recursions, any_depth)
     name, _, argument = str(depth).partition(":")
-    if name.isdigit() and not argument:
+    if name.isdecimal() and not argument:
         name, argument = "uniform", name
     if name == "oracle" and not argument:
         return DepthPolicy("oracle", recursions)
-    if name == "uniform" and argument.isdigit():
+    if name == "uniform" and argument.isdecimal():
         wanted = int(argument)
         if wanted < 1 or (wanted > recursions and not any_depth):
             raise _out_of_range(repr(depth), wanted, recursions, any_depth)
         return DepthPolicy("uniform", wanted)
-    if name in ("adaptive", "progressive") and (not argument or (argument.isdigit() and int(argument) > 0)):
+    if name in ("adaptive", "progressive") and (not argument or (argument.isdecimal() and int(argument) > 0)):
         kind: Literal["adaptive", "progressive"] = "adaptive" if name == "adaptive" else "progressive"
         return DepthPolicy(kind, recursions, int(argument or span))
     if name == "exit":

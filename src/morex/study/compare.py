@@ -26,6 +26,7 @@ from morex.study.spec import StudyConfig, load_study, studies
 from morex.study.table import csv_text, terminal_tables
 from morex.train.checkpoint import differences
 from morex.train.errors import disk_full_explained
+from morex.train.precision import resolve_device
 from morex.train.runs import RunFolder
 
 PIPE_WIDTH = 140
@@ -109,7 +110,9 @@ def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequenc
 
 
 def check_data(study: StudyConfig, planned: Plan) -> None:
-    """Prepares the data once, so that a fault of the corpus or the prompt shows before anything is trained."""
+    """Prepares the data once, so that a fault of data, prompt or device shows before anything is trained."""
+    for cell in planned.cells:
+        resolve_device(cell.config.train.device)
     config = planned.cells[0].config
     data = prepare_source(config)
     if study.learning_rates is not None and num_windows(data.val, config.train.seq_len) < 2:

@@ -186,6 +186,7 @@ def _cells(study: StudyConfig, configs: dict[str, Config]) -> list[PlannedCell]:
                 model = config.model.model_copy(update={"seed": seed})
                 train = config.train.model_copy(update={"seed": seed, "lr": lr})
                 own = config.model_copy(update={"model": model, "train": train})
-                name = f"{variant.name}-s{seed}" + (f"-lr{lr:g}" if study.learning_rates else "")
+                rate = f"{lr:g}" if float(f"{lr:g}") == lr else repr(lr)
+                name = f"{variant.name}-s{seed}" + (f"-lr{rate}" if study.learning_rates else "")
                 cells.append(PlannedCell(name, variant.name, seed, lr, own, max_seconds))
     return cells

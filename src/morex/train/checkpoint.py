@@ -186,7 +186,7 @@ def checkpoint_of(path: Path) -> tuple[Path, RunFolder]:
         raise RunFolderError(f"'{path}' is neither a run folder nor a checkpoint folder of one")
     newest = newest_checkpoint(run)
     if newest is None:
-        raise CheckpointError(f"run folder '{path}' has no checkpoint yet; train it with `morex train --resume {path}`")
+        raise CheckpointError(f"run folder '{path}' has no checkpoint yet; train it with `{run.resume_command}`")
     return newest, run
 
 

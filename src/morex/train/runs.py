@@ -11,6 +11,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,9 +70,14 @@ class RunFolder:
         """Whether a training has begun here."""
         return self.config_path.is_file()
 
+    @property
+    def resume_command(self) -> str:
+        """The command line that goes on with the run, for messages."""
+        return shlex.join(["morex", "train", "--resume", str(self.path)])
+
     def how_to_go_on(self) -> str:
         """What to do after a stop, for messages."""
-        return f"go on with `morex train --resume {self.path}`" if self.is_run() else "start again"
+        return f"go on with `{self.resume_command}`" if self.is_run() else "start again"
 
     def config(self) -> Config:
         """The resolved config. Raises RunFolderError where there is no run, ConfigError where the file is not valid."""

@@ -155,14 +155,14 @@ def _stored_config(run: RunFolder, resume: bool) -> Config | None:
         return run.config()
     if run.summary_path.exists():
         constant = run.is_run() and run.config().train.schedule == "constant"
-        further = f", or raise train.steps with `morex train --resume {run.path}`" if constant else ""
+        further = f", or raise train.steps with `{run.resume_command}`" if constant else ""
         raise RunFolderError(
             f"run folder '{run.path}' holds a finished run; nothing was overwritten: name another folder{further}"
         )
     if run.is_run():
         raise RunFolderError(
             f"run folder '{run.path}' holds a run; nothing was overwritten: name another folder, or go on with "
-            f"`morex train --resume {run.path}`"
+            f"`{run.resume_command}`"
         )
     for path in (run.metrics_path, run.checkpoints, run.tokenizer_path, run.env_path):
         if path.exists():

@@ -89,3 +89,10 @@ def test_without_pyarrow_the_sentence_names_the_extra(
     path = parquet_of(tmp_path / "a.parquet", pyarrow.array(["one"]))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(lambda: list(read_parquet(path, "text")), str(path), "pyarrow", "morex[data]")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, path)
+    refused(lambda: list(read_parquet(path, "text")), f"'{path}' has 2 columns 'text'")

@@ -125,6 +125,7 @@ def test_json_lines_report_bytes_of_the_whole_file(tmp_path: Path, refused: Refu
         ("3", ("a number",)),
         ('{"body": "b", "title": "t"}', ("no column 'text'", "data.column", "'body', 'title'")),
         ("{}", ("no column 'text'", "none")),
+        ('{"text": "a", "number": ' + "1" * 5000 + "}", ("not JSON", "a number that is too long")),
         ('{"text": null}', ("'text' holds null",)),
         ('{"text": 3.5}', ("'text' holds a number",)),
         ('{"text": ["a"]}', ("'text' holds a list",)),

@@ -1,5 +1,6 @@
 """Tasks in words: bAbI and GSM8K, made up in small and, where they are there, the real ones."""
 
+import gzip
 import os
 import re
 import tarfile
@@ -131,9 +132,20 @@ def test_damaged_files_are_refused(folder: Path, refused: Callable[..., str]) ->
     refused(lambda: prepared({"kind": "gsm8k"}), "test.jsonl", "cannot be read as GSM8K")
     (folder / "gsm8k" / "test.jsonl").write_text("")
     refused(lambda: prepared({"kind": "gsm8k"}), "no test examples")
-    whole = (folder / "babi" / "en.tar.gz").read_bytes()
-    (folder / "babi" / "en.tar.gz").write_bytes(whole[: len(whole) // 2])
-    refused(lambda: prepared({"kind": "babi", "size": "en"}), "en.tar.gz", "cannot be read as a bAbI archive")
+    (folder / "gsm8k" / "test.jsonl").write_text('{"question": null, "answer": "#### 5"}\n')
+    refused(lambda: prepared({"kind": "gsm8k"}), "test.jsonl", "cannot be read as GSM8K")
+
+
+def test_damaged_archives_are_refused(folder: Path, refused: Callable[..., str]) -> None:
+    """Cut, a byte changed behind the header, or a question without its facts: never examples that are not the set's."""
+    path = folder / "babi" / "en.tar.gz"
+    whole = path.read_bytes()
+    changed = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in range(24, len(whole), len(whole) // 12)]
+    plain = gzip.decompress(whole)
+    without_facts = gzip.compress(plain.replace(b"\tbathroom\t1\n", b"\tbathroom 1\n"))
+    for content in [whole[: len(whole) // 2], without_facts, *changed]:
+        path.write_bytes(content)
+        refused(lambda: prepared({"kind": "babi", "size": "en"}), "en.tar.gz", "cannot be read as a bAbI archive")
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(folder: Path, refused: Callable[..., str]) -> None:

@@ -59,6 +59,8 @@ def check_column(schema: "pyarrow.Schema", column: str, where: str) -> None:
 
     if column not in schema.names:
         raise missing_column(where, column, schema.names)
+    if schema.names.count(column) > 1:
+        raise DataError(f"{where} has {schema.names.count(column)} columns '{column}'; rename all but one")
     kind: Any = schema.field(column).type
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -81,6 +83,8 @@ def texts_of(batches: Iterable[Any], column: str, name: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 rows = f"{row + 1} to {row + min(BATCH_ROWS, len(texts) - start)}"
                 raise DataError(f"{name}: rows {rows}: column '{column}' is not UTF-8 ({error.reason})") from None
+            except SystemError:  # what pyarrow's Python layer makes of offsets that lead out of the file
+                raise DataError(f"{name}: the file is damaged behind row {row}, in column '{column}'") from None
             for text in values:
                 row += 1
                 if text is None:

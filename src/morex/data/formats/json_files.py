@@ -24,7 +24,7 @@ def read_jsonl(path: Path, column: str) -> Iterator[str]:
             where = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{where}: the line is not JSON ({_reason(error)}); a .jsonl file has one JSON object a line"
                 ) from None
@@ -52,7 +52,7 @@ def read_json(path: Path, column: str) -> Iterator[str]:
         where = f"{path}: element {number}"
         try:
             record = scanner.value()
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON ({_reason(error)}); a .json file has one array of objects") from None
         if not isinstance(record, dict):
             raise DataError(f"{where} is {_kind(record)}; a .json file has one array of objects")
@@ -95,7 +95,7 @@ class _Scanner:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that starts at the next mark. Raises JSONDecodeError or RecursionError where there is none."""
+        """The value that starts at the next mark. Raises ValueError or RecursionError where there is none."""
         self.next_mark()
         while True:
             try:
@@ -134,8 +134,10 @@ def _field(record: dict[str, Any], column: str, where: str) -> str:
     return text
 
 
-def _reason(error: json.JSONDecodeError | RecursionError) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "it has a number that is too long"
 
 
 def _kind(value: object) -> str:

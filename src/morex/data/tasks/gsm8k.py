@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 
 from morex.data.errors import DataError
@@ -36,5 +37,5 @@ class Gsm8k(TextTask):
                         answer=number.strip() if self.answer == "final" else solution,
                         difficulty=len(steps.strip().splitlines()),
                     )
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"'{path}' cannot be read as GSM8K ({error!r}); put the original there") from None
