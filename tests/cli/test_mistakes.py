@@ -1,6 +1,7 @@
 """What a user who made a mistake is told: one sentence, exit code 2, and nothing overwritten."""
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -332,6 +333,6 @@ def test_ctrl_c_where_there_is_nothing_to_save_is_one_word(shell: Shell, monkeyp
     def interrupting(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("morex.analysis.analyze.folder_for", interrupting)
+    monkeypatch.setattr(importlib.import_module("morex.analysis.analyze"), "folder_for", interrupting)
     result = shell("analyze", "run")
     assert (result.code, result.out, result.err.strip()) == (130, "", "interrupted")
