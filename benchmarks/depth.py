@@ -45,7 +45,9 @@ def main() -> None:
     machine = {key: results.environment[key] for key in ("versions", "platform", "cpu") if key in results.environment}
     machine |= {"commits": sorted(filter(None, commits)), "study": results.study.name}
     machine["command"] = f"python benchmarks/depth.py STUDY_FOLDER {options.target} --deepest {options.deepest}"
-    options.target.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{{"machine": {json.dumps(machine, indent=1)},\n"rows": [\n{lines}\n]}}\n'
+    options.target.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
