@@ -53,6 +53,7 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --json benchmarks/results/train-base-wide.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
+	$(BIN)/morex bench train mor-llm-small --steps 1 --rounds 3 --no-memory --json benchmarks/results/train-llm-fp32.json
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
 	  --threads 2 --precision fp32 --precision bf16 --rounds 3 --no-twins --no-memory \
 	  --json benchmarks/results/train-bf16.json
