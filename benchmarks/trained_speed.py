@@ -1,9 +1,10 @@
-"""Seconds of training and held-out passes of a study's trained models, in turns, at the depths that they have learned.
+"""Seconds that passes of a study's trained models take, in turns, at the depths that they have learned.
 
     python benchmarks/trained_speed.py STUDY_FOLDER benchmarks/results/NAME.json CELL [CELL ...] [--rounds 5]
 
-A training pass is forward and backward on a batch of the training text; no optimizer step moves the weights. The first
-cell is what the others are set against.
+A pass in training is forward and backward, one in evaluation forward alone by the rule of decoding; both go over
+batches of the training text, and no optimizer step moves the weights. The first cell is what the others are set
+against.
 """
 
 import argparse
@@ -32,7 +33,7 @@ class Trained:
 
     def __init__(self, name: str, opened: OpenRun) -> None:
         self.name, self.config, self.model = name, opened.config, opened.model
-        self.seconds: dict[str, list[float]] = {"training": [], "held-out": []}
+        self.seconds: dict[str, list[float]] = {"training": [], "evaluation": []}
         self.shares: list[tuple[float, ...]] = []
 
     def round(self, batches: list[Batch]) -> None:
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("cells", nargs="+", help="names of the folders in STUDY_FOLDER/runs")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds} must be 1 or more")
     torch.set_num_threads(1)
     opened = [open_run(cell_folder(options.study, name)) for name in options.cells]
     models = [Trained(name, run) for name, run in zip(options.cells, opened, strict=True)]
