@@ -234,8 +234,7 @@ def save_and_stop(t: Training, stop: StopRequest) -> None:
         save(t)
     assert stop.signal_number is not None
     raise Interrupted(
-        f"stopped and saved at step {t.state.step} of {t.config.train.steps}; go on with "
-        f"`morex train --resume {t.run.path}`",
+        f"stopped and saved at step {t.state.step} of {t.config.train.steps}; go on with `{t.run.resume_command}`",
         stop.signal_number,
     )
 
