@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from morex.study import worker
+from morex.study import canvas, runner, worker
 
 settings.register_profile("morex", deadline=None, derandomize=True, database=None)
 settings.load_profile("morex")
@@ -85,8 +85,10 @@ class ForkedServer:
 
 @pytest.fixture
 def quick_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells of studies start without the seconds that a new interpreter takes to import everything."""
+    """Studies without what takes time in a small one: a new interpreter for the cells, waiting, fine pictures."""
     import torch._dynamo  # noqa: F401 (what the server imports first)
 
+    monkeypatch.setattr(runner, "POLL", 0.02)
+    monkeypatch.setattr(canvas, "DPI", 40)
     if hasattr(os, "fork"):
         monkeypatch.setattr(worker.Worker, "_serve", lambda self: ForkedServer(self.folder))

@@ -22,6 +22,8 @@ from morex.sections.dropout import DropoutConfig
 from morex.sections.mixers import FeedForwardConfig
 
 EXPERTS = "model.mixer={kind: recursive, d_ff: 16, steps: 2, router: {experts: 3, top_k: 2}}"
+# One block before one that recurs: each has experts, which is what these cases cost.
+SHORT = "model.schedule={sharing: cycle, prelude: 1, core: 1, coda: 0, recursions: 3}"
 
 # What no preset covers: name -> (preset, overrides on its tiny form).
 VARIANTS: dict[str, tuple[str, list[str]]] = {
@@ -33,9 +35,9 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         "mor-expert",
         ["model.attention={heads: 4, window: 4, global_every: 4}", "model.kv=refresh"],
     ),
-    "expert+refresh+recursive_experts": ("mor-expert", [EXPERTS, "model.kv=refresh"]),
+    "expert+refresh+recursive_experts": ("mor-expert", [SHORT, EXPERTS, "model.kv=refresh"]),
     "token+refresh": ("mor-token", ["model.kv=refresh", "model.schedule.sharing=sequence"]),
-    "token+refresh+recursive_experts": ("mor-token", [EXPERTS, "model.kv=refresh"]),
+    "token+refresh+recursive_experts": ("mor-token", [SHORT, EXPERTS, "model.kv=refresh"]),
     "threshold+refresh": ("mor-threshold", ["model.kv=refresh", "model.depth.capacities=[0.75, 0.5, 0.25]"]),
     "act+refresh": ("mor-act", ["model.kv=refresh"]),
     "random+refresh": ("mor-random", ["model.kv=refresh"]),
@@ -45,12 +47,15 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         ["model.schedule={sharing: sequence, prelude: 1, core: 1, recursions: 3}", "model.depth.threshold=0.7"],
     ),
     "ouro+window": ("ouro", ["model.attention={heads: 4, window: 4}", "model.step_embedding=true"]),
-    "ouro+recursive_experts": ("ouro", [EXPERTS, "model.tie_embeddings=false"]),
+    "ouro+recursive_experts": ("ouro", [SHORT, EXPERTS, "model.tie_embeddings=false"]),
     "huginn+truncated": (
         "huginn",
         ["model.depth={kind: sampled, state: input, gradient_recursions: 1}", "model.input_injection=add"],
     ),
-    "huginn+recursive_experts": ("huginn", [EXPERTS, "model.norm_placement=pre", "model.depth.gradient_recursions=2"]),
+    "huginn+recursive_experts": (
+        "huginn",
+        [SHORT, EXPERTS, "model.norm_placement=pre", "model.depth.gradient_recursions=2"],
+    ),
     "recursive+sampled": (
         "recursive",
         ["model.depth={kind: sampled, gradient_recursions: null, seed: 1}", "model.kv=shared_first"],
@@ -93,7 +98,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "random+lora": ("mor-random", ["model.lora={rank: 4}", "model.residual_scale=recursions"]),
     "expert+norms_of_experts": (
         "mor-expert",
-        [EXPERTS, "model.recursion_norms=true", "model.schedule.sharing=sequence", "model.residual_scale=recursions"],
+        [
+            "model.schedule={sharing: sequence, prelude: 0, core: 2, coda: 0}",
+            EXPERTS,
+            "model.recursion_norms=true",
+            "model.residual_scale=recursions",
+        ],
     ),
     "recursive+sequence": ("recursive", ["model.schedule.sharing=sequence"]),
     "recursive+gelu": ("recursive", ["model.mixer={kind: gelu, d_ff: 48}", "model.tie_embeddings=false"]),
@@ -139,11 +149,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "expert+unweighted": ("mor-expert", ["model.depth.score=unweighted"]),
     "expert+sequence": ("mor-expert", ["model.schedule.sharing=sequence", "model.depth.gate=delta"]),
     "expert+few_at_first": ("mor-expert", ["model.depth.capacities=[0.75, 0.5, 0.25]", "model.depth.z_weight=0.001"]),
-    "expert+recursive_experts": ("mor-expert", [EXPERTS, "model.step_embedding=true"]),
+    "expert+recursive_experts": ("mor-expert", [SHORT, EXPERTS, "model.step_embedding=true"]),
     "token+shared_first": ("mor-token", ["model.kv=shared_first", "model.depth.gate=each"]),
     "token+sigmoid": ("mor-token", ["model.depth.score=sigmoid", "model.depth.balance=loss_free"]),
     "token+sequence": ("mor-token", ["model.schedule.sharing=sequence", "model.depth.router=mlp"]),
-    "token+recursive_experts": ("mor-token", [EXPERTS]),
+    "token+recursive_experts": ("mor-token", [SHORT, EXPERTS]),
     "threshold+shared_first": ("mor-threshold", ["model.kv=shared_first"]),
     "threshold+few_at_first": ("mor-threshold", ["model.depth.capacities=[0.75, 0.5, 0.25]"]),
     "threshold+moe": (
@@ -152,7 +162,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "act+sequence": ("mor-act", ["model.schedule.sharing=sequence", "model.depth.epsilon=0.2"]),
     "act+step_embedding": ("mor-act", ["model.step_embedding=true", "model.depth.initial_bias=1.0"]),
-    "act+recursive_experts": ("mor-act", [EXPERTS, "model.depth.ponder_weight=0.0"]),
+    "act+recursive_experts": ("mor-act", [SHORT, EXPERTS, "model.depth.ponder_weight=0.0"]),
     "moe+geglu": ("moe", ["model.mixer.expert.kind=geglu", "model.mixer.router.top_k=2"]),
     "moe+gelu": ("moe", ["model.mixer.expert.kind=gelu", "model.mixer.router.top_k=2"]),
     "random+shared_first": ("mor-random", ["model.kv=shared_first"]),
@@ -160,11 +170,18 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "huginn+grouped_heads": ("more-a", ["model.attention={heads: 4, kv_heads: 2}", "model.mixer.router.top_k=2"]),
     "shared_recurrent+expert_choice": (
         "mor-expert",
-        ["model.mixer={kind: shared_recurrent, d_ff: 24, router: {experts: 3, top_k: 2}}", "model.kv=shared_first"],
+        [
+            SHORT,
+            "model.mixer={kind: shared_recurrent, d_ff: 24, router: {experts: 3, top_k: 2}}",
+            "model.kv=shared_first",
+        ],
     ),
     "layer_recurrent+threshold": (
         "mor-threshold",
-        ["model.mixer={kind: layer_recurrent, expert: {kind: swiglu, d_ff: 16}, router: {experts: 4, top_k: 2}}"],
+        [
+            SHORT,
+            "model.mixer={kind: layer_recurrent, expert: {kind: swiglu, d_ff: 16}, router: {experts: 4, top_k: 2}}",
+        ],
     ),
     "layer_recurrent+free": ("more-c", ["model.mixer.ema=0", "model.mixer.entropy_floor=0", "model.mixer.steps=3"]),
     "tuned+one_expert_each": ("more-tuned", ["model.mixer.router.top_k=1", "model.mixer.branch=output"]),
@@ -177,7 +194,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "tuned+threshold_steps": ("more-tuned", ["model.mixer.depth={kind: threshold, alpha: 1.0}"]),
     "tuned+halting_steps": ("more-tuned", ["model.mixer.depth={kind: halting, epsilon: 0.2}"]),
     "alone+random_steps": ("more-tuned", ["model.mixer.depth.kind=random", "model.mixer.attention_scope=token"]),
-    "expert+halting_steps": ("mor-expert", [EXPERTS, "model.mixer.depth.kind=halting"]),
+    "expert+halting_steps": ("mor-expert", [SHORT, EXPERTS, "model.mixer.depth.kind=halting"]),
     "tuned+grouped_heads": ("more-tuned", ["model.attention={heads: 4, kv_heads: 2}"]),
     "classifier+mean": ("mor-act", ["model.head={kind: classifier, classes: 3, pooling: mean}"]),
     "classifier+experts": ("more-tuned", ["model.head={kind: classifier, classes: 5}", "model.logit_cap=4.0"]),

@@ -20,7 +20,7 @@ from parity.helpers import (
     row_logits,
 )
 
-LENGTHS = [16, 9, 5, 1]
+LENGTHS = [16, 7, 1]
 
 
 @pytest.mark.parametrize(("case", "mode"), MODES)
@@ -38,7 +38,7 @@ def test_batch_invariance(case: str, mode: str) -> None:
 def test_prefix_parity(case: str) -> None:
     """A row cut off is the row that ends there, whatever stands behind its end."""
     model, tokens = eval_model(case), random_tokens(case)
-    for t in (1, 2, 7, 15):
+    for t in (1, 6, 15):
         ended = model(tokens, lengths=torch.full((2,), t)).logits
         alone = model(tokens[:, :t]).logits
         assert largest_change(alone, ended if ended.dim() == 2 else ended[:, :t]) <= 1e-9
@@ -48,7 +48,7 @@ def test_prefix_parity(case: str) -> None:
 def test_logits_are_those_of_the_prefix(case: str) -> None:
     model, tokens = eval_model(case), random_tokens(case)
     logits = model(tokens).logits
-    for t in (1, 2, 7, 15):
+    for t in (1, 6, 15):
         assert largest_change(model(tokens[:, :t]).logits, logits[:, :t]) <= 1e-9
 
 
@@ -72,7 +72,7 @@ def test_more_padding_changes_nothing(case: str) -> None:
     model = fresh_model(case)
     rows = ragged_rows(case, LENGTHS)
     tokens, lengths = pad(rows)
-    wider = torch.cat([tokens, torch.full((4, 7), 3)], 1)
+    wider = torch.cat([tokens, torch.full((len(rows), 7), 3)], 1)
     narrow = model(tokens, labels=labels_for(case, tokens, lengths), lengths=lengths)
     wide = model(wider, labels=labels_for(case, wider, lengths), lengths=lengths)
     for first, second, length in zip(wide.logits, narrow.logits, LENGTHS, strict=True):

@@ -23,9 +23,9 @@ from parity.detectors import future_leak, not_finite
 from parity.drawing import Option, draw, options, sections
 from parity.helpers import build, labels_in, largest_change
 
-MODELS, DRAWS = 3, 400
+MODELS, DRAWS = 2, 400
 """Valid configs of each option that are built, and how many are drawn for them at most."""
-DEEPEST = 12
+DEEPEST = 9
 """Unrolled depth beyond which a config is not built here, for the time that it takes."""
 ROWS, LENGTH, CHUNKS = 2, 9, [4, 1, 1, 3]
 NEVER = {
