@@ -53,6 +53,8 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --json benchmarks/results/train-base-wide.json
 	$(BIN)/morex bench train more-c-base --batch-size 8 --seq-len 512 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-more-c-base.json
+	$(BIN)/morex bench train more-a-base --batch-size 8 --seq-len 512 --steps 1 --rounds 2 --no-memory \
+	  --json benchmarks/results/train-more-a-base.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train mor-llm-small --steps 1 --rounds 3 --no-memory --json benchmarks/results/train-llm-fp32.json
