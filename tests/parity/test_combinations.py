@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import morex
-from morex.cache.contiguous import ContiguousCache
+from morex.cache.batch import KVCache
 from morex.config import ModelConfig
 from morex.loading import ConfigError, validate
 from morex.nn.attention import Attention
@@ -126,8 +126,8 @@ def test_a_broken_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     (config, *_) = drawn(Option(FixedConfig))
     keeps_the_invariants(config)
     with monkeypatch.context() as patched, pytest.raises(AssertionError):
-        own = ContiguousCache.append
-        patched.setattr(ContiguousCache, "append", lambda *arguments: bool(own(*arguments)) or True)
+        own = KVCache.append
+        patched.setattr(KVCache, "append", lambda *arguments: bool(own(*arguments)) or True)
         keeps_the_invariants(config)
     with monkeypatch.context() as patched, pytest.raises(AssertionError):
         forward = Attention.forward

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import morex
-from morex.cache.contiguous import ContiguousCache
+from morex.cache.batch import KVCache
 from morex.depth.expert_choice import ExpertChoiceRouter
 from morex.depth.gated import LearnedGateRouter
 from morex.experts import huginn, shared_recurrent
@@ -314,21 +314,21 @@ def test_caches_never_read(preset: str) -> None:
 
 
 def test_caches_never_read_are_found(monkeypatch: Patch) -> None:
-    own = ContiguousCache.append
-    monkeypatch.setattr(ContiguousCache, "append", lambda *arguments: bool(own(*arguments)) or True)
+    own = KVCache.append
+    monkeypatch.setattr(KVCache, "append", lambda *arguments: bool(own(*arguments)) or True)
     faults = unread_cache(eval_model("vanilla"), random_tokens("vanilla"))
     assert "another past changes nothing" in faults
     assert sum(fault.endswith("is not read") for fault in faults) == config_of("vanilla").schedule.resolved.num_blocks
 
 
 def test_caches_never_read_are_found_where_only_zeros_are(monkeypatch: Patch) -> None:
-    own = ContiguousCache.read
+    own = KVCache.read
 
-    def empty(cache: ContiguousCache, slot: Any) -> Keys:
+    def empty(cache: KVCache, slot: Any) -> Keys:
         keys = own(cache, slot)
         return Keys(torch.zeros_like(keys.k), torch.zeros_like(keys.v), keys.time)
 
-    monkeypatch.setattr(ContiguousCache, "read", empty)
+    monkeypatch.setattr(KVCache, "read", empty)
     assert unread_cache(eval_model("vanilla"), random_tokens("vanilla")) == ["another past changes nothing"]
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import morex
-from morex.cache.contiguous import ContiguousCache
+from morex.cache.batch import KVCache
+from morex.cache.contiguous import ContiguousStore
 from morex.cache.latest import LatestVisits
 from morex.cache.slots import CallStore, SlotStore
-from morex.depth.schedule import Slot
+from morex.depth.schedule import Schedule, Slot
 from morex.nn.attention import NEVER
 from morex.nn.packing import Packing, pack_batch
 from parity.helpers import build, config_of, eval_model, largest_change, load, pad, ragged_rows, random_tokens
@@ -44,7 +45,8 @@ def visit(
 def test_latest_visits_are_those_of_a_dictionary(name: str, kept: bool) -> None:
     """Chunks of different lengths; each query of recursion r finds the latest visit up to r of every earlier token."""
     draws, rows = torch.Generator().manual_seed(4), 3
-    cache = ContiguousCache(rows, room=2)
+    contiguous = ContiguousStore(rows, room=2)
+    cache = KVCache(contiguous, [contiguous.open() for _ in range(rows)], Schedule(0, 1, 0, len(VISITS)))
     history: list[Latest] = [{} for _ in VISITS[name]]  # latest visits up to recursion r = 1..4
     for lengths in ([5, 2, 3], [1, 0, 4], [1, 1, 1]) if kept else ([7, 1, 4],):
         batch = pack_batch((rows, max(lengths)), torch.device("cpu"), torch.tensor(lengths), cache.seen)

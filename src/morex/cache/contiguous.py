@@ -1,85 +1,218 @@
-"""The contiguous store: one tensor [B, room, KV, dim] a slot, which doubles when a row is full."""
+"""The contiguous store: a tensor [S, room, KV, dim] for each slot, a row for each sequence; full rows double it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from morex.cache.slots import KVCache, lengths_of
-from morex.depth.schedule import Slot
+from morex.cache.store import KVStore, Lists, Row, check_truncation
+from morex.depth.schedule import Slot, Stream
 from morex.nn.attention import NEVER, Keys
 from morex.nn.packing import Packing
 
 
 @dataclass
-class _Rows:
-    """Entries of one slot: k and v [B, room, KV, dim], time [B, room], and how many each row has [B]."""
+class _Buffers:
+    """Entries of one stream: of each place k and v [S, room, KV, dim], and how many each sequence has."""
 
-    k: Tensor
-    v: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
     time: Tensor
-    lengths: Tensor
-    longest: int = 0
-    count: int = 0
+    """[S, room], the same at all places; NEVER where there is no entry."""
+    lengths: list[list[int]]
+    """Entries of each sequence, by place."""
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.k, *self.v, self.time]
+
+    def grow(self, dim: int, size: int) -> None:
+        """Makes room for so many sequences (dim 0) or entries (dim 1)."""
+
+        def wider(x: Tensor, value: int = 0) -> Tensor:
+            shape = list(x.shape)
+            shape[dim] = size - shape[dim]
+            return torch.cat((x, x.new_full(shape, value)), dim)
+
+        self.k, self.v = ([wider(x) for x in parts] for parts in (self.k, self.v))
+        self.time = wider(self.time, NEVER)
 
 
-class ContiguousCache(KVCache):
-    """Keys and values of B sequences; a slot has one entry per visit, so its rows are as long as they were visited."""
+class ContiguousStore(KVStore):
+    """For a batch that is known beforehand: simple, and read without a copy where all its sequences are read."""
 
-    def __init__(self, batch_size: int, device: torch.device | str = "cpu", room: int = 64) -> None:
+    def __init__(self, sequences: int = 1, room: int = 64, device: torch.device | str = "cpu") -> None:
         """Args:
-        batch_size: sequences B.
-        room: entries a row that are set aside at first.
+        sequences: for which room is set aside at first.
+        room: entries of each that are set aside at first.
         """
-        self.batch_size, self.room = batch_size, room
-        self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.num_seen = 0
-        self._slots: dict[Slot, _Rows] = {}
+        self.room, self.device = room, torch.device(device)
+        self._size = max(1, sequences)
+        self._free = list(range(self._size - 1, -1, -1))
+        self._tokens: dict[int, int] = {}
+        self._streams: dict[Slot, _Buffers] = {}
 
-    @torch.no_grad()
-    def append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> bool:
-        fresh = slot not in self._slots
-        if fresh:
-            self._slots[slot] = self._new_rows(k)
-        rows = self._slots[slot]
-        entry = rows.lengths[packing.row] + packing.rank
-        lengths = lengths_of(rows.lengths, packing)
-        longest = int(lengths.max())
-        if longest > rows.k.shape[1]:
-            self._grow(rows, longest)
-        rows.k[packing.row, entry] = k.to(rows.k.dtype)
-        rows.v[packing.row, entry] = v.to(rows.v.dtype)
-        rows.time[packing.row, entry] = packing.time
-        rows.lengths, rows.longest = lengths, longest
-        rows.count += packing.num_tokens
-        return fresh
+    def open(self) -> int:
+        if not self._free:
+            self._free = list(range(2 * self._size - 1, self._size - 1, -1))
+            self._size *= 2
+            for buffers in self._streams.values():
+                buffers.grow(0, self._size)
+                for lengths in buffers.lengths:
+                    lengths += [0] * (self._size - len(lengths))
+        sequence = self._free.pop()
+        self._tokens[sequence] = 0
+        return sequence
 
-    def read(self, slot: Slot) -> Keys:
-        rows = self._slots[slot]
-        end = max(rows.longest, 1)
-        return Keys(rows.k[:, :end], rows.v[:, :end], rows.time[:, :end])
+    def lists(self, rows: Sequence[Row], width: int, packing: Packing | None) -> Lists:
+        return _ContiguousLists(self, rows, width, packing)
 
-    def num_entries(self, slot: Slot) -> int:
-        return self._slots[slot].count if slot in self._slots else 0
+    def num_entries(self, sequence: int, stream: Stream) -> int:
+        buffers = self._streams.get(stream.first)
+        return 0 if buffers is None else buffers.lengths[stream.place][sequence]
 
-    def advance(self, packing: Packing) -> None:
-        self.num_seen += packing.num_tokens
-        self.seen = lengths_of(self.seen, packing)
+    def tokens(self, sequence: int) -> int:
+        return self._tokens[sequence]
+
+    def advance(self, sequence: int, tokens: int) -> None:
+        self._tokens[sequence] += tokens
+
+    def truncate(self, sequence: int, tokens: int) -> None:
+        check_truncation(self, sequence, tokens)
+        self._tokens[sequence] = tokens
+        for buffers in self._streams.values():
+            times = buffers.time[sequence]
+            kept = int((times < tokens).sum())
+            times[kept:] = NEVER
+            for lengths in buffers.lengths:
+                lengths[sequence] = kept
+
+    def fork(self, sequence: int) -> int:
+        new = self.open()
+        self._tokens[new] = self._tokens[sequence]
+        for buffers in self._streams.values():
+            for part in buffers.tensors():
+                part[new] = part[sequence]
+            for lengths in buffers.lengths:
+                lengths[new] = lengths[sequence]
+        return new
+
+    def free(self, sequence: int) -> None:
+        self.truncate(sequence, 0)
+        del self._tokens[sequence]
+        self._free.append(sequence)
 
     def bytes(self) -> int:
         total = 0
-        for rows in self._slots.values():
-            entry = 2 * rows.k.shape[2] * rows.k.shape[3] * rows.k.element_size()
-            total += int(rows.lengths.sum()) * entry
+        for buffers in self._streams.values():
+            for k, lengths in zip(buffers.k, buffers.lengths, strict=True):
+                total += sum(lengths) * 2 * k.shape[2] * k.shape[3] * k.element_size()
         return total
 
-    def _new_rows(self, k: Tensor) -> _Rows:
-        shape = (self.batch_size, self.room, *k.shape[1:])
-        time = torch.full(shape[:2], NEVER, dtype=torch.int64, device=k.device)
-        return _Rows(k.new_zeros(shape), k.new_zeros(shape), time, torch.zeros_like(self.seen))
+    def check(self) -> None:
+        assert sorted([*self._free, *self._tokens]) == list(range(self._size)), "a row is neither free nor in use"
+        for first, buffers in self._streams.items():
+            there = (buffers.time != NEVER).sum(1).tolist()
+            assert all(lengths == there for lengths in buffers.lengths), f"lists of stream {first} differ in length"
+            assert not any(there[sequence] for sequence in self._free), f"a free row has entries in stream {first}"
+            earlier, later = buffers.time[:, :-1], buffers.time[:, 1:]
+            assert bool(((earlier < later) | (later == NEVER)).all()), f"stream {first} is not in the order of time"
 
-    def _grow(self, rows: _Rows, needed: int) -> None:
-        more = max(needed, 2 * rows.k.shape[1]) - rows.k.shape[1]
-        rows.k = torch.cat((rows.k, rows.k.new_zeros(self.batch_size, more, *rows.k.shape[2:])), 1)
-        rows.v = torch.cat((rows.v, rows.v.new_zeros(self.batch_size, more, *rows.v.shape[2:])), 1)
-        rows.time = torch.cat((rows.time, rows.time.new_full((self.batch_size, more), NEVER)), 1)
+    def stream(self, first: Slot, width: int, like: Tensor | None = None) -> _Buffers | None:
+        """The buffers of a stream; made for entries like these [..., KV, dim] where there are none."""
+        if first not in self._streams and like is not None:
+            shape = (self._size, self.room, *like.shape[1:])
+            k, v = ([like.new_zeros(shape) for _ in range(width)] for _ in range(2))
+            time = torch.full(shape[:2], NEVER, device=self.device)
+            self._streams[first] = _Buffers(k, v, time, [[0] * self._size for _ in range(width)])
+        return self._streams.get(first)
+
+    def is_everyone(self, sequences: list[int]) -> bool:
+        """Whether these are all rows, in their order."""
+        return sequences == list(range(self._size))
+
+
+class _Part:
+    """The rows of a pass that are in one stream, and their tokens."""
+
+    def __init__(self, first: Slot, members: list[int], rows: Sequence[Row], packing: Packing | None) -> None:
+        self.first, self.members = first, members
+        self.sequences = [rows[i][0] for i in members]
+        self.index: Tensor | None = None
+        """Which tokens of the pass these are; None for all."""
+        self.counts = [0] * len(members)
+        self.starts: list[int] = []
+        if packing is None:
+            return
+        self.counts = [packing.counts[i] for i in members]
+        if len(members) < len(rows):
+            mine = torch.zeros(len(rows), dtype=torch.bool)
+            mine[members] = True
+            self.index = mine.to(packing.row.device)[packing.row].nonzero().squeeze(1)
+
+    def place(self, starts: list[int], packing: Packing) -> tuple[Tensor, Tensor]:
+        """Row and entry of each token, where the lists have so many entries already. The same at all places."""
+        if starts != self.starts:
+            self.starts = starts
+            sequence, start = torch.zeros(2, packing.rows, dtype=torch.int64)
+            sequence[self.members], start[self.members] = torch.tensor(self.sequences), torch.tensor(starts)
+            device = packing.row.device
+            row, rank = (part if self.index is None else part[self.index] for part in (packing.row, packing.rank))
+            self._found = sequence.to(device)[row], start.to(device)[row] + rank
+        return self._found
+
+
+class _ContiguousLists(Lists):
+    def __init__(self, store: ContiguousStore, rows: Sequence[Row], width: int, packing: Packing | None) -> None:
+        self.store, self.rows, self.width, self.packing = store, rows, width, packing
+        members: dict[Slot, list[int]] = {}
+        for i, (_, first) in enumerate(rows):
+            members.setdefault(first, []).append(i)
+        self.parts = [_Part(first, own, rows, packing) for first, own in members.items()]
+
+    @torch.no_grad()
+    def append(self, place: int, k: Tensor, v: Tensor) -> bool:
+        assert self.packing is not None, "these lists are only read"
+        fresh = True
+        for part in self.parts:
+            buffers = self.store.stream(part.first, self.width, k)
+            assert buffers is not None
+            lengths = buffers.lengths[place]
+            starts = [lengths[sequence] for sequence in part.sequences]
+            fresh &= not any(starts)
+            ends = [start + count for start, count in zip(starts, part.counts, strict=True)]
+            room = buffers.time.shape[1]
+            if max(ends) > room:
+                buffers.grow(1, max(*ends, 2 * room))
+            where = part.place(starts, self.packing)
+            k_new, v_new, time = (x if part.index is None else x[part.index] for x in (k, v, self.packing.time))
+            buffers.k[place][where] = k_new.to(buffers.k[place].dtype)
+            buffers.v[place][where] = v_new.to(buffers.v[place].dtype)
+            buffers.time[where] = time
+            for sequence, end in zip(part.sequences, ends, strict=True):
+                lengths[sequence] = end
+        return fresh
+
+    def gather(self, place: int) -> Keys:
+        if len(self.parts) == 1:
+            return self._of(self.parts[0], place)
+        found = [self._of(part, place) for part in self.parts]
+        longest = max(keys.time.shape[1] for keys in found)
+        shape = (len(self.rows), longest)
+        k, v = (found[0].k.new_zeros(*shape, *found[0].k.shape[2:]) for _ in range(2))
+        time = found[0].time.new_full(shape, NEVER)
+        for part, keys in zip(self.parts, found, strict=True):
+            width = keys.time.shape[1]
+            for whole, own in ((k, keys.k), (v, keys.v), (time, keys.time)):
+                whole[part.members, :width] = own
+        return Keys(k, v, time)
+
+    def _of(self, part: _Part, place: int) -> Keys:
+        buffers = self.store.stream(part.first, self.width)
+        assert buffers is not None, f"nobody has come by stream {part.first}"
+        lengths = buffers.lengths[place]
+        end = max(1, *(lengths[sequence] for sequence in part.sequences))
+        k, v, time = buffers.k[place][:, :end], buffers.v[place][:, :end], buffers.time[:, :end]
+        if self.store.is_everyone(part.sequences):
+            return Keys(k, v, time)
+        return Keys(k[part.sequences], v[part.sequences], time[part.sequences])

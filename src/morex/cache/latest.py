@@ -8,7 +8,8 @@ What a query of recursion r reads is put together by time, one recursion on top 
 import torch
 from torch import Tensor
 
-from morex.cache.slots import KVCache, SlotStore
+from morex.cache.batch import KVCache
+from morex.cache.slots import SlotStore
 from morex.depth.schedule import Slot
 from morex.nn.attention import NEVER, Keys
 from morex.nn.packing import Packing

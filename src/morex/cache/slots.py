@@ -1,6 +1,6 @@
-"""The cache contract, and the store that lives for one forward pass.
+"""What a forward pass sees of a cache, and the store that lives for one pass.
 
-A cache holds one entry per visit: slot (block, recursion), or (block, recursion, expert, step) inside an expert. Under
+There is one entry per visit: slot (block, recursion), or (block, recursion, expert, step) inside an expert. Under
 `per_recursion` a token writes and reads the slot of each recursion that it takes; under `shared_first` only
 recursion 1 writes, and later recursions read its slot; under `refresh` a token writes as under `per_recursion`, and a
 query reads each token's latest visit (`morex.cache.latest`). The stack asks for a view per step and hands it to the
@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from morex.depth.schedule import Slot, Step
@@ -108,25 +107,3 @@ class CallStore(SlotStore):
 
     def num_entries(self, slot: Slot) -> int:
         return self._slots[slot][2].num_tokens if slot in self._slots else 0
-
-
-class KVCache(SlotStore):
-    """A cache that outlives a forward pass and serves B sequences."""
-
-    seen: Tensor
-    """Tokens of each sequence that the model has taken in [B]."""
-    num_seen: int
-    """Their sum."""
-
-    @abstractmethod
-    def advance(self, packing: Packing) -> None:
-        """Counts the tokens of a finished forward pass."""
-
-    @abstractmethod
-    def bytes(self) -> int:
-        """Bytes of the keys and values stored, room that is not used left out."""
-
-
-def lengths_of(seen: Tensor, packing: Packing) -> Tensor:
-    """Tokens of each sequence [B] after the packing's."""
-    return seen + torch.bincount(packing.row, minlength=seen.shape[0])

@@ -22,6 +22,16 @@ class Slot(NamedTuple):
     step: int = -1
 
 
+class Stream(NamedTuple):
+    """Slots that the same tokens visit one after another, and where one of them stands among these."""
+
+    first: Slot
+    """The first of these slots, by which the stream is known."""
+    place: int
+    width: int
+    """How many slots there are."""
+
+
 class Step(NamedTuple):
     """One entry of the schedule: `block` runs as part of recursion `recursion` (1 for prelude and coda)."""
 
@@ -87,6 +97,20 @@ class Schedule:
         if self.order == "sequence":
             before = block * self.recursions + step.recursion - 1
         return self.prelude + before
+
+    def stream(self, slot: Slot) -> Stream:
+        """Where a slot stands: the prelude is a stream, each recursion of a routed group, the coda.
+
+        Each slot of an expert is one of its own.
+        """
+        place = slot.block - self.prelude
+        if slot.expert < 0 and place < 0:
+            return Stream(Slot(0, slot.recursion), slot.block, self.prelude)
+        if slot.expert < 0 and place >= self.core:
+            return Stream(Slot(self.prelude + self.core, slot.recursion), place - self.core, self.coda)
+        if slot.expert < 0 and self.order == "cycle":
+            return Stream(Slot(self.prelude, slot.recursion), place, self.core)
+        return Stream(slot, 0, 1)
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from morex.cache.slots import KVCache
+from morex.cache.batch import KVCache
 from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy
 
@@ -59,8 +59,8 @@ def check_batch(
             raise ValueError(f"lengths must lie between 0 and the {time} columns of tokens, not {least}..{most}")
     if cache is not None and documents is not None:
         raise ValueError("document_ids go with whole sequences; a cache holds one document a row, leave them out")
-    if cache is not None and cache.seen.shape[0] != batch:
-        raise ValueError(f"the cache is for {cache.seen.shape[0]} sequences, but tokens have {batch} rows")
+    if cache is not None and len(cache.sequences) != batch:
+        raise ValueError(f"the cache is for {len(cache.sequences)} sequences, but tokens have {batch} rows")
 
 
 def _check_rows(config: ModelConfig, depth: Tensor, batch: int) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from morex.cache.contiguous import ContiguousCache
-from morex.cache.slots import KVCache
+from morex.cache.batch import KVCache
+from morex.cache.contiguous import ContiguousStore
+from morex.cache.paged import PagedStore, pages_within
+from morex.cache.store import KVStore
 from morex.config import ModelConfig, expect_model
 from morex.depth.policy import Depth, DepthPolicy, parse_depth
 from morex.depth.router import DepthRouter
@@ -112,11 +114,11 @@ class LanguageModel(nn.Module):
         check_tensors(tokens=tokens, labels=labels, lengths=lengths, positions=positions, document_ids=document_ids)
         check_batch(self.config, self.training, tokens, lengths, positions, document_ids, depth, cache)
         self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
-        policy = self._policy(depth, cache)
+        policy = self.policy(depth, cache)
         start = None if cache is None else cache.seen
         packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
-        x = self._embed(tokens, packing)
-        x, record = self.stack(x, packing, policy, cache, return_trace, self._read if policy.kind == "exit" else None)
+        x = self.embed(tokens, packing)
+        x, record = self.stack(x, packing, policy, cache, return_trace, self.read if policy.kind == "exit" else None)
         if cache is not None:
             cache.advance(packing)
         place = (packing, tokens.shape[1], self.embedding.weight)
@@ -134,14 +136,38 @@ class LanguageModel(nn.Module):
             out.trace = full_trace(record.groups, record.choices, tokens, self._num_experts)
         return out
 
-    def new_cache(self, batch_size: int, room: int = 64) -> KVCache:
-        """An empty cache for `batch_size` sequences, with `room` entries a row set aside at first.
+    def new_cache(self, batch_size: int, room: int = 64, store: KVStore | None = None) -> KVCache:
+        """An empty cache for `batch_size` sequences.
+
+        Args:
+            room: entries of a sequence that are set aside at first.
+            store: where they are kept; default: a contiguous store of their own.
 
         Raises:
             ValueError: a classifier, which does not decode.
         """
         refuse_decoding(self.config, "a cache")
-        return ContiguousCache(batch_size, self.embedding.weight.device, room)
+        if store is None:
+            store = ContiguousStore(batch_size, room, self.embedding.weight.device)
+        return KVCache(store, [store.open() for _ in range(batch_size)], self.config.schedule.resolved)
+
+    def new_store(self, cache_bytes: int, page_size: int = 16, dtype: torch.dtype | None = None) -> PagedStore:
+        """A paged store for many sequences within a fixed amount of memory.
+
+        Args:
+            cache_bytes: of all keys and values together.
+            page_size: entries of a page.
+            dtype: of keys and values; default: that of the weights.
+
+        Raises:
+            ValueError: a classifier, which does not decode, or bytes that hold not one page.
+        """
+        refuse_decoding(self.config, "a cache")
+        shape, weight = attention_shape(self.config), self.embedding.weight
+        dtype = dtype or weight.dtype
+        entry_bytes = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize
+        pages = pages_within(cache_bytes, page_size, entry_bytes)
+        return PagedStore(pages, page_size, shape.kv_heads, shape.head_dim, dtype, weight.device)
 
     @torch.no_grad()
     def update_routers(self, stats: RouterStats, step: int) -> None:
@@ -161,7 +187,7 @@ class LanguageModel(nn.Module):
 
         return generate(self, tokens, **options)
 
-    def _embed(self, tokens: Tensor, packing: Packing) -> Tensor:
+    def embed(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Tokens [B, T] -> the residual stream of the real ones [N, D]."""
         x: Tensor = self.embedding(packing.gather(tokens.flatten()))
         if self.config.embedding_scale:
@@ -181,12 +207,12 @@ class LanguageModel(nn.Module):
                     loss = loss + weight * out.losses[name]
         return loss
 
-    def _read(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
         """States [N, D] before the last norm -> logits of the next token [N, V]."""
         assert isinstance(self.head, LanguageModelHead)
         return self.head.logits(self.norm(x), self.embedding.weight)
 
-    def _policy(self, depth: Depth | Tensor, cache: KVCache | None) -> DepthPolicy:
+    def policy(self, depth: Depth | Tensor, cache: KVCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
         assert isinstance(router, DepthRouter)
         any_depth = takes_any_depth(self.config)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from morex.cache.batch import KVCache
 from morex.cache.latest import LatestVisits
-from morex.cache.slots import CallStore, KVCache, KVRule, SlotStore, views_of
+from morex.cache.slots import CallStore, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing
 from morex.depth.schedule import Group, Schedule, Step

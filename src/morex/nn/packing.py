@@ -6,7 +6,9 @@ these are. Norms and linear maps need nothing of it; attention asks it for the r
 and experts with attention all stand on this.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,6 +51,12 @@ class Packing:
     def lengths(self) -> Tensor:
         """Tokens of each row [B]."""
         return torch.bincount(self.row, minlength=self.rows)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """`lengths` as numbers, for decisions in plain Python."""
+        counts: list[int] = self.lengths.tolist()
+        return counts
 
     @property
     def rank(self) -> Tensor:
@@ -170,6 +178,22 @@ def pack_batch(
         return packing
     real = (step < lengths.to(device)[row]).nonzero().squeeze(1)
     return packing.select(real)
+
+
+def pack_rows(counts: Sequence[int], time: Tensor, positions: Tensor, span: int) -> Packing:
+    """Tokens that stand row by row.
+
+    Args:
+        counts: tokens of each row.
+        time, positions: of each token [N].
+        span: as of a packing.
+    """
+    rows, width = len(counts), max(counts)
+    row = torch.arange(rows).repeat_interleave(torch.tensor(counts)).to(time.device)
+    packing = Packing(rows, width, span, row, time, positions)
+    if min(counts) == width:
+        return packing
+    return replace(packing, place=row * width + _ranks(row, rows)[0])
 
 
 def _ranks(row: Tensor, rows: int) -> tuple[Tensor, int]:

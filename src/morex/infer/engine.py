@@ -1,0 +1,207 @@
+"""The engine: requests come and go, and every pass through shared blocks takes tokens of all of them, at any recursion.
+
+A step lets waiting requests in, sends pieces of prompts and new tokens through the prelude, makes one pass through the
+blocks of each routed group for all who are under way, and takes those whose router let them go through coda and head,
+where they draw their next token. A request's result depends on nobody else.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from morex.cache.paged import PagedStore
+from morex.cache.store import OutOfPages
+from morex.depth.policy import Depth, DepthPolicy
+from morex.infer.demand import Demand
+from morex.infer.passes import Arrived, Flight, Passes, Segment, join
+from morex.infer.request import Event, Params, Reason, Request, as_ids
+from morex.infer.scheduler import Scheduler
+from morex.model.checks import check_decodes
+from morex.model.generate import check_options, check_room, generator_of, sample
+from morex.model.lm import LanguageModel
+
+OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "depth")
+
+
+class Engine:
+    """Decodes many requests with one model."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache_bytes: int,
+        page_size: int = 16,
+        most_requests: int = 64,
+        chunk: int = 128,
+    ) -> None:
+        """Args:
+        model: which the engine puts into eval mode.
+        cache_bytes: of all keys and values together.
+        page_size: entries of a page.
+        most_requests: that run at the same time.
+        chunk: tokens of a prompt that go into the model at once.
+        """
+        self.model, self.chunk = model.eval(), chunk
+        self.store: PagedStore = model.new_store(cache_bytes, page_size)
+        self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk)
+        self.demand = Demand(model.config, page_size)
+        self.flights: dict[tuple[int, int, int], Flight] = {}
+        self.arrived: list[Arrived] = []
+        self.requests: dict[int, Request] = {}
+        self._policies: dict[Depth, DepthPolicy] = {}
+        self._draws: dict[int, torch.Generator] = {}
+        self._count = 0
+
+    def add(self, prompt: Sequence[int], params: Params | None = None) -> int:
+        """Asks for the continuation of a prompt; returns the number of the request.
+
+        Raises:
+            ValueError: an empty prompt, a depth that the model cannot take, or more tokens than the cache ever holds.
+        """
+        params = params or Params()
+        check_decodes(self.model.config, params.depth)
+        check_options(**{name: getattr(params, name) for name in OPTIONS})
+        request = Request(self._count, as_ids(prompt, self.model.config.vocab_size), params)
+        check_room(self.model, len(request.prompt), params.max_new_tokens)
+        if params.depth not in self._policies:
+            self._policies[params.depth] = self.model.policy(params.depth, None)
+        needed = self._demand(request, request.longest)
+        if needed > self.store.pool.size:
+            raise ValueError(
+                f"a request of up to {request.longest} tokens needs {needed} pages, and the cache has "
+                f"{self.store.pool.size}; give a larger cache_bytes or a smaller max_new_tokens"
+            )
+        self._draws[request.number] = generator_of(params.seed, 0)
+        self.requests[request.number] = request
+        self._count += 1
+        self.scheduler.add(request)
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """Ends a request now; its memory is free at once. One that has ended stays as it is."""
+        request = self.requests[number]
+        if request.reason is None:
+            self._end(request, "cancelled")
+
+    def take(self, number: int) -> Request:
+        """A request that has ended; the engine forgets it. Raises ValueError where it goes on."""
+        if self.requests[number].reason is None:
+            raise ValueError(f"request {number} goes on; wait for its end, or cancel it")
+        return self.requests.pop(number)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One pass of everything; what came of it."""
+        self._admit()
+        try:
+            return self._pass()
+        except OutOfPages:
+            self._make_room()
+            return []
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Params | None = None) -> list[list[int]]:
+        """Prompts with their continuations, in their order."""
+        numbers = [self.add(prompt, params) for prompt in prompts]
+        for _ in self.stream():
+            pass
+        return [self.take(number).tokens for number in numbers]
+
+    def stream(self) -> Iterator[Event]:
+        """All that happens until nothing is left to do."""
+        while not self.is_idle:
+            yield from self.step()
+
+    def _admit(self) -> None:
+        """Lets in who fits beside what the others are about to need."""
+        while (request := self.scheduler.next_to_admit()) is not None:
+            promised = sum(self._demand(other, other.num_ahead) for other in self.scheduler.running)
+            if (
+                self.scheduler.running
+                and self._demand(request, request.num_ahead) + promised > self.store.pool.num_free
+            ):
+                return
+            self.scheduler.admit().sequence = self.store.open()
+
+    def _pass(self) -> list[Event]:
+        entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
+        if entering:
+            self._keep(*self.passes.enter(entering))
+        for group in range(len(self.model.stack.core.groups)):
+            flights = [self.flights.pop(key) for key in sorted(self.flights) if key[1] == group]
+            if flights:
+                self._keep(*self.passes.core(group, flights))
+        events: list[Event] = []
+        parts, self.arrived = self.passes.together(self.arrived), []
+        for part in parts:
+            events += self._draw(part.segments, self.passes.leave(part))
+        return events
+
+    def _keep(self, going: list[Flight], arrived: list[Arrived]) -> None:
+        for flight in going:
+            there = self.flights.get(flight.key)
+            self.flights[flight.key] = flight if there is None else join([there, flight])
+        self.arrived += arrived
+
+    def _segment(self, request: Request, tokens: list[int]) -> Segment:
+        assert request.sequence is not None
+        start = request.taken - len(tokens)
+        return Segment(request.sequence, start, tokens, self._policies[request.params.depth], request)
+
+    def _draw(self, segments: list[Segment], logits: Tensor) -> list[Event]:
+        """The next token of each request whose text is all in."""
+        events = []
+        for segment, row in zip(segments, logits, strict=True):
+            request, params = segment.owner, segment.owner.params
+            if not self.scheduler.back(request):
+                continue
+            if params.max_new_tokens:
+                draws = [self._draws[request.number]]
+                token = int(sample(row[None], params.temperature, params.top_k, params.top_p, draws))
+                request.new.append(token)
+            if len(request.new) >= params.max_new_tokens:
+                self._end(request, "length")
+            elif token == params.eos_id:
+                self._end(request, "stop")
+            events.append(Event(request.number, request.new[-1] if request.new else None, request.reason))
+        return events
+
+    def _end(self, request: Request, reason: Reason) -> None:
+        self._forget(request)
+        del self._draws[request.number]
+        self.scheduler.end(request, reason)
+
+    def _forget(self, request: Request) -> None:
+        """Takes a request out of everything but the scheduler."""
+        for key, flight in list(self.flights.items()):
+            kept = [i for i, segment in enumerate(flight.segments) if segment.owner is not request]
+            if not kept:
+                del self.flights[key]
+            elif len(kept) < len(flight.segments):
+                self.flights[key] = flight.select(kept)
+        if request.sequence is not None:
+            self.store.free(request.sequence)
+            request.sequence = None
+
+    def _make_room(self) -> None:
+        """The pages have run out in the middle of a pass: who came last goes, all others start their segments again."""
+        self.flights.clear()
+        self.arrived.clear()
+        victim = self.scheduler.youngest()
+        for request in self.scheduler.running:
+            assert request.sequence is not None
+            taken = self.store.tokens(request.sequence)
+            self.store.truncate(request.sequence, taken)
+            self.scheduler.recall(request, taken)
+        assert victim.sequence is not None
+        self.store.free(victim.sequence)
+        self.scheduler.preempt(victim)
+
+    def _demand(self, request: Request, tokens: int) -> int:
+        """Pages that so many tokens of a request need at most."""
+        return self.demand.pages(tokens, self._policies[request.params.depth].recursions)

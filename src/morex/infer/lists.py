@@ -1,0 +1,147 @@
+"""What the attention of a pass sees of a store, where rows may be at different recursions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from morex.cache.slots import KVRule
+from morex.cache.store import KVStore, Lists
+from morex.depth.schedule import Slot
+from morex.nn.attention import NEVER, Keys
+from morex.nn.packing import Packing, pack_rows
+
+
+class PassLists:
+    """The lists of the rows of a pass in one stream, by the rule of the model."""
+
+    def __init__(
+        self,
+        store: KVStore,
+        rule: KVRule,
+        block: int,
+        width: int,
+        sequences: Sequence[int],
+        recursions: Sequence[int],
+        packing: Packing,
+    ) -> None:
+        """Args:
+        block: the first of the stream.
+        width: blocks of the stream.
+        sequences, recursions: of each row.
+        packing: the tokens of the pass.
+        """
+        self.store, self.rule, self.block, self.width = store, rule, block, width
+        self.sequences, self.recursions, self.packing = sequences, recursions, packing
+        self.writers = [row for row, r in enumerate(recursions) if rule != "shared_first" or r == 1]
+        """Rows that write."""
+        self._own: Lists | None = None
+        self._read: Lists | None = None
+
+    def view(self, place: int) -> "PlaceViews":
+        """What the block at this place of the stream sees."""
+        return PlaceViews(self, place)
+
+    def append(self, place: int, k: Tensor, v: Tensor) -> bool:
+        """Adds the keys and values of the rows that write; True if no row has anything else to read."""
+        everyone = len(self.writers) == len(self.sequences)
+        if self._own is None:
+            self._index = None if everyone else self._tokens_of_writers()
+            rows = [(self.sequences[row], Slot(self.block, self.recursions[row])) for row in self.writers]
+            self._own = self.store.lists(rows, self.width, self.packing if everyone else self._packing_of_writers())
+        if self._index is not None:
+            k, v = k[self._index], v[self._index]
+        fresh = self._own.append(place, k, v)
+        return fresh and everyone and (self.rule != "refresh" or set(self.recursions) == {1})
+
+    def read(self, place: int) -> Keys:
+        """All that the queries of each row may see."""
+        if self.rule == "refresh" and max(self.recursions) > 1:
+            return self._latest(place)
+        if self.rule == "shared_first":
+            if self._read is None:
+                rows = [(sequence, Slot(self.block, 1)) for sequence in self.sequences]
+                self._read = self.store.lists(rows, self.width, None)
+            return self._read.gather(place)
+        assert self._own is not None
+        return self._own.gather(place)
+
+    def _tokens_of_writers(self) -> Tensor:
+        writes = torch.zeros(len(self.sequences), dtype=torch.bool)
+        writes[self.writers] = True
+        return writes.to(self.packing.row.device)[self.packing.row].nonzero().squeeze(1)
+
+    def _packing_of_writers(self) -> Packing:
+        counts = [self.packing.counts[row] for row in self.writers]
+        time, positions = self.packing.time[self._index], self.packing.positions[self._index]
+        return pack_rows(counts, time, positions, self.packing.span)
+
+    def _latest(self, place: int) -> Keys:
+        """Of each token the latest visit up to the row's recursion; of visits that another one follows no trace."""
+        deepest, starts = max(self.recursions), [0]
+        rows = []
+        for sequence, recursion in zip(self.sequences, self.recursions, strict=True):
+            rows += [(sequence, Slot(self.block, r)) for r in range(1, recursion + 1)]
+            starts.append(len(rows))
+        if self._read is None:
+            self._read = self.store.lists(rows, self.width, None)
+        keys = self._read.gather(place)
+        device = keys.time.device
+        order = torch.arange(deepest, device=device)
+        own, start = torch.tensor(self.recursions, device=device), torch.tensor(starts[:-1], device=device)
+        index = start[:, None] + order.clamp(max=own[:, None] - 1)
+        time = keys.time[index].masked_fill((order >= own[:, None])[..., None], NEVER)  # [B, R, S]
+        there = time != NEVER
+        width = int(time.masked_fill(~there, 0).max()) + 2
+        place_of = time.clamp(max=width - 1)
+        latest = torch.full((len(self.sequences), width), -1, device=device)
+        for r in range(deepest):
+            latest.scatter_(1, place_of[:, r], r)
+        stands = there & (latest[:, None].expand(-1, deepest, -1).gather(2, place_of) == order[:, None])
+        k, v = (part[index].flatten(1, 2) for part in (keys.k, keys.v))
+        return Keys(k, v, time.masked_fill(~stands, NEVER).flatten(1))
+
+
+class PlaceViews:
+    """The slots of one step of a pass: the block's attention, and its experts'."""
+
+    def __init__(self, lists: PassLists, place: int) -> None:
+        self.lists, self.place = lists, place
+        self.attention = AttentionView(lists, place)
+
+    def expert(self, expert: int, step: int) -> "ExpertView":
+        """The slots of one expert's step."""
+        return ExpertView(self.lists, self.place, expert, step)
+
+
+class AttentionView:
+    """The slots of a block's attention."""
+
+    def __init__(self, lists: PassLists, place: int) -> None:
+        self.lists, self.place = lists, place
+        self.writes = bool(lists.writers)
+
+    def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
+        return self.lists.append(self.place, k, v)
+
+    def read(self) -> Keys:
+        return self.lists.read(self.place)
+
+
+class ExpertView:
+    """The slots of one step of an expert: every visit has its own, by any rule."""
+
+    writes = True
+
+    def __init__(self, lists: PassLists, place: int, expert: int, step: int) -> None:
+        self.pass_lists = lists
+        self.slot = Slot(lists.block + place, 1, expert, step)
+
+    def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
+        of = self.pass_lists
+        rows = [(s, self.slot._replace(recursion=r)) for s, r in zip(of.sequences, of.recursions, strict=True)]
+        self._own = of.store.lists(rows, 1, packing)
+        return self._own.append(0, k, v)
+
+    def read(self) -> Keys:
+        return self._own.gather(0)

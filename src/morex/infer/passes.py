@@ -1,0 +1,272 @@
+"""The model's forward in pieces, for tokens of many sequences at once, whatever their recursion.
+
+The engine calls three of them: `enter` takes tokens through the prelude, `core` takes all that are under way in a
+routed group through its blocks once, `leave` takes those whose router let them go through coda and head. In between
+tokens travel in flights. What a token computes is what the model's own forward computes for it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from morex.cache.store import KVStore
+from morex.depth.policy import DepthPolicy
+from morex.depth.router import Routing, Visit
+from morex.depth.schedule import Step
+from morex.infer.lists import PassLists
+from morex.model.lm import LanguageModel
+from morex.model.stack import RoutedGroup
+from morex.nn.attention import Local
+from morex.nn.packing import Packing, pack_rows
+
+
+@dataclass(eq=False)
+class Segment:
+    """Tokens of one sequence that travel together: a piece of a prompt, or one new token."""
+
+    sequence: int
+    start: int
+    """Tokens of the sequence before these."""
+    tokens: Sequence[int]
+    policy: DepthPolicy
+    owner: Any = None
+    """Whose they are; nobody here looks at it."""
+
+
+@dataclass(eq=False)
+class Flight:
+    """Segments under the same policy that wait for recursion r of a routed group. Rows of the packing are segments."""
+
+    segments: list[Segment]
+    packing: Packing
+    h: Tensor
+    injected: Tensor | None
+    routing: Routing
+    group: int
+    recursion: int
+
+    @property
+    def policy(self) -> DepthPolicy:
+        return self.routing.policy
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Flights with the same key can be joined."""
+        return id(self.policy), self.group, self.recursion
+
+    def select(self, chosen: list[int]) -> "Flight":
+        """Some of the segments."""
+        wanted = torch.zeros(len(self.segments), dtype=torch.bool)
+        wanted[chosen] = True
+        index = wanted.to(self.h.device)[self.packing.row].nonzero().squeeze(1)
+        own = self.packing
+        packing = pack_rows([own.counts[i] for i in chosen], own.time[index], own.positions[index], own.span)
+        injected = None if self.injected is None else self.injected[index]
+        segments = [self.segments[i] for i in chosen]
+        routing = self.routing.select(index, packing)
+        return Flight(segments, packing, self.h[index], injected, routing, self.group, self.recursion)
+
+
+@dataclass(eq=False)
+class Arrived:
+    """Segments that have been through the core: their states [N, D], rows of the packing."""
+
+    segments: list[Segment]
+    packing: Packing
+    x: Tensor
+
+
+def join_packings(packings: Sequence[Packing]) -> Packing:
+    """The rows of several packings, one after another."""
+    if len(packings) == 1:
+        return packings[0].root()
+    counts = [count for packing in packings for count in packing.counts]
+    time, positions = (torch.cat([getattr(p, name) for p in packings]) for name in ("time", "positions"))
+    return pack_rows(counts, time, positions, max(packing.span for packing in packings))
+
+
+def join(flights: Sequence[Flight]) -> Flight:
+    """One flight of all segments of several, which have the same key."""
+    if len(flights) == 1:
+        return flights[0]
+    first, packing = flights[0], join_packings([flight.packing for flight in flights])
+    routing = type(first.routing).join([flight.routing for flight in flights], packing)
+    injected = None
+    if first.injected is not None:
+        injected = torch.cat([flight.injected for flight in flights if flight.injected is not None])
+    h = torch.cat([flight.h for flight in flights])
+    segments = [segment for flight in flights for segment in flight.segments]
+    return Flight(segments, packing, h, injected, routing, first.group, first.recursion)
+
+
+class Passes:
+    """A model in eval mode and the store that its sequences are in."""
+
+    def __init__(self, model: LanguageModel, store: KVStore) -> None:
+        self.model, self.store, self.stack = model, store, model.stack
+        self.schedule = model.config.schedule.resolved
+        self.device = model.embedding.weight.device
+        config = model.config
+        self.mixes = not config.recursion_norms and config.lora is None and config.attention.global_every is None
+        """Whether a block does the same at every recursion, so that tokens at different ones can share a pass."""
+        self.parts_by_depth = config.windows_move
+
+    def enter(self, segments: Sequence[Segment]) -> tuple[list[Flight], list[Arrived]]:
+        """Tokens through the prelude and up to the first recursion that somebody takes."""
+        counts = [len(segment.tokens) for segment in segments]
+        time = torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in segments]).to(self.device)
+        packing = pack_rows(counts, time, time, max(counts))
+        tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=self.device)
+        x = self.model.embed(tokens, packing)
+        x = self._once(self.stack.prelude, self.schedule.prelude_steps, x, packing, list(segments))
+        return self._begin(0, Arrived(list(segments), packing, x))
+
+    def core(self, group: int, flights: Sequence[Flight]) -> tuple[list[Flight], list[Arrived]]:
+        """One pass through the blocks of a group, for all who wait for one of its recursions."""
+        own: Any = self.stack.core.groups[group]
+        visits: list[tuple[Flight, Visit]] = []
+        for flight in flights:
+            visit = own.router.packed(flight.h, flight.routing, flight.recursion)
+            if visit is not None:
+                visits.append((flight, visit))
+        for together in [visits] if self.mixes else [[visit] for visit in visits]:
+            self._visit(group, own, together)
+        going: list[Flight] = []
+        done: list[Arrived] = []
+        for flight in flights:
+            flight.recursion += 1
+            self._ask(flight, own, going, done)
+        return self._onwards(group, going, done)
+
+    def together(self, parts: Sequence[Arrived]) -> list[Arrived]:
+        """What can leave in one pass: everybody, unless the depth of a policy says which steps see everything."""
+        found: dict[int, list[Arrived]] = {}
+        for part in parts:
+            for rows in _by_policy(part.segments):
+                own = part if len(rows) == len(part.segments) else _select(part, rows)
+                found.setdefault(own.segments[0].policy.recursions if self.parts_by_depth else 0, []).append(own)
+        return [_joined(own) for own in found.values()]
+
+    def leave(self, arrived: Arrived) -> Tensor:
+        """Through coda and head -> logits [S, V] after the last token of each segment."""
+        x, packing = arrived.x, arrived.packing
+        x = self._once(self.stack.coda, self.schedule.coda_steps, x, packing, arrived.segments)
+        for segment in arrived.segments:
+            self.store.advance(segment.sequence, len(segment.tokens))
+        ends = torch.tensor(packing.counts).cumsum(0) - 1
+        return self.model.read(x[ends.to(self.device)])
+
+    def _visit(self, group: int, own: RoutedGroup, visits: Sequence[tuple[Flight, Visit]]) -> None:
+        """The blocks of a group for the visiting tokens of some flights, brought back into these."""
+        if not visits:
+            return
+        states, sequences, recursions, counts = [], [], [], []
+        for flight, visit in visits:
+            states.append(own.enter(flight.h, flight.injected, visit.packing, flight.recursion))
+            for segment, count in zip(flight.segments, visit.packing.counts, strict=True):
+                if count:
+                    sequences.append(segment.sequence)
+                    recursions.append(flight.recursion)
+                    counts.append(count)
+        time, positions = (torch.cat([getattr(v.packing, name) for _, v in visits]) for name in ("time", "positions"))
+        packing = pack_rows(counts, time, positions, max(visit.packing.span for _, visit in visits))
+        steps = self.schedule.groups[group].recursions[0]
+        lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), sequences, recursions, packing)
+        y, r, local = torch.cat(states), recursions[0], self._windows(visits[0][0].policy)
+        for place, step in enumerate(steps):
+            block = self.stack.core.blocks[step.block - self.schedule.prelude]
+            y, _ = block(y, packing, lists.view(place), local(step._replace(recursion=r)), own.parts(r, place))
+        for (flight, visit), part in zip(visits, y.split([len(s) for s in states]), strict=True):
+            flight.h = own.router.bring_back(flight.h, part, flight.routing, visit)
+
+    def _once(self, blocks: Any, steps: Sequence[Step], x: Tensor, packing: Packing, segments: list[Segment]) -> Tensor:
+        """Blocks outside the core."""
+        if not steps:
+            return x
+        sequences, local = [segment.sequence for segment in segments], self._windows(segments[0].policy)
+        ones = [1] * len(sequences)
+        lists = PassLists(self.store, "per_recursion", steps[0].block, len(steps), sequences, ones, packing)
+        for place, (block, step) in enumerate(zip(blocks, steps, strict=True)):
+            x, _ = block(x, packing, lists.view(place), local(step))
+        return x
+
+    def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None]:
+        """What the attention of a step does otherwise, in a pass under this policy."""
+        windows, schedule = self.stack.windows, replace(self.schedule, recursions=policy.recursions)
+        return lambda step: None if windows is None else windows.at(schedule.place(step))
+
+    def _begin(self, group: int, arrived: Arrived) -> tuple[list[Flight], list[Arrived]]:
+        """Segments at the door of a group, by policy; past the last group they have arrived."""
+        if group == len(self.stack.core.groups):
+            return [], [arrived]
+        own: Any = self.stack.core.groups[group]
+        going: list[Flight] = []
+        done: list[Arrived] = []
+        for rows in _by_policy(arrived.segments):
+            part = arrived if len(rows) == len(arrived.segments) else _select(arrived, rows)
+            policy = part.segments[0].policy
+            injected = own.prepare(part.x)
+            h, routing = own.router.begin(part.x, part.packing, policy)
+            routing.peek = partial(self._peek, policy) if policy.kind == "exit" else None
+            self._ask(Flight(part.segments, part.packing, h, injected, routing, group, 1), own, going, done)
+        return self._onwards(group, going, done)
+
+    def _ask(self, flight: Flight, own: RoutedGroup, going: list[Flight], done: list[Arrived]) -> None:
+        """Asks who takes the next recursion; segments of which nobody does are asked for the one after."""
+        while flight.segments and flight.recursion <= flight.policy.recursions:
+            own.router.ask(flight.h, flight.routing, flight.recursion)
+            if flight.routing.is_full:
+                going.append(flight)
+                return
+            active = flight.packing.row[flight.routing.active].unique().tolist()
+            if len(active) == len(flight.segments):
+                going.append(flight)
+                return
+            if active:
+                going.append(flight.select(active))
+                idle = sorted(set(range(len(flight.segments))) - set(active))
+                flight = flight.select(idle)
+            flight.recursion += 1
+        h, _ = own.router.finish(flight.h, flight.routing)
+        done.append(Arrived(flight.segments, flight.packing, h))
+
+    def _onwards(self, group: int, going: list[Flight], done: list[Arrived]) -> tuple[list[Flight], list[Arrived]]:
+        """Those who are done with a group, at the door of the next."""
+        if not done or group + 1 == len(self.stack.core.groups):
+            return going, done
+        more, arrived = self._begin(group + 1, _joined(done))
+        return going + more, arrived
+
+    def _peek(self, policy: DepthPolicy, y: Tensor, packing: Packing) -> Tensor:
+        """Logits [M, V] of the states y [M, D] after the coda, in which each token sees itself alone."""
+        alone, local = packing.alone(), self._windows(policy)
+        for block, step in zip(self.stack.coda, self.schedule.coda_steps, strict=True):
+            y, _ = block(y, alone, None, local(step))
+        return self.model.read(y)
+
+
+def _joined(parts: Sequence[Arrived]) -> Arrived:
+    if len(parts) == 1:
+        return parts[0]
+    segments = [segment for part in parts for segment in part.segments]
+    return Arrived(segments, join_packings([part.packing for part in parts]), torch.cat([part.x for part in parts]))
+
+
+def _by_policy(segments: Sequence[Segment]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for row, segment in enumerate(segments):
+        found.setdefault(id(segment.policy), []).append(row)
+    return list(found.values())
+
+
+def _select(arrived: Arrived, rows: list[int]) -> Arrived:
+    wanted = torch.zeros(len(arrived.segments), dtype=torch.bool)
+    wanted[rows] = True
+    own = arrived.packing
+    index = wanted.to(own.row.device)[own.row].nonzero().squeeze(1)
+    packing = pack_rows([own.counts[i] for i in rows], own.time[index], own.positions[index], own.span)
+    return Arrived([arrived.segments[i] for i in rows], packing, arrived.x[index])

@@ -1,0 +1,180 @@
+"""The engine against the plain cached loop: whoever else is there, a request's text is what it is alone."""
+
+import random
+from typing import Any
+
+import pytest
+
+from morex.infer.demand import Demand
+from morex.infer.engine import Engine
+from morex.infer.lists import PassLists
+from morex.infer.request import Params, Request
+from parity.helpers import LM_CASES, cases, eval_model, ragged_rows
+
+LENGTHS = [5, 1, 11, 3, 8]
+NEW = 6
+DEPTHS: list[int | str | None] = [None, "uniform:2", 1, "adaptive:8", "progressive:12"]
+FULL = 2**23
+"""Bytes of a cache that never runs out here."""
+
+
+def prompts_of(case: str, lengths: list[int] = LENGTHS) -> list[list[int]]:
+    return [row.tolist() for row in ragged_rows(case, lengths)]
+
+
+def engine_of(model: Any, cache_bytes: int = FULL, **options: Any) -> Engine:
+    return Engine(model, cache_bytes, **{"page_size": 3, "most_requests": 3, "chunk": 4} | options)
+
+
+def assert_nothing_is_left(engine: Engine) -> None:
+    engine.store.check()
+    assert engine.is_idle and not engine.flights and not engine.arrived
+    assert engine.store.pool.num_free == engine.store.pool.size
+
+
+def bytes_of(model: Any, tokens: int) -> int:
+    """Bytes that so many tokens need at most, in pages of 3."""
+    pages = Demand(model.config, 3).pages(tokens, model.config.schedule.recursions)
+    return int(pages * 3 * model.new_store(FULL, 3).entry_bytes)
+
+
+@pytest.mark.parametrize("case", LM_CASES)
+def test_greedy_texts_are_those_of_the_plain_loop(case: str) -> None:
+    """More requests than may run at once, prompts in pieces, pages that end anywhere, in float64."""
+    model: Any = eval_model(case)
+    prompts = prompts_of(case)
+    engine = engine_of(model)
+    assert engine.generate(prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("case", ["recursive", "mor-expert", "token+shared_first", "threshold+refresh", "mor-act"])
+def test_requests_have_depths_of_their_own(case: str) -> None:
+    model: Any = eval_model(case)
+    prompts, engine = prompts_of(case), engine_of(model)
+    options = [Params(max_new_tokens=NEW, depth=depth) for depth in DEPTHS]
+    numbers = [engine.add(prompt, params) for prompt, params in zip(prompts, options, strict=True)]
+    list(engine.stream())
+    for number, prompt, params in zip(numbers, prompts, options, strict=True):
+        alone = model.generate([prompt], max_new_tokens=NEW, depth=params.depth)[0]
+        assert engine.requests[number].tokens == alone
+
+
+@pytest.mark.parametrize("case", cases("sampled", "exit_gate", head="lm"))
+def test_exit_rules(case: str) -> None:
+    model: Any = eval_model(case)
+    prompts = prompts_of(case)
+    for depth in ("exit", *(f"exit:{rule}" for rule in model.stack.core.groups[0].router.exit_rules)):
+        found = engine_of(model).generate(prompts, Params(max_new_tokens=NEW, depth=depth))
+        assert found == model.generate(prompts, max_new_tokens=NEW, depth=depth)
+
+
+@pytest.mark.parametrize("case", ["vanilla", "mor-expert", "mor-token", "more-tuned", "act+refresh"])
+def test_draws_are_those_of_the_request_alone(case: str) -> None:
+    model: Any = eval_model(case)
+    engine = engine_of(model)
+    options = {"max_new_tokens": 8, "temperature": 1.3, "top_k": 40, "top_p": 0.95}
+    prompts = prompts_of(case)
+    numbers = [engine.add(prompt, Params(**options, seed=seed)) for seed, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+    list(engine.stream())
+    for seed, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
+        assert engine.requests[number].tokens == model.generate([prompt], seed=seed, **options)[0]
+
+
+def test_tokens_at_different_recursions_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+    begin = PassLists.__init__
+
+    def noted(self: Any, store: Any, rule: Any, block: int, *rest: Any) -> None:
+        begin(self, store, rule, block, *rest)
+        seen.append(set(self.recursions))
+
+    monkeypatch.setattr(PassLists, "__init__", noted)
+    engine_of(eval_model("mor-expert"), most_requests=8).generate(prompts_of("mor-expert", [4, 2, 3, 1, 4, 2]))
+    assert any(len(recursions) > 1 for recursions in seen)
+
+
+@pytest.mark.parametrize(
+    "case", ["vanilla", "mor-expert", "token+shared_first", "act+refresh", "expert+recursive_experts"]
+)
+def test_a_small_cache_takes_longer_and_says_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are sent back and computed again when pages run out."""
+    model: Any = eval_model(case)
+    prompts, new = prompts_of(case, [2, 1, 3, 2]), 24
+    engine = engine_of(model, bytes_of(model, 3 + new), most_requests=4)
+    sent_back: list[int] = []
+    preempt = engine.scheduler.preempt
+
+    def noted(request: Request) -> None:
+        sent_back.append(request.number)
+        preempt(request)
+
+    monkeypatch.setattr(engine.scheduler, "preempt", noted)
+    assert engine.generate(prompts, Params(max_new_tokens=new)) == model.generate(prompts, max_new_tokens=new)
+    assert sent_back and 0 not in sent_back, "who came first goes on"
+    assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("case", ["mor-expert", "act+refresh"])
+def test_arrivals_and_cancellations_at_any_time(case: str) -> None:
+    """Whoever is left has the text that it has alone."""
+    model: Any = eval_model(case)
+    rng = random.Random(0)
+    prompts = prompts_of(case, [rng.randint(1, 12) for _ in range(24)])
+    engine = engine_of(model, bytes_of(model, 40), most_requests=4)
+    waiting, known, cancelled = list(prompts), {}, set()
+    while waiting or not engine.is_idle:
+        if waiting and rng.random() < 0.4:
+            prompt = waiting.pop()
+            known[engine.add(prompt, Params(max_new_tokens=rng.randint(1, 9)))] = prompt
+        if known and rng.random() < 0.1:
+            number = rng.choice(list(known))
+            if engine.requests[number].reason is None:
+                cancelled.add(number)
+            engine.cancel(number)
+        engine.step()
+        engine.store.check()
+    assert cancelled and len(cancelled) < len(known)
+    for number, prompt in known.items():
+        request = engine.requests[number]
+        alone = model.generate([prompt], max_new_tokens=request.params.max_new_tokens)[0]
+        assert request.tokens == alone if number not in cancelled else request.tokens == alone[: len(request.tokens)]
+        assert request.reason == ("cancelled" if number in cancelled else "length")
+    assert_nothing_is_left(engine)
+
+
+def test_a_text_ends_at_its_end_token() -> None:
+    model: Any = eval_model("mor-threshold")
+    (prompt,) = prompts_of("mor-threshold", [6])
+    free = model.generate([prompt], max_new_tokens=8)[0]
+    end = free[8]
+    engine = engine_of(model)
+    number = engine.add(prompt, Params(max_new_tokens=8, eos_id=end))
+    events = list(engine.stream())
+    assert [event.token for event in events] == free[6 : free.index(end, 6) + 1]
+    assert events[-1].reason == engine.requests[number].reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "sentence"),
+    [
+        ([], {}, "at least one token id"),
+        ("text", {}, "at least one token id"),
+        ([97], {}, r"token id 97 is outside the vocabulary of 97"),
+        ([1], {"depth": 7}, r"depth 7 .* 1 to 3"),
+        ([1], {"depth": "oracle"}, "oracle"),
+        ([1], {"top_k": 3}, "no effect at temperature 0"),
+        ([1], {"max_new_tokens": 4000}, r"up to 4000 tokens needs \d+ pages, and the cache has \d+; give a larger"),
+    ],
+)
+def test_impossible_requests_are_refused_and_harm_nobody(prompt: Any, params: dict[str, Any], sentence: str) -> None:
+    model: Any = eval_model("mor-expert")
+    engine = engine_of(model, bytes_of(model, 60))
+    (good,) = prompts_of("mor-expert", [4])
+    number = engine.add(good, Params(max_new_tokens=4))
+    engine.step()
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        engine.add(prompt, Params(**params))
+    assert "\n" not in str(refusal.value)
+    list(engine.stream())
+    assert engine.requests[number].tokens == model.generate([good], max_new_tokens=4)[0]
