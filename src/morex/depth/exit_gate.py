@@ -86,10 +86,8 @@ class ExitGateRouter(DepthRouter):
             routing.scores[-1] = put_rows(routing.scores[-1], index, logit.sigmoid().detach())
             routing.log_left = put_rows(routing.log_left, index, left)
             routing.going = put_rows(torch.zeros_like(routing.active), index, stays)
-            routing.log_probabilities.append(before + F.logsigmoid(logit))
-        elif is_last:
-            routing.log_probabilities.append(before)
         if routing.taken is not None:
+            routing.log_probabilities.append(before if is_last else before + F.logsigmoid(logit))
             routing.states.append(y)
             if not is_last:
                 assert routing.going is not None

@@ -27,8 +27,8 @@ class GatedRouter(DepthRouter):
         """g of every token at recursion r [N]."""
         raise NotImplementedError
 
-    def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
-        visit = super().visit(h, routing, r)
+    def packed(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+        visit = super().packed(h, routing, r)
         if visit is not None:
             visit.gate = visit.packing.gather(self.gates(h, routing, r))
         return visit

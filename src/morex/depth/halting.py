@@ -56,9 +56,9 @@ class HaltingRouter(DepthRouter):
         spent = h.new_zeros(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
         return h, Halting(packing, policy, routing.active, routing.depths, spent=spent)
 
-    def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+    def packed(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
         assert isinstance(routing, Halting)
-        visit = super().visit(h, routing, r)
+        visit = super().packed(h, routing, r)
         routing.has_dummy |= visit is not None and visit.is_dummy
         return visit
 

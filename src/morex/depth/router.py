@@ -4,7 +4,7 @@ The stack drives a router through one forward pass like this:
 
     h, routing = router.begin(h, packing, policy)
     for r = 1..R:
-        visit = router.visit(h, routing, r)
+        visit = router.visit(h, routing, r)       # who goes, and their tokens: ask, packed
         y = core(visit's tokens)
         h = router.bring_back(h, y, routing, visit)
     h, signals = router.finish(h, routing)
@@ -13,10 +13,10 @@ The stack drives a router through one forward pass like this:
 forward pass: they return statistics, and `update` moves biases, thresholds and warm-ups after an optimizer step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,42 @@ class Routing:
     scores: list[Tensor] = field(default_factory=list)
     """Scores of each recursion [N], NaN for tokens that were no candidates."""
 
+    is_full: bool = True
+    """Whether all tokens are known to be active at the last recursion."""
+
     def add_loss(self, name: str, value: Tensor) -> None:
         self.losses.setdefault(name, []).append(value)
+
+    def select(self, index: Tensor, packing: Packing) -> Self:
+        """What is kept of the tokens at `index` [N'], those of `packing`; what was counted stays behind."""
+
+        def chosen(value: Any) -> Any:
+            if isinstance(value, list):
+                return [part[index] for part in value]
+            return value[index] if _is_per_token(value) else value
+
+        kept = {name: chosen(value) for name, value in self._of_tokens().items()}
+        return replace(self, packing=packing, losses={}, stats={}, **kept)
+
+    @classmethod
+    def join(cls, parts: "Sequence[Self]", packing: Packing) -> Self:
+        """What is kept of the tokens of several passes, which are at the same recursion under the same policy."""
+
+        def joined(values: list[Any]) -> Any:
+            if isinstance(values[0], list):
+                return [torch.cat(part) for part in zip(*values, strict=True)]
+            assert len({value is None for value in values}) == 1, "passes at the same recursion know the same"
+            return torch.cat(values) if _is_per_token(values[0]) else values[0]
+
+        fields = [part._of_tokens() for part in parts]
+        kept = {name: joined([own[name] for own in fields]) for name in fields[0]}
+        is_full = all(part.is_full for part in parts)
+        return replace(parts[0], packing=packing, losses={}, stats={}, is_full=is_full, **kept)
+
+    def _of_tokens(self) -> dict[str, Any]:
+        """The fields that hold something for each token, or nothing yet."""
+        names = {field.name for field in fields(self)} - {"packing", "policy", "losses", "stats", "peek", "is_full"}
+        return {name: getattr(self, name) for name in names}
 
 
 class DepthRouter(nn.Module):
@@ -115,14 +149,21 @@ class DepthRouter(nn.Module):
 
     def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
         """The tokens that take recursion r, or None if nobody does and no gradient is at stake."""
+        self.ask(h, routing, r)
+        return self.packed(h, routing, r)
+
+    def ask(self, h: Tensor, routing: Routing, r: int) -> None:
+        """Decides which tokens take recursion r; `routing.active` says it."""
         active = self.decide(h, routing, r)
-        everyone = active is None
-        mask = torch.ones_like(routing.active) if active is None else active
-        routing.active = mask
-        routing.masks.append(mask)
-        if everyone:
+        routing.is_full = active is None
+        routing.active = torch.ones_like(routing.active) if active is None else active
+        routing.masks.append(routing.active)
+
+    def packed(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+        """The visit of those who take recursion r, after `ask`."""
+        if routing.is_full:
             return Visit(r, routing.packing.root())
-        index = mask.nonzero().squeeze(1)
+        index = routing.active.nonzero().squeeze(1)
         if index.shape[0]:
             return Visit(r, routing.packing.root().select(index))
         if not (self.training and torch.is_grad_enabled()) or not h.shape[0]:
@@ -210,6 +251,10 @@ class ScoreNet(nn.Module):
             if self.kind == "mlp":
                 x = F.gelu(F.linear(x, self.hidden))
             return F.linear(x, self.weight)
+
+
+def _is_per_token(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def score_costs(d_model: int, outputs: int, kind: str) -> Costs:

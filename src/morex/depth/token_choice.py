@@ -64,8 +64,8 @@ class TokenChoiceRouter(DepthRouter):
             self._balance(logits, scores, choice, routing)
         return h, routing
 
-    def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
-        visit = super().visit(h, routing, r)
+    def packed(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
+        visit = super().packed(h, routing, r)
         if visit is not None and self.gate == "each":
             assert routing.gates is not None
             visit.gate = visit.packing.gather(routing.gates[:, r - 1])

@@ -52,10 +52,10 @@ def generate(
     """
     check_decodes(model.config, depth)
     prompts = _prompts(tokens)
-    _check(max_new_tokens, temperature, top_k, top_p, seed, depth)
-    _check_room(model, max(map(len, prompts)), max_new_tokens)
+    check_options(max_new_tokens, temperature, top_k, top_p, seed, depth)
+    check_room(model, max(map(len, prompts)), max_new_tokens)
     device = model.embedding.weight.device
-    draws = [_generator(seed, row) for row in range(len(prompts))]
+    draws = [generator_of(seed, row) for row in range(len(prompts))]
     was_training = model.training
     model.eval()
     try:
@@ -106,7 +106,7 @@ def sample(
     return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
 
 
-def _generator(seed: int | None, row: int) -> torch.Generator:
+def generator_of(seed: int | None, row: int) -> torch.Generator:
     """What one row draws from, on the CPU; without a seed, never the same twice."""
     generator = torch.Generator()
     if seed is None:
@@ -132,8 +132,8 @@ def _prompts(tokens: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(prompt) for prompt in prompts]
 
 
-def _check_room(model: "LanguageModel", longest: int, max_new_tokens: int) -> None:
-    """Refuses texts that outgrow learned positions; the last new token is drawn and not read."""
+def check_room(model: "LanguageModel", longest: int, max_new_tokens: int) -> None:
+    """Raises ValueError for texts that outgrow learned positions; the last new token is drawn and not read."""
     room = model.config.max_seq_len + 1 - longest
     if model.config.attention.positions == "learned" and max_new_tokens > room:
         raise ValueError(
@@ -142,7 +142,7 @@ def _check_room(model: "LanguageModel", longest: int, max_new_tokens: int) -> No
         )
 
 
-def _check(
+def check_options(
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -150,6 +150,7 @@ def _check(
     seed: int | None,
     depth: Depth,
 ) -> None:
+    """Raises ValueError for options of `generate` that are out of range or without effect."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be 0 or more")
     if not 0 <= temperature < math.inf:
