@@ -9,7 +9,7 @@ from morex.infer.demand import Demand
 from morex.infer.engine import Engine
 from morex.infer.lists import PassLists
 from morex.infer.request import Params, Request
-from parity.helpers import LM_CASES, cases, eval_model, ragged_rows
+from parity.helpers import LM_CASES, PRESETS, cases, eval_model, ragged_rows
 
 LENGTHS = [5, 1, 11, 3, 8]
 NEW = 6
@@ -29,6 +29,8 @@ def engine_of(model: Any, cache_bytes: int = FULL, **options: Any) -> Engine:
 def assert_nothing_is_left(engine: Engine) -> None:
     engine.store.check()
     assert engine.is_idle and not engine.flights and not engine.arrived
+    while engine.prefixes.drop_oldest():
+        engine.store.check()
     assert engine.store.pool.num_free == engine.store.pool.size
 
 
@@ -141,6 +143,34 @@ def test_arrivals_and_cancellations_at_any_time(case: str) -> None:
         assert request.tokens == alone if number not in cancelled else request.tokens == alone[: len(request.tokens)]
         assert request.reason == ("cancelled" if number in cancelled else "length")
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("case", [*PRESETS, "token+shared_first", "act+refresh", "expert+recursive_experts"])
+def test_texts_that_begin_alike_are_computed_once(case: str) -> None:
+    """At the same time, one after the other, and after the first has ended; they part within a page."""
+    if case not in LM_CASES:
+        return
+    model: Any = eval_model(case)
+    first, second, third = prompts_of(case, [11, 9, 4])
+    second, third = first[:7] + second[7:], first + third
+    engine, sent = engine_of(model), []
+    enter = engine.passes.enter
+    engine.passes.enter = lambda segments: (sent.append(sum(len(s.tokens) for s in segments)), enter(segments))[1]  # type: ignore[method-assign]
+    texts = [engine.generate([prompt], Params(max_new_tokens=4))[0] for prompt in (first, second, third)]
+    assert texts == [model.generate([prompt], max_new_tokens=4)[0] for prompt in (first, second, third)]
+    shared = [0, 7, 11 if texts[0][11] != third[11] else 12]
+    assert sum(sent) == sum(len(text) - 1 - known for text, known in zip(texts, shared, strict=True))
+    assert engine.generate([third, first], Params(max_new_tokens=4)) == [texts[2], texts[0]]
+    assert_nothing_is_left(engine)
+
+
+def test_another_depth_is_another_text() -> None:
+    model: Any = eval_model("mor-expert")
+    (prompt,) = prompts_of("mor-expert", [9])
+    engine = engine_of(model)
+    for depth in (None, "uniform:2", 1):
+        found = engine.generate([prompt], Params(max_new_tokens=4, depth=depth))
+        assert found == model.generate([prompt], max_new_tokens=4, depth=depth)
 
 
 def test_a_text_ends_at_its_end_token() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from morex.cache.paged import PagedStore
+from morex.cache.prefixes import Prefixes
 from morex.cache.store import OutOfPages
 from morex.depth.policy import Depth, DepthPolicy
 from morex.infer.demand import Demand
@@ -34,6 +35,7 @@ class Engine:
         page_size: int = 16,
         most_requests: int = 64,
         chunk: int = 128,
+        prefixes: int = 64,
     ) -> None:
         """Args:
         model: which the engine puts into eval mode.
@@ -41,10 +43,12 @@ class Engine:
         page_size: entries of a page.
         most_requests: that run at the same time.
         chunk: tokens of a prompt that go into the model at once.
+        prefixes: texts that are kept for requests that begin alike, as long as nobody needs their pages.
         """
         self.model, self.chunk = model.eval(), chunk
         self.store: PagedStore = model.new_store(cache_bytes, page_size)
         self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk)
+        self.prefixes = Prefixes(self.store, prefixes)
         self.demand = Demand(model.config, page_size)
         self.flights: dict[tuple[int, int, int], Flight] = {}
         self.arrived: list[Arrived] = []
@@ -118,15 +122,27 @@ class Engine:
             yield from self.step()
 
     def _admit(self) -> None:
-        """Lets in who fits beside what the others are about to need."""
+        """Lets in who fits beside what the others are about to need; who begins like another text starts there."""
         while (request := self.scheduler.next_to_admit()) is not None:
-            promised = sum(self._demand(other, other.num_ahead) for other in self.scheduler.running)
-            if (
-                self.scheduler.running
-                and self._demand(request, request.num_ahead) + promised > self.store.pool.num_free
-            ):
+            sequence = self._begin(request)
+            promised = sum(self._demand(other, other.num_ahead) for other in [request, *self.scheduler.running])
+            while promised > self.store.pool.num_free and self.prefixes.drop_oldest():
+                pass
+            if self.scheduler.running and promised > self.store.pool.num_free:
+                self.store.free(sequence)
+                request.taken = 0
                 return
-            self.scheduler.admit().sequence = self.store.open()
+            self.scheduler.admit().sequence = sequence
+
+    def _begin(self, request: Request) -> int:
+        """A sequence for a request, with what is known of its text; its last token is always computed."""
+        found = self.prefixes.find(request.tokens, request.params.depth)
+        if found is None:
+            return self.store.open()
+        sequence = self.store.fork(found[0])
+        request.taken = min(found[1], len(request.tokens) - 1)
+        self.store.truncate(sequence, request.taken)
+        return sequence
 
     def _pass(self) -> list[Event]:
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
@@ -160,6 +176,8 @@ class Engine:
             request, params = segment.owner, segment.owner.params
             if not self.scheduler.back(request):
                 continue
+            if not request.new:
+                self._keep_text(self.store.fork(request.sequence), request)
             if params.max_new_tokens:
                 draws = [self._draws[request.number]]
                 token = int(sample(row[None], params.temperature, params.top_k, params.top_p, draws))
@@ -172,6 +190,9 @@ class Engine:
         return events
 
     def _end(self, request: Request, reason: Reason) -> None:
+        if reason in ("length", "stop") and request.sequence is not None:
+            self._keep_text(request.sequence, request)
+            request.sequence = None
         self._forget(request)
         del self._draws[request.number]
         self.scheduler.end(request, reason)
@@ -188,8 +209,15 @@ class Engine:
             self.store.free(request.sequence)
             request.sequence = None
 
+    def _keep_text(self, sequence: int, request: Request) -> None:
+        """Hands a sequence over, for texts that begin alike."""
+        self.prefixes.keep(sequence, request.tokens[: self.store.tokens(sequence)], request.params.depth)
+
     def _make_room(self) -> None:
-        """The pages have run out in the middle of a pass: who came last goes, all others start their segments again."""
+        """The pages have run out in the middle of a pass: all start their segments again, without who came last.
+
+        Texts that are only kept for others go before anybody who runs.
+        """
         self.flights.clear()
         self.arrived.clear()
         victim = self.scheduler.youngest()
@@ -198,6 +226,8 @@ class Engine:
             taken = self.store.tokens(request.sequence)
             self.store.truncate(request.sequence, taken)
             self.scheduler.recall(request, taken)
+        if self.prefixes.drop_oldest():
+            return
         assert victim.sequence is not None
         self.store.free(victim.sequence)
         self.scheduler.preempt(victim)
