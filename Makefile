@@ -55,6 +55,10 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	  --json benchmarks/results/train-more-c-base.json
 	$(BIN)/morex bench train more-a-base --batch-size 8 --seq-len 512 --steps 1 --rounds 2 --no-memory \
 	  --json benchmarks/results/train-more-a-base.json
+	$(BIN)/morex bench train paper-360m-mor-2 paper-360m-mor-3 paper-360m-mor-4 paper-360m-recursive-3 --batch-size 1 \
+	  --seq-len 512 --steps 1 --rounds 2 --no-memory --json benchmarks/results/train-paper-fp32.json
+	$(BIN)/morex bench train paper-360m-mor-3 --batch-size 1 --seq-len 512 --steps 1 --rounds 3 --no-memory \
+	  --json benchmarks/results/train-paper-mor-3.json
 	$(BIN)/morex bench train mor-llm-small --threads 2 --precision bf16 --steps 1 --rounds 3 --no-memory \
 	  --json benchmarks/results/train-llm.json
 	$(BIN)/morex bench train mor-llm-small --steps 1 --rounds 3 --no-memory --json benchmarks/results/train-llm-fp32.json
