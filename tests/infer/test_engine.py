@@ -14,6 +14,7 @@ from parity.helpers import LM_CASES, PRESETS, cases, eval_model, ragged_rows
 LENGTHS = [5, 1, 11, 3, 8]
 NEW = 6
 DEPTHS: list[int | str | None] = [None, "uniform:2", 1, "adaptive:8", "progressive:12"]
+FORKED = ["token+shared_first", "act+refresh", "expert+recursive_experts"]
 FULL = 2**23
 """Bytes of a cache that never runs out here."""
 
@@ -50,7 +51,9 @@ def test_greedy_texts_are_those_of_the_plain_loop(case: str) -> None:
     assert_nothing_is_left(engine)
 
 
-@pytest.mark.parametrize("case", ["recursive", "mor-expert", "token+shared_first", "threshold+refresh", "mor-act"])
+@pytest.mark.parametrize(
+    "case", ["recursive", "mor-expert", "token+shared_first", "threshold+refresh", "mor-act", "sequence+window"]
+)
 def test_requests_have_depths_of_their_own(case: str) -> None:
     model: Any = eval_model(case)
     prompts, engine = prompts_of(case), engine_of(model)
@@ -77,7 +80,7 @@ def test_draws_are_those_of_the_request_alone(case: str) -> None:
     engine = engine_of(model)
     options = {"max_new_tokens": 8, "temperature": 1.3, "top_k": 40, "top_p": 0.95}
     prompts = prompts_of(case)
-    numbers = [engine.add(prompt, Params(**options, seed=seed)) for seed, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+    numbers = [engine.add(prompt, Params(**options, seed=seed)) for seed, prompt in enumerate(prompts)]
     list(engine.stream())
     for seed, (number, prompt) in enumerate(zip(numbers, prompts, strict=True)):
         assert engine.requests[number].tokens == model.generate([prompt], seed=seed, **options)[0]
@@ -145,17 +148,15 @@ def test_arrivals_and_cancellations_at_any_time(case: str) -> None:
     assert_nothing_is_left(engine)
 
 
-@pytest.mark.parametrize("case", [*PRESETS, "token+shared_first", "act+refresh", "expert+recursive_experts"])
+@pytest.mark.parametrize("case", [case for case in LM_CASES if case in PRESETS or case in FORKED])
 def test_texts_that_begin_alike_are_computed_once(case: str) -> None:
     """At the same time, one after the other, and after the first has ended; they part within a page."""
-    if case not in LM_CASES:
-        return
     model: Any = eval_model(case)
     first, second, third = prompts_of(case, [11, 9, 4])
     second, third = first[:7] + second[7:], first + third
     engine, sent = engine_of(model), []
     enter = engine.passes.enter
-    engine.passes.enter = lambda segments: (sent.append(sum(len(s.tokens) for s in segments)), enter(segments))[1]  # type: ignore[method-assign]
+    engine.passes.enter = lambda segments: (sent.append(sum(len(s.tokens) for s in segments)), enter(segments))[1]
     texts = [engine.generate([prompt], Params(max_new_tokens=4))[0] for prompt in (first, second, third)]
     assert texts == [model.generate([prompt], max_new_tokens=4)[0] for prompt in (first, second, third)]
     shared = [0, 7, 11 if texts[0][11] != third[11] else 12]

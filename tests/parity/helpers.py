@@ -149,7 +149,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "expert+unweighted": ("mor-expert", ["model.depth.score=unweighted"]),
     "expert+sequence": ("mor-expert", ["model.schedule.sharing=sequence", "model.depth.gate=delta"]),
     "expert+few_at_first": ("mor-expert", ["model.depth.capacities=[0.75, 0.5, 0.25]", "model.depth.z_weight=0.001"]),
-    "expert+recursive_experts": ("mor-expert", [SHORT, EXPERTS, "model.step_embedding=true"]),
+    "expert+recursive_experts": ("mor-expert", [EXPERTS, "model.step_embedding=true"]),
     "token+shared_first": ("mor-token", ["model.kv=shared_first", "model.depth.gate=each"]),
     "token+sigmoid": ("mor-token", ["model.depth.score=sigmoid", "model.depth.balance=loss_free"]),
     "token+sequence": ("mor-token", ["model.schedule.sharing=sequence", "model.depth.router=mlp"]),

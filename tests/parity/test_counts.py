@@ -245,7 +245,7 @@ def test_flops_of_a_routed_batch_are_the_closed_form_and_its_uneven_rows(case: s
     expected = counts.train_flops_per_token if training else counts.forward_flops_per_token
     uneven = (3 if training else 1) * uneven_attention_flops(config, list(out.trace.active.values()))
     # Leaving early leaves the numbers of active tokens least alike.
-    most = 0.2 if config.depth.kind in ("halting", "exit_gate") else 0.15
+    most = 0.2 if config.depth.kind in ("halting", "exit_gate") else 0.1
     assert -1e-6 <= uneven <= most * expected * tokens.numel()
     torch.manual_seed(0)  # what is dropped decides who is active
     measured = flops(case, model, tokens, backward=training)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from morex.cache.store import KVStore, Lists, Row, check_truncation
+from morex.cache.store import KVStore, Lists, Row
 from morex.depth.schedule import Slot, Stream
 from morex.nn.attention import NEVER, Keys
 from morex.nn.packing import Packing
@@ -46,10 +46,10 @@ class ContiguousStore(KVStore):
         sequences: for which room is set aside at first.
         room: entries of each that are set aside at first.
         """
+        super().__init__()
         self.room, self.device = room, torch.device(device)
         self._size = max(1, sequences)
         self._free = list(range(self._size - 1, -1, -1))
-        self._tokens: dict[int, int] = {}
         self._streams: dict[Slot, _Buffers] = {}
 
     def open(self) -> int:
@@ -71,15 +71,7 @@ class ContiguousStore(KVStore):
         buffers = self._streams.get(stream.first)
         return 0 if buffers is None else buffers.lengths[stream.place][sequence]
 
-    def tokens(self, sequence: int) -> int:
-        return self._tokens[sequence]
-
-    def advance(self, sequence: int, tokens: int) -> None:
-        self._tokens[sequence] += tokens
-
-    def truncate(self, sequence: int, tokens: int) -> None:
-        check_truncation(self, sequence, tokens)
-        self._tokens[sequence] = tokens
+    def _cut(self, sequence: int, tokens: int) -> None:
         for buffers in self._streams.values():
             times = buffers.time[sequence]
             kept = int((times < tokens).sum())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from morex.cache.pages import PagePool
-from morex.cache.store import KVStore, Lists, Row, check_truncation
+from morex.cache.store import KVStore, Lists, Row
 from morex.depth.schedule import Slot, Stream
 from morex.nn.attention import NEVER, Keys
 from morex.nn.packing import Packing
@@ -58,12 +58,12 @@ class PagedStore(KVStore):
         page_size: entries of a page.
         kv_heads, head_dim: shape of an entry's key and of its value.
         """
+        super().__init__()
         self.pool, self.page_size, self.device = PagePool(pages), page_size, torch.device(device)
         shape = (pages, page_size, kv_heads, head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.time = torch.full(shape[:2], NEVER, device=device)
         """Of the entries at the first place of each stream; the others have the same."""
-        self._tokens: dict[int, int] = {}
         self._lists: dict[int, dict[Slot, _List]] = {}
         self._next = 0
 
@@ -92,15 +92,7 @@ class PagedStore(KVStore):
         own = self._lists[sequence].get(stream.first)
         return 0 if own is None else own.lengths[stream.place]
 
-    def tokens(self, sequence: int) -> int:
-        return self._tokens[sequence]
-
-    def advance(self, sequence: int, tokens: int) -> None:
-        self._tokens[sequence] += tokens
-
-    def truncate(self, sequence: int, tokens: int) -> None:
-        check_truncation(self, sequence, tokens)
-        self._tokens[sequence] = tokens
+    def _cut(self, sequence: int, tokens: int) -> None:
         for own in self._lists[sequence].values():
             length = own.lengths[0]
             kept = int((self.time[own.pages[0]].flatten()[:length] < tokens).sum())

@@ -41,6 +41,10 @@ class Lists(ABC):
 class KVStore(ABC):
     """Holds the keys and values of sequences, which come and go."""
 
+    def __init__(self) -> None:
+        self._tokens: dict[int, int] = {}
+        """Of each sequence that there is."""
+
     @abstractmethod
     def open(self) -> int:
         """A new sequence without entries."""
@@ -62,21 +66,28 @@ class KVStore(ABC):
     def num_entries(self, sequence: int, stream: Stream) -> int:
         """Entries of one sequence in the slot of a stream."""
 
-    @abstractmethod
     def tokens(self, sequence: int) -> int:
         """Tokens of a sequence that the model has taken in."""
+        return self._tokens[sequence]
 
-    @abstractmethod
     def advance(self, sequence: int, tokens: int) -> None:
         """Counts tokens of a sequence that a finished forward pass has taken in."""
+        self._tokens[sequence] += tokens
 
-    @abstractmethod
     def truncate(self, sequence: int, tokens: int) -> None:
-        """Forgets all but the first so many tokens of a sequence, in every slot.
+        """Forgets all but the first so many tokens of a sequence, in every slot; what a broken pass left behind too.
 
         Raises:
             ValueError: it has not so many.
         """
+        if not 0 <= tokens <= self.tokens(sequence):
+            raise ValueError(f"a sequence of {self.tokens(sequence)} tokens cannot be truncated to {tokens}")
+        self._tokens[sequence] = tokens
+        self._cut(sequence, tokens)
+
+    @abstractmethod
+    def _cut(self, sequence: int, tokens: int) -> None:
+        """Forgets the entries of a sequence from this time on."""
 
     @abstractmethod
     def fork(self, sequence: int) -> int:
@@ -93,9 +104,3 @@ class KVStore(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises AssertionError where the store contradicts itself."""
-
-
-def check_truncation(store: KVStore, sequence: int, tokens: int) -> None:
-    """Raises ValueError where a sequence has not so many tokens."""
-    if not 0 <= tokens <= store.tokens(sequence):
-        raise ValueError(f"a sequence of {store.tokens(sequence)} tokens cannot be truncated to {tokens}")

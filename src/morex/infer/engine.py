@@ -45,7 +45,7 @@ class Engine:
         chunk: tokens of a prompt that go into the model at once.
         prefixes: texts that are kept for requests that begin alike, as long as nobody needs their pages.
         """
-        self.model, self.chunk = model.eval(), chunk
+        self.model = model.eval()
         self.store: PagedStore = model.new_store(cache_bytes, page_size)
         self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk)
         self.prefixes = Prefixes(self.store, prefixes)
@@ -149,7 +149,7 @@ class Engine:
         if entering:
             self._keep(*self.passes.enter(entering))
         for group in range(len(self.model.stack.core.groups)):
-            flights = [self.flights.pop(key) for key in sorted(self.flights) if key[1] == group]
+            flights = [self.flights.pop(key) for key in list(self.flights) if key[1] == group]
             if flights:
                 self._keep(*self.passes.core(group, flights))
         events: list[Event] = []

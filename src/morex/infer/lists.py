@@ -9,7 +9,7 @@ from morex.cache.slots import KVRule
 from morex.cache.store import KVStore, Lists
 from morex.depth.schedule import Slot
 from morex.nn.attention import NEVER, Keys
-from morex.nn.packing import Packing, pack_rows
+from morex.nn.packing import Packing
 
 
 class PassLists:
@@ -36,6 +36,8 @@ class PassLists:
         self.writers = [row for row, r in enumerate(recursions) if rule != "shared_first" or r == 1]
         """Rows that write."""
         self._own: Lists | None = None
+        self._index: Tensor | None = None
+        """Tokens of the rows that write; None for all."""
         self._read: Lists | None = None
 
     def view(self, place: int) -> "PlaceViews":
@@ -46,9 +48,11 @@ class PassLists:
         """Adds the keys and values of the rows that write; True if no row has anything else to read."""
         everyone = len(self.writers) == len(self.sequences)
         if self._own is None:
-            self._index = None if everyone else self._tokens_of_writers()
+            packing = self.packing
+            if not everyone:
+                self._index, packing = packing.of_rows(self.writers)
             rows = [(self.sequences[row], Slot(self.block, self.recursions[row])) for row in self.writers]
-            self._own = self.store.lists(rows, self.width, self.packing if everyone else self._packing_of_writers())
+            self._own = self.store.lists(rows, self.width, packing)
         if self._index is not None:
             k, v = k[self._index], v[self._index]
         fresh = self._own.append(place, k, v)
@@ -65,16 +69,6 @@ class PassLists:
             return self._read.gather(place)
         assert self._own is not None
         return self._own.gather(place)
-
-    def _tokens_of_writers(self) -> Tensor:
-        writes = torch.zeros(len(self.sequences), dtype=torch.bool)
-        writes[self.writers] = True
-        return writes.to(self.packing.row.device)[self.packing.row].nonzero().squeeze(1)
-
-    def _packing_of_writers(self) -> Packing:
-        counts = [self.packing.counts[row] for row in self.writers]
-        time, positions = self.packing.time[self._index], self.packing.positions[self._index]
-        return pack_rows(counts, time, positions, self.packing.span)
 
     def _latest(self, place: int) -> Keys:
         """Of each token the latest visit up to the row's recursion; of visits that another one follows no trace."""

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from morex.cache.slots import CallStore
 from morex.cache.store import KVStore
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import Routing, Visit
 from morex.depth.schedule import Step
 from morex.infer.lists import PassLists
 from morex.model.lm import LanguageModel
-from morex.model.stack import RoutedGroup
+from morex.model.stack import Pass, Record, RoutedGroup
 from morex.nn.attention import Local
 from morex.nn.packing import Packing, pack_rows
 
@@ -60,11 +61,7 @@ class Flight:
 
     def select(self, chosen: list[int]) -> "Flight":
         """Some of the segments."""
-        wanted = torch.zeros(len(self.segments), dtype=torch.bool)
-        wanted[chosen] = True
-        index = wanted.to(self.h.device)[self.packing.row].nonzero().squeeze(1)
-        own = self.packing
-        packing = pack_rows([own.counts[i] for i in chosen], own.time[index], own.positions[index], own.span)
+        index, packing = self.packing.of_rows(chosen)
         injected = None if self.injected is None else self.injected[index]
         segments = [self.segments[i] for i in chosen]
         routing = self.routing.select(index, packing)
@@ -211,13 +208,16 @@ class Passes:
             policy = part.segments[0].policy
             injected = own.prepare(part.x)
             h, routing = own.router.begin(part.x, part.packing, policy)
-            routing.peek = partial(self._peek, policy) if policy.kind == "exit" else None
+            if policy.kind == "exit":
+                schedule = replace(self.schedule, recursions=policy.recursions)
+                once = Pass(schedule, self.stack.windows, "per_recursion", None, CallStore(), Record(), part.packing)
+                routing.peek = partial(self.stack.peek, once, self.model.read)
             self._ask(Flight(part.segments, part.packing, h, injected, routing, group, 1), own, going, done)
         return self._onwards(group, going, done)
 
     def _ask(self, flight: Flight, own: RoutedGroup, going: list[Flight], done: list[Arrived]) -> None:
         """Asks who takes the next recursion; segments of which nobody does are asked for the one after."""
-        while flight.segments and flight.recursion <= flight.policy.recursions:
+        while flight.recursion <= flight.policy.recursions:
             own.router.ask(flight.h, flight.routing, flight.recursion)
             if flight.routing.is_full:
                 going.append(flight)
@@ -241,13 +241,6 @@ class Passes:
         more, arrived = self._begin(group + 1, _joined(done))
         return going + more, arrived
 
-    def _peek(self, policy: DepthPolicy, y: Tensor, packing: Packing) -> Tensor:
-        """Logits [M, V] of the states y [M, D] after the coda, in which each token sees itself alone."""
-        alone, local = packing.alone(), self._windows(policy)
-        for block, step in zip(self.stack.coda, self.schedule.coda_steps, strict=True):
-            y, _ = block(y, alone, None, local(step))
-        return self.model.read(y)
-
 
 def _joined(parts: Sequence[Arrived]) -> Arrived:
     if len(parts) == 1:
@@ -264,9 +257,5 @@ def _by_policy(segments: Sequence[Segment]) -> list[list[int]]:
 
 
 def _select(arrived: Arrived, rows: list[int]) -> Arrived:
-    wanted = torch.zeros(len(arrived.segments), dtype=torch.bool)
-    wanted[rows] = True
-    own = arrived.packing
-    index = wanted.to(own.row.device)[own.row].nonzero().squeeze(1)
-    packing = pack_rows([own.counts[i] for i in rows], own.time[index], own.positions[index], own.span)
+    index, packing = arrived.packing.of_rows(rows)
     return Arrived([arrived.segments[i] for i in rows], packing, arrived.x[index])

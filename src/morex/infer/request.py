@@ -6,7 +6,7 @@ from typing import Literal
 
 from morex.depth.policy import Depth
 
-Reason = Literal["length", "stop", "cancelled", "error"]
+Reason = Literal["length", "stop", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Request:
     """Tokens so far."""
     reason: Reason | None = None
     """Why it ended; None while it goes on."""
-    error: str | None = None
     sequence: int | None = None
     """Its sequence in the store, while it has one."""
     taken: int = 0

@@ -235,13 +235,13 @@ class Stack(nn.Module):
         for i, step in enumerate(schedule.prelude_steps):
             x = once.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
         if read is not None:
-            run = replace(run, peek=partial(self._peek, once, read))
+            run = replace(run, peek=partial(self.peek, once, read))
         x = self.core(x, batch, policy, run)
         for i, step in enumerate(schedule.coda_steps):
             x = once.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
         return x, run.record
 
-    def _peek(self, once: Pass, read: Callable[[Tensor], Tensor], y: Tensor, packing: Packing) -> Tensor:
+    def peek(self, once: Pass, read: Callable[[Tensor], Tensor], y: Tensor, packing: Packing) -> Tensor:
         """Logits [M, V] of the states y [M, D] after the coda, in which each token sees itself alone."""
         alone = packing.alone()
         for i, step in enumerate(once.schedule.coda_steps):

@@ -98,6 +98,14 @@ class Packing:
             _frames={},
         )
 
+    def of_rows(self, rows: Sequence[int]) -> tuple[Tensor, "Packing"]:
+        """Some rows alone, none of them empty: their tokens [N'], an index into this packing's own, and the packing."""
+        wanted = torch.zeros(self.rows, dtype=torch.bool)
+        wanted[list(rows)] = True
+        index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
+        counts = [self.counts[row] for row in rows]
+        return index, pack_rows(counts, self.time[index], self.positions[index], self.span)
+
     def alone(self) -> "Packing":
         """The same tokens, each in a row of its own."""
         rows, place = self.num_tokens, torch.arange(self.num_tokens, device=self.row.device)
