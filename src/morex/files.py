@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """What can be made again: $MOREX_CACHE, or ~/.cache/morex."""
+    return Path(os.environ.get("MOREX_CACHE") or Path.home() / ".cache" / "morex").expanduser()
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content in hexadecimal, read a piece at a time."""
     with path.open("rb") as file:

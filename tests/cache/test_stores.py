@@ -12,7 +12,7 @@ from morex.cache.contiguous import ContiguousStore
 from morex.cache.paged import PagedStore, pages_within
 from morex.cache.store import KVStore, OutOfPages
 from morex.depth.schedule import Slot, Stream
-from morex.nn.attention import NEVER, Keys
+from morex.nn.keys import NEVER, Keys
 from morex.nn.packing import pack_batch
 
 WIDTH, KV, DIM, PAGES, PAGE_SIZE = 2, 2, 3, 60, 4

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from morex.data.cache import building, cache_folder, discard, key_of, read_json, write_file
+from morex.data.cache import building, discard, key_of, read_json, write_file
+from morex.files import cache_folder
 
 Refused = Callable[..., str]
 

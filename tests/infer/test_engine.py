@@ -165,6 +165,35 @@ def test_texts_that_begin_alike_are_computed_once(case: str) -> None:
     assert_nothing_is_left(engine)
 
 
+@pytest.mark.parametrize("case", ["vanilla", "mor-expert", "mor-act", "act+refresh", "sequence+window"])
+@pytest.mark.parametrize("options", [{"lockstep": True}, {"patience": 0}, {"patience": 3}])
+def test_when_tokens_leave_changes_no_text(case: str, options: dict[str, Any]) -> None:
+    model: Any = eval_model(case)
+    prompts, engine = prompts_of(case), engine_of(model, most_requests=5, **options)
+    assert engine.generate(prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
+    assert_nothing_is_left(engine)
+
+
+def test_in_lockstep_nobody_is_on_the_way_between_steps() -> None:
+    engine = engine_of(eval_model("mor-expert"), lockstep=True)
+    for prompt in prompts_of("mor-expert"):
+        engine.add(prompt, Params(max_new_tokens=NEW))
+    while not engine.is_idle:
+        engine.step()
+        assert not engine.flights and not engine.arrived
+
+
+def test_waiting_to_leave_saves_passes_through_coda_and_head() -> None:
+    leaves = {}
+    for patience in (0, 2):
+        engine = engine_of(eval_model("mor-expert"), most_requests=8, patience=patience)
+        left, leave = [], engine.passes.leave
+        engine.passes.leave = lambda part, left=left, leave=leave: (left.append(part), leave(part))[1]
+        engine.generate(prompts_of("mor-expert", [4, 2, 3, 1, 4, 2]), Params(max_new_tokens=12))
+        leaves[patience] = len(left)
+    assert leaves[2] < leaves[0]
+
+
 def test_another_depth_is_another_text() -> None:
     model: Any = eval_model("mor-expert")
     (prompt,) = prompts_of("mor-expert", [9])

@@ -15,7 +15,7 @@ class Lives(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(MOST, CHUNK)
+        self.scheduler = Scheduler(MOST, CHUNK, patience=1)
         self.requests: list[Request] = []
         self.sent: dict[int, list[int]] = {}
         """Tokens that the model has taken in, or has in hand, of each request that runs."""
@@ -92,3 +92,14 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(max_examples=100, stateful_step_count=50)
+
+
+def test_who_is_done_waits_for_others_but_not_for_ever() -> None:
+    scheduler = Scheduler(8, CHUNK, patience=2)
+    for number in range(6):
+        scheduler.add(Request(number, [1], Params()))
+        scheduler.admit()
+    assert not scheduler.may_leave(0, others=True), "nobody is there"
+    assert scheduler.may_leave(3, others=True), "half of those who run are there"
+    assert scheduler.may_leave(1, others=False), "nobody is to be waited for"
+    assert [scheduler.may_leave(1, others=True) for _ in range(7)] == [False, False, True] * 2 + [False]

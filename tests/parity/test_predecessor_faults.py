@@ -19,7 +19,7 @@ from morex.experts import huginn, shared_recurrent
 from morex.experts.router import ExpertRouter
 from morex.model.stack import Core
 from morex.nn import attention
-from morex.nn.attention import Keys
+from morex.nn.keys import Keys
 from parity.detectors import (
     batch_dependence,
     fault_of_checkpoint,

@@ -11,7 +11,7 @@ from morex.cache.contiguous import ContiguousStore
 from morex.cache.latest import LatestVisits
 from morex.cache.slots import CallStore, SlotStore
 from morex.depth.schedule import Schedule, Slot
-from morex.nn.attention import NEVER
+from morex.nn.keys import NEVER
 from morex.nn.packing import Packing, pack_batch
 from parity.helpers import build, config_of, eval_model, largest_change, load, pad, ragged_rows, random_tokens
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from morex.cache.slots import SlotStore
 from morex.cache.store import KVStore, Lists
 from morex.depth.schedule import Schedule, Slot, Stream
-from morex.nn.attention import Keys
+from morex.nn.keys import Keys, PagedKeys
 from morex.nn.packing import Packing
 
 
@@ -43,9 +43,18 @@ class KVCache(SlotStore):
         return known[1].append(stream.place, k, v)
 
     def read(self, slot: Slot) -> Keys:
+        lists, place = self._in(slot)
+        return lists.gather(place)
+
+    def view(self, slot: Slot) -> Keys | PagedKeys:
+        lists, place = self._in(slot)
+        return lists.read(place)
+
+    def _in(self, slot: Slot) -> tuple[Lists, int]:
+        """The lists of a slot's stream, those that the pass in hand has written to if it has, and its place."""
         stream = self.schedule.stream(slot)
         known = self._in_hand.get(stream.first)
-        return (self._lists(stream, None) if known is None else known[1]).gather(stream.place)
+        return (self._lists(stream, None) if known is None else known[1]), stream.place
 
     def num_entries(self, slot: Slot) -> int:
         stream = self.schedule.stream(slot)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from morex.cache.store import KVStore, Lists, Row
 from morex.depth.schedule import Slot, Stream
-from morex.nn.attention import NEVER, Keys
+from morex.nn.keys import NEVER, Keys
 from morex.nn.packing import Packing
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from morex.cache.batch import KVCache
 from morex.cache.slots import SlotStore
 from morex.depth.schedule import Slot
-from morex.nn.attention import NEVER, Keys
+from morex.nn.keys import NEVER, Keys
 from morex.nn.packing import Packing
 
 

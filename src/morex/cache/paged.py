@@ -5,7 +5,7 @@ copies first: so prompts that begin alike are stored once.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from morex.cache.pages import PagePool
 from morex.cache.store import KVStore, Lists, Row
 from morex.depth.schedule import Slot, Stream
-from morex.nn.attention import NEVER, Keys
+from morex.nn.keys import NEVER, Keys, PagedKeys
 from morex.nn.packing import Packing
 
 
@@ -176,7 +176,7 @@ class _PagedLists(Lists):
     def __init__(self, store: PagedStore, lists: list[_List], packing: Packing | None) -> None:
         self.store, self.own, self.packing = store, lists, packing
         self._where: Tensor | None = None
-        self._table: Tensor | None = None
+        self._read: tuple[Tensor, PagedKeys] | None = None
 
     @torch.no_grad()
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
@@ -195,19 +195,21 @@ class _PagedLists(Lists):
         return fresh
 
     def gather(self, place: int) -> Keys:
-        store, lengths = self.store, [own.lengths[place] for own in self.own]
+        return self.read(place).padded()
+
+    def read(self, place: int) -> PagedKeys:
+        if self._read is None:
+            table = self._page_table()
+            self._read = table, PagedKeys(self.store.k, self.store.v, table[0], self._times(table[0]))
+        return replace(self._read[1], pages=self._read[0][place])
+
+    def _times(self, table: Tensor) -> Tensor:
+        """Time of each entry [B, S], the same at all places; NEVER behind the last."""
+        lengths = [own.lengths[0] for own in self.own]
         longest = max(1, *lengths)
-        if self._table is None:
-            self._table = self._page_table()
-        table, first = self._table[place], self._table[0]
-
-        def entries(pool: Tensor, table: Tensor) -> Tensor:
-            return pool[table].flatten(1, 2)[:, :longest]
-
-        end = torch.tensor(lengths, device=store.device)
-        missing = torch.arange(longest, device=store.device) >= end[:, None]
-        time = entries(store.time, first).masked_fill_(missing, NEVER)
-        return Keys(entries(store.k, table), entries(store.v, table), time)
+        times = self.store.time[table].flatten(1)[:, :longest]
+        end = torch.tensor(lengths, device=times.device)
+        return times.masked_fill_(torch.arange(longest, device=times.device) >= end[:, None], NEVER)
 
     def _places(self) -> Tensor:
         """Where each token goes, an index into all entries of the pool [width, N]."""
@@ -224,7 +226,7 @@ class _PagedLists(Lists):
     def _page_table(self) -> Tensor:
         """Pages of each list, right-padded with any page [width, B, P]."""
         width, longest = self.own[0].width, max(1, *(own.num_pages for own in self.own))
-        table = np.zeros((width, len(self.own), longest), dtype=np.int64)
+        table = np.zeros((width, len(self.own), longest), dtype=np.int32)
         for row, own in enumerate(self.own):
             table[:, row, : own.num_pages] = own.pages
         return torch.from_numpy(table).to(self.store.device)

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from morex.depth.schedule import Slot, Step
-from morex.nn.attention import NEVER, Keys, KeyView
+from morex.nn.keys import NEVER, Keys, KeyView, PagedKeys
 from morex.nn.packing import Packing
 
 KVRule = Literal["per_recursion", "shared_first", "refresh"]
@@ -30,6 +30,10 @@ class SlotStore(ABC):
     @abstractmethod
     def read(self, slot: Slot) -> Keys:
         """All keys and values of a slot, right-padded."""
+
+    def view(self, slot: Slot) -> Keys | PagedKeys:
+        """The same where they stand, if attention can read them there."""
+        return self.read(slot)
 
     @abstractmethod
     def num_entries(self, slot: Slot) -> int:
@@ -47,8 +51,8 @@ class SlotView:
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         return self.store.append(self.slot, k, v, packing)
 
-    def read(self) -> Keys:
-        return self.store.read(self.slot)
+    def read(self) -> Keys | PagedKeys:
+        return self.store.view(self.slot)
 
 
 @dataclass

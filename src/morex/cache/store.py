@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from morex.depth.schedule import Slot, Stream
-from morex.nn.attention import Keys
+from morex.nn.keys import Keys, PagedKeys
 from morex.nn.packing import Packing
 
 Row = tuple[int, Slot]
@@ -36,6 +36,10 @@ class Lists(ABC):
     @abstractmethod
     def gather(self, place: int) -> Keys:
         """All entries of the slot at this place of the stream, right-padded."""
+
+    def read(self, place: int) -> Keys | PagedKeys:
+        """The same where they stand, if attention can read them there."""
+        return self.gather(place)
 
 
 class KVStore(ABC):

@@ -22,11 +22,6 @@ TEMPORARY = ".unfinished-"
 ABANDONED_AFTER_SECONDS = 24 * 3600
 
 
-def cache_folder() -> Path:
-    """$MOREX_CACHE, or ~/.cache/morex."""
-    return Path(os.environ.get("MOREX_CACHE") or Path.home() / ".cache" / "morex").expanduser()
-
-
 def key_of(*parts: Any) -> str:
     """A short name for anything that JSON can hold: equal parts, equal key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

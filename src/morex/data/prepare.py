@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from morex.data.cache import building, cache_folder, discard, key_of, read_json, write_file
+from morex.data.cache import building, discard, key_of, read_json, write_file
 from morex.data.corpora import open_data
 from morex.data.corpus import Corpus, SeparateCorpora
 from morex.data.encoding import Tokenizer
@@ -26,6 +26,7 @@ from morex.data.progress import Progress
 from morex.data.split import SIDES, By, Piece, Side, Survey, pieces, survey
 from morex.data.stream import StreamWriter, TokenStream, open_stream
 from morex.data.tokenizer import check_vocabulary, make_tokenizer
+from morex.files import cache_folder
 from morex.sections.data import DataConfig
 
 # Part of every key: raise it when the same settings come to mean other files.

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from morex.data import subword
-from morex.data.cache import building, cache_folder, discard, key_of
+from morex.data.cache import building, discard, key_of
 from morex.data.characters import ByteTokenizer, CharTokenizer, characters_of
 from morex.data.encoding import SETTINGS, Tokenizer
 from morex.data.errors import DataError
 from morex.data.subword import BpeTokenizer, SubwordTokenizer
 from morex.data.symbols import SymbolTokenizer
+from morex.files import cache_folder
 from morex.sections.data import TokenizerConfig
 
 __all__ = ["KINDS", "Tokenizer", "check_vocabulary", "load_tokenizer", "make_tokenizer"]

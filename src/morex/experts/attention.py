@@ -9,7 +9,8 @@ from torch import Tensor
 
 from morex.experts.dispatch import expert_linear
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, KeyView, attend, attend_to, has_fast_rows, turn
+from morex.nn.attention import AttentionShape, attend, attend_to, has_fast_rows, turn
+from morex.nn.keys import KeyView
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
 

@@ -36,6 +36,8 @@ class Engine:
         most_requests: int = 64,
         chunk: int = 128,
         prefixes: int = 64,
+        patience: int = 1,
+        lockstep: bool = False,
     ) -> None:
         """Args:
         model: which the engine puts into eval mode.
@@ -44,12 +46,17 @@ class Engine:
         most_requests: that run at the same time.
         chunk: tokens of a prompt that go into the model at once.
         prefixes: texts that are kept for requests that begin alike, as long as nobody needs their pages.
+        patience: steps that tokens which are done with the core wait for others, to leave through coda and head with
+            them; 0 sends them on at once.
+        lockstep: every step takes all its tokens through all their recursions, so that those that leave early wait for
+            the deepest: what depth-wise batching is compared with.
         """
         self.model = model.eval()
         self.store: PagedStore = model.new_store(cache_bytes, page_size)
-        self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk)
+        self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk, patience)
         self.prefixes = Prefixes(self.store, prefixes)
         self.demand = Demand(model.config, page_size)
+        self.lockstep = lockstep
         self.flights: dict[tuple[int, int, int], Flight] = {}
         self.arrived: list[Arrived] = []
         self.requests: dict[int, Request] = {}
@@ -148,15 +155,24 @@ class Engine:
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
         if entering:
             self._keep(*self.passes.enter(entering))
-        for group in range(len(self.model.stack.core.groups)):
-            flights = [self.flights.pop(key) for key in list(self.flights) if key[1] == group]
-            if flights:
-                self._keep(*self.passes.core(group, flights))
+        self._core()
+        while self.lockstep and self.flights:
+            self._core()
+        waiting = sum(len(part.segments) for part in self.arrived)
+        if not self.scheduler.may_leave(waiting, bool(self.flights)):
+            return []
         events: list[Event] = []
         parts, self.arrived = self.passes.together(self.arrived), []
         for part in parts:
             events += self._draw(part.segments, self.passes.leave(part))
         return events
+
+    def _core(self) -> None:
+        """Everybody in the core takes a recursion."""
+        for group in range(len(self.model.stack.core.groups)):
+            flights = [self.flights.pop(key) for key in list(self.flights) if key[1] == group]
+            if flights:
+                self._keep(*self.passes.core(group, flights))
 
     def _keep(self, going: list[Flight], arrived: list[Arrived]) -> None:
         for flight in going:
@@ -205,6 +221,11 @@ class Engine:
                 del self.flights[key]
             elif len(kept) < len(flight.segments):
                 self.flights[key] = flight.select(kept)
+        arrived, self.arrived = self.arrived, []
+        for part in arrived:
+            kept = [i for i, segment in enumerate(part.segments) if segment.owner is not request]
+            if kept:
+                self.arrived.append(part if len(kept) == len(part.segments) else part.select(kept))
         if request.sequence is not None:
             self.store.free(request.sequence)
             request.sequence = None

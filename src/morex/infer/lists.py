@@ -8,7 +8,7 @@ from torch import Tensor
 from morex.cache.slots import KVRule
 from morex.cache.store import KVStore, Lists
 from morex.depth.schedule import Slot
-from morex.nn.attention import NEVER, Keys
+from morex.nn.keys import NEVER, Keys, PagedKeys
 from morex.nn.packing import Packing
 
 
@@ -58,7 +58,7 @@ class PassLists:
         fresh = self._own.append(place, k, v)
         return fresh and everyone and (self.rule != "refresh" or set(self.recursions) == {1})
 
-    def read(self, place: int) -> Keys:
+    def read(self, place: int) -> Keys | PagedKeys:
         """All that the queries of each row may see."""
         if self.rule == "refresh" and max(self.recursions) > 1:
             return self._latest(place)
@@ -66,9 +66,9 @@ class PassLists:
             if self._read is None:
                 rows = [(sequence, Slot(self.block, 1)) for sequence in self.sequences]
                 self._read = self.store.lists(rows, self.width, None)
-            return self._read.gather(place)
+            return self._read.read(place)
         assert self._own is not None
-        return self._own.gather(place)
+        return self._own.read(place)
 
     def _latest(self, place: int) -> Keys:
         """Of each token the latest visit up to the row's recursion; of visits that another one follows no trace."""
@@ -118,7 +118,7 @@ class AttentionView:
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         return self.lists.append(self.place, k, v)
 
-    def read(self) -> Keys:
+    def read(self) -> Keys | PagedKeys:
         return self.lists.read(self.place)
 
 
@@ -137,5 +137,5 @@ class ExpertView:
         self._own = of.store.lists(rows, 1, packing)
         return self._own.append(0, k, v)
 
-    def read(self) -> Keys:
-        return self._own.gather(0)
+    def read(self) -> Keys | PagedKeys:
+        return self._own.read(0)

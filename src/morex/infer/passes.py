@@ -76,6 +76,11 @@ class Arrived:
     packing: Packing
     x: Tensor
 
+    def select(self, chosen: list[int]) -> "Arrived":
+        """Some of the segments."""
+        index, packing = self.packing.of_rows(chosen)
+        return Arrived([self.segments[i] for i in chosen], packing, self.x[index])
+
 
 def join_packings(packings: Sequence[Packing]) -> Packing:
     """The rows of several packings, one after another."""
@@ -144,7 +149,7 @@ class Passes:
         found: dict[int, list[Arrived]] = {}
         for part in parts:
             for rows in _by_policy(part.segments):
-                own = part if len(rows) == len(part.segments) else _select(part, rows)
+                own = part if len(rows) == len(part.segments) else part.select(rows)
                 found.setdefault(own.segments[0].policy.recursions if self.parts_by_depth else 0, []).append(own)
         return [_joined(own) for own in found.values()]
 
@@ -204,7 +209,7 @@ class Passes:
         going: list[Flight] = []
         done: list[Arrived] = []
         for rows in _by_policy(arrived.segments):
-            part = arrived if len(rows) == len(arrived.segments) else _select(arrived, rows)
+            part = arrived if len(rows) == len(arrived.segments) else arrived.select(rows)
             policy = part.segments[0].policy
             injected = own.prepare(part.x)
             h, routing = own.router.begin(part.x, part.packing, policy)
@@ -254,8 +259,3 @@ def _by_policy(segments: Sequence[Segment]) -> list[list[int]]:
     for row, segment in enumerate(segments):
         found.setdefault(id(segment.policy), []).append(row)
     return list(found.values())
-
-
-def _select(arrived: Arrived, rows: list[int]) -> Arrived:
-    index, packing = arrived.packing.of_rows(rows)
-    return Arrived([arrived.segments[i] for i in rows], packing, arrived.x[index])

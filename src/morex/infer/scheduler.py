@@ -8,12 +8,15 @@ from morex.infer.request import Reason, Request
 class Scheduler:
     """First come, first served; who came last makes room."""
 
-    def __init__(self, most_requests: int, chunk: int) -> None:
+    def __init__(self, most_requests: int, chunk: int, patience: int) -> None:
         """Args:
         most_requests: that run at the same time.
         chunk: tokens of a prompt that go into the model at once.
+        patience: steps that those who are done with the core wait for others, to leave with them.
         """
-        self.most_requests, self.chunk = most_requests, chunk
+        self.most_requests, self.chunk, self.patience = most_requests, chunk, patience
+        self.waited = 0
+        """Steps that somebody has waited to leave."""
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.under_way: set[int] = set()
@@ -42,6 +45,22 @@ class Scheduler:
                 self.under_way.add(request.number)
                 request.taken += len(tokens)
         return found
+
+    def may_leave(self, waiting: int, others: bool) -> bool:
+        """Whether those who are done with the core go on now, or wait a step for more.
+
+        Coda and head cost nearly as much for one token as for many: that is why waiting can pay.
+
+        Args:
+            waiting: requests that are done with the core.
+            others: whether anybody else is on the way.
+        """
+        is_full = 2 * waiting >= len(self.running)
+        if not waiting or is_full or not others or self.waited >= self.patience:
+            self.waited = 0
+            return bool(waiting)
+        self.waited += 1
+        return False
 
     def back(self, request: Request) -> bool:
         """A segment has come out of the model; whether it was the last of what is known of the text."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from morex.model.checks import check_below
 from morex.nn.costs import Costs, linear_costs
+from morex.nn.linear import linear
 from morex.nn.packing import Packing
 from morex.nn.signals import Exits
 
@@ -77,7 +78,7 @@ class LanguageModelHead(Head):
 
     def logits(self, x: Tensor, embedding: Tensor) -> Tensor:
         """States [N, D] -> logits [N, V]."""
-        return self.capped(F.linear(x, embedding if self.weight is None else self.weight))
+        return self.capped(linear(x, embedding if self.weight is None else self.weight))
 
     def forward(
         self, x: Tensor, packing: Packing, time: int, embedding: Tensor, labels: Tensor | None, keep: int | Tensor

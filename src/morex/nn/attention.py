@@ -1,7 +1,6 @@
 """Causal attention with grouped key/value heads over flat tokens, with or without cached keys."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,35 +8,11 @@ from torch import Tensor, nn
 
 from morex.nn import fast
 from morex.nn.costs import AttentionCosts, Costs, linear_costs
+from morex.nn.keys import NEVER, Keys, KeyView, PagedKeys
+from morex.nn.linear import Linear
 from morex.nn.low_rank import Changes, changed
 from morex.nn.packing import Packing
 from morex.nn.rope import Rope, rotate
-
-NEVER = torch.iinfo(torch.int64).max
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Keys and values that queries may read, right-padded: k and v [B, S, KV, dim]; time and documents [B, S]."""
-
-    k: Tensor
-    v: Tensor
-    time: Tensor
-    """Time of each key; NEVER where there is none."""
-    documents: Tensor | None = None
-
-
-class KeyView(Protocol):
-    """One slot of a KV cache, as an attention sees it."""
-
-    writes: bool
-    """False: the slot was written at another recursion, and only queries are new."""
-
-    def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
-        """Adds keys and values [N, KV, dim] of the tokens; True if the slot was empty before."""
-
-    def read(self) -> Keys:
-        """All keys of the slot."""
 
 
 def attend(
@@ -75,12 +50,21 @@ def attend(
 
 
 def attend_to(
-    q: Tensor, packing: Packing, keys: Keys, scale: float, window: int | None = None, dropout: float = 0.0
+    q: Tensor,
+    packing: Packing,
+    keys: Keys | PagedKeys,
+    scale: float,
+    window: int | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention of queries [N, H, dim] to stored keys that are not later than they. Returns [N, H, dim].
 
     With a window, only to keys that are less than so many tokens earlier in time. `dropout`: as in `attend`.
     """
+    if isinstance(keys, PagedKeys):
+        if fast.reads_pages(q, keys.k) and not dropout:
+            return _attend_to_pages(q, packing, keys, scale, window)
+        keys = keys.padded()
     query_time = packing.pad(packing.time, NEVER)
     mask = keys.time[:, None, :] <= query_time[:, :, None]
     if packing.documents is not None and keys.documents is not None:
@@ -90,6 +74,20 @@ def attend_to(
     # Padding may look at the first key: its output is dropped, but an empty row would be NaN and poison gradients.
     mask[:, :, 0] |= query_time == NEVER
     return packing.unpad(_sdpa(packing.pad(q), keys.k, keys.v, mask, scale, dropout))
+
+
+def _attend_to_pages(q: Tensor, packing: Packing, keys: PagedKeys, scale: float, window: int | None) -> Tensor:
+    """`attend_to` where the keys stand: short rows read them in their pages, long ones from a copy."""
+    short, long = packing.by_length
+    if long is None:
+        return fast.attend_pages(q, keys.k, keys.v, keys.pages, *keys.seen_by(packing, window), scale)
+    y = torch.empty_like(q)
+    rows, index, part = long
+    y[index] = attend_to(q[index], part, keys.of_rows(rows).padded(), scale, window)
+    if short.shape[0]:
+        row, start, end = (of_query[short] for of_query in keys.seen_by(packing, window))
+        y[short] = fast.attend_pages(q[short], keys.k, keys.v, keys.pages, row, start, end, scale)
+    return y
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
@@ -160,10 +158,10 @@ class Attention(nn.Module):
         """
         super().__init__()
         heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        self.q = nn.Linear(d_model, heads * head_dim, bias=shape.bias)
-        self.k = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
-        self.v = nn.Linear(d_model, kv_heads * head_dim, bias=shape.bias)
-        self.o = nn.Linear(heads * head_dim, d_model, bias=shape.output_bias)
+        self.q = Linear(d_model, heads * head_dim, bias=shape.bias)
+        self.k = Linear(d_model, kv_heads * head_dim, bias=shape.bias)
+        self.v = Linear(d_model, kv_heads * head_dim, bias=shape.bias)
+        self.o = Linear(heads * head_dim, d_model, bias=shape.output_bias)
         self.norm_q, self.norm_k = norm_q, norm_k
         self.shape, self.dropout = shape, dropout
 

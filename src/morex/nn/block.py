@@ -6,8 +6,9 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from morex.nn.attention import Attention, KeyView, Local
+from morex.nn.attention import Attention, Local
 from morex.nn.dropout import dropped
+from morex.nn.keys import KeyView
 from morex.nn.low_rank import Changes
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.nn import fast
-from morex.nn.attention import KeyView
 from morex.nn.costs import Costs, linear_costs
+from morex.nn.keys import KeyView
+from morex.nn.linear import Linear, linear
 from morex.nn.low_rank import Changes, changed
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
@@ -36,14 +37,14 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate x) * up x) (Shazeer 2020, eq. 6); x [N, D], weights as in `nn.Linear`."""
-    if fast.usable(x, gate, up, down):
+    if fast.usable(x, gate, up, down) and not fast.takes_rows(x, gate):
         return fast.swiglu(x, gate, up, down)
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
 def geglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(gelu(gate x) * up x) (Shazeer 2020, eq. 6), gelu in its tanh form as in Gemma; shapes as for `swiglu`."""
-    return F.linear(_gelu_tanh(F.linear(x, gate)) * F.linear(x, up), down)
+    return linear(_gelu_tanh(linear(x, gate)) * linear(x, up), down)
 
 
 GATED: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu}
@@ -56,9 +57,9 @@ class GatedFeedForward(nn.Module):
     def __init__(self, d_model: int, d_ff: int, kind: str) -> None:
         super().__init__()
         self.function, self.of_gate = GATED[kind], OF_GATE[kind]
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate = Linear(d_model, d_ff, bias=False)
+        self.up = Linear(d_model, d_ff, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
 
     def forward(
         self,
@@ -80,8 +81,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, activation: str) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.up = Linear(d_model, d_ff, bias=False)
+        self.down = Linear(d_ff, d_model, bias=False)
         self.activation = ACTIVATIONS[activation]
 
     def forward(

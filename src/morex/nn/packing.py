@@ -16,6 +16,9 @@ from torch import Tensor
 from morex.nn.fast import Frames
 from morex.nn.rope import Rope
 
+SHORT = 4
+"""Tokens of a short row; a longer one is worth a frame of its own in attention."""
+
 
 @dataclass(frozen=True, eq=False)
 class Packing:
@@ -105,6 +108,17 @@ class Packing:
         index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
         counts = [self.counts[row] for row in rows]
         return index, pack_rows(counts, self.time[index], self.positions[index], self.span)
+
+    @cached_property
+    def by_length(self) -> "tuple[Tensor, tuple[list[int], Tensor, Packing] | None]":
+        """Tokens of the short rows, an index; and the long rows, their tokens and their packing, if there are any."""
+        long = [row for row, count in enumerate(self.counts) if count > SHORT]
+        if not long:
+            return torch.arange(self.num_tokens, device=self.row.device), None
+        index, part = self.of_rows(long)
+        is_short = torch.ones(self.num_tokens, dtype=torch.bool, device=self.row.device)
+        is_short[index] = False
+        return is_short.nonzero().squeeze(1), (long, index, part)
 
     def alone(self) -> "Packing":
         """The same tokens, each in a row of its own."""

@@ -11,6 +11,7 @@ from morex.nn.fast.experts import recursive_experts
 from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.grouped import expert_linear
+from morex.nn.fast.native import attend_pages, few_rows, is_native, reads_pages, takes_rows
 from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.plan import Plan
 from morex.nn.fast.recurrent import recurrent_experts
@@ -21,17 +22,22 @@ __all__ = [
     "Frames",
     "Plan",
     "attend",
+    "attend_pages",
     "available",
     "combine_rows",
     "enabled",
     "expert_linear",
     "feed_forward_experts",
+    "few_rows",
     "fits",
     "gather_rows",
+    "is_native",
     "joint_weight",
+    "reads_pages",
     "recurrent_experts",
     "recursive_experts",
     "rms_norm",
     "swiglu",
+    "takes_rows",
     "usable",
 ]

@@ -1,0 +1,151 @@
+"""Kernels in C++ for decoding on a CPU, compiled for this machine when they are first needed and kept.
+
+Where there is no compiler, or `MOREX_NATIVE=0` says so, everything takes its plain path.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from morex import files
+from morex.nn.fast.switch import available
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# Not -ffast-math: it would round denormal numbers to zero for the whole process.
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fopenmp-simd"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
+)
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = {
+    "linear": [POINTER] * 3 + [INTEGER] * 3,
+    "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [ctypes.c_double],
+}
+FEW_ROWS = 16
+"""Up to so many rows, and from two, the kernel multiplies fp32 faster than torch does."""
+
+
+def is_native() -> bool:
+    """Whether the kernels can be had on this machine; compiles them where that has not been done."""
+    return _library() is not None
+
+
+def takes_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch.
+
+    Where the CPU has no arithmetic in bf16, torch widens every weight again for every row: there any number of rows.
+    """
+    dtype, rows = x.dtype, x.shape[0]
+    if dtype == torch.bfloat16:
+        fits = rows > 1 and not _has_bfloat16()
+    else:
+        fits = dtype == torch.float32 and 1 < rows <= FEW_ROWS
+    return fits and x.dim() == 2 and weight.dtype == dtype and _may_run(x, weight) and weight.is_contiguous()
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, D] and a weight [O, D] -> [N, O]."""
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _kernel("linear", x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, weight.shape[0])
+    return y
+
+
+def reads_pages(q: Tensor, k: Tensor) -> bool:
+    """Whether `attend_pages` may take queries and keys like these."""
+    return q.dtype in NAMES and k.dtype == q.dtype and _may_run(q, k)
+
+
+def attend_pages(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, row: Tensor, start: Tensor, end: Tensor, scale: float
+) -> Tensor:
+    """Attention of each query to the entries of its list from `start` up to `end`.
+
+    Args:
+        q: [N, H, dim].
+        k, v: pages of a pool [P, size, KV, dim].
+        pages: of each list, in order [B, L], int32.
+        row: list of each query [N], int32.
+        start, end: [N], int32; each query sees one entry at least.
+        scale: factor on the scores.
+
+    Returns:
+        [N, H, dim].
+    """
+    q = q.contiguous()
+    y = torch.empty_like(q)
+    (queries, heads, dim), (size, kv_heads) = q.shape, k.shape[1:3]
+    pointers = [part.data_ptr() for part in (q, k, v, y, pages)]
+    spans = [part.data_ptr() for part in (row, start, end)]
+    run = _kernel("attend", q.dtype)
+    run(*pointers, pages.stride(0), size, *spans, queries, kv_heads, heads // kv_heads, dim, scale)
+    return y
+
+
+def _may_run(*tensors: Tensor) -> bool:
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not needs_gradient and not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
+
+
+@cache
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def _kernel(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
+    library = _library()
+    assert library is not None
+    kernel = getattr(library, f"{name}_{NAMES[dtype]}")
+    kernel.argtypes, kernel.restype = ARGUMENTS[name], None
+    return kernel
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None or os.environ.get("MOREX_NATIVE") == "0":
+        return None
+    parts = [SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, platform.machine(), _processor()]
+    path = files.cache_folder() / f"kernels-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.is_file():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compiles the kernels into a file, whole or not at all; with threads where the compiler has OpenMP."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        for threads in (["-fopenmp"], []):
+            command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(unfinished)]
+            done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+            if done.returncode == 0:
+                unfinished.replace(path)
+                return
+        done.check_returncode()
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _processor() -> str:
+    """What tells processors apart, so that a folder that several machines share keeps one file for each kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
