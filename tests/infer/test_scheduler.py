@@ -1,9 +1,10 @@
 """The scheduler by itself: thousands of arrivals, pieces, returns and ends, without a model."""
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from morex.infer.demand import peak
 from morex.infer.request import Params, Request
 from morex.infer.scheduler import Scheduler
 
@@ -103,3 +104,13 @@ def test_who_is_done_waits_for_others_but_not_for_ever() -> None:
     assert scheduler.may_leave(3, others=True), "half of those who run are there"
     assert scheduler.may_leave(1, others=False), "nobody is to be waited for"
     assert [scheduler.may_leave(1, others=True) for _ in range(7)] == [False, False, True] * 2 + [False]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=5))
+def test_the_peak_of_growing_texts(texts: list[tuple[int, int]]) -> None:
+    """Against growing them, a token each at a time."""
+    most, alive = 0, list(texts)
+    while alive:
+        most = max(most, sum(length for length, _ in alive))
+        alive = [(length + 1, more - 1) for length, more in alive if more]
+    assert peak(texts) == most

@@ -88,6 +88,10 @@ class PagedStore(KVStore):
             self._reserve(found, packing.counts)
         return _PagedLists(self, found, packing)
 
+    def num_pages(self, sequence: int) -> int:
+        """Pages that a sequence holds, alone or with others."""
+        return sum(own.width * own.num_pages for own in self._lists[sequence].values())
+
     def num_entries(self, sequence: int, stream: Stream) -> int:
         own = self._lists[sequence].get(stream.first)
         return 0 if own is None else own.lengths[stream.place]

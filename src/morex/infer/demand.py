@@ -1,5 +1,6 @@
-"""How much of a paged store a sequence may need."""
+"""How much of a paged store sequences may need."""
 
+from collections.abc import Iterable
 from functools import cache
 
 from morex.config import ModelConfig
@@ -31,3 +32,18 @@ class Demand:
         if entries > lists and not isinstance(config.mixer, FeedForwardConfig):
             lists += lists * config.mixer.router.experts * config.mixer.num_steps
         return entries, lists
+
+
+def peak(texts: Iterable[tuple[int, int]]) -> int:
+    """The most tokens that texts will ever have together, if each grows by a token at a time and goes when it is done.
+
+    Those that are done early make room for those that go on, which a sum of their last lengths would not see.
+
+    Args:
+        texts: tokens of each text, and how many are still to come.
+    """
+    found, alive, tokens = 0, 0, 0
+    for length, more in sorted(texts, key=lambda text: -text[1]):
+        alive, tokens = alive + 1, tokens + length
+        found = max(found, tokens + alive * more)
+    return found

@@ -14,7 +14,7 @@ from morex.cache.paged import PagedStore
 from morex.cache.prefixes import Prefixes
 from morex.cache.store import OutOfPages
 from morex.depth.policy import Depth, DepthPolicy
-from morex.infer.demand import Demand
+from morex.infer.demand import Demand, peak
 from morex.infer.passes import Arrived, Flight, Passes, Segment, join
 from morex.infer.request import Event, Params, Reason, Request, as_ids
 from morex.infer.scheduler import Scheduler
@@ -129,17 +129,28 @@ class Engine:
             yield from self.step()
 
     def _admit(self) -> None:
-        """Lets in who fits beside what the others are about to need; who begins like another text starts there."""
+        """Lets in who fits beside the others until all are done; who begins like another text starts there."""
         while (request := self.scheduler.next_to_admit()) is not None:
-            sequence = self._begin(request)
-            promised = sum(self._demand(other, other.num_ahead) for other in [request, *self.scheduler.running])
-            while promised > self.store.pool.num_free and self.prefixes.drop_oldest():
+            while not (fits := self._fits(request)) and self.prefixes.drop_oldest():
                 pass
-            if self.scheduler.running and promised > self.store.pool.num_free:
-                self.store.free(sequence)
-                request.taken = 0
+            if self.scheduler.running and not fits:
                 return
-            self.scheduler.admit().sequence = sequence
+            self.scheduler.admit().sequence = self._begin(request)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there are pages for what is known of a text now, and for all that will be said beside it."""
+        running, known = self.scheduler.running, self.prefixes.find(request.tokens, request.params.depth)
+        promised = sum(self._demand(other, other.num_ahead) for other in running)
+        promised += self._demand(request, request.num_ahead - (0 if known is None else known[1]))
+        if promised > self.store.pool.num_free:
+            return False
+        sequences = [other.sequence for other in running if other.sequence is not None]
+        tokens = sum(self.store.tokens(sequence) for sequence in sequences)
+        if not tokens:
+            return True
+        pages_per_token = sum(map(self.store.num_pages, sequences)) / tokens  # less where tokens leave early
+        texts = [(len(other.tokens), other.longest - len(other.tokens)) for other in [request, *running]]
+        return peak(texts) * pages_per_token <= self.store.pool.size
 
     def _begin(self, request: Request) -> int:
         """A sequence for a request, with what is known of its text; its last token is always computed."""
