@@ -22,8 +22,12 @@ app = typer.Typer(
     add_completion=False,
 )
 bench = typer.Typer(
-    help="Measure speed on this machine.",
-    epilog=examples("morex bench train more mor-expert --json speed.json"),
+    help="Measure speed and memory on this machine.",
+    epilog=examples(
+        "morex bench train more mor-expert --json speed.json",
+        "morex bench decode mor-expert",
+        "morex bench kv mor-expert",
+    ),
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")

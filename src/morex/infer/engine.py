@@ -54,6 +54,7 @@ class Engine:
         self.model = model.eval()
         self.store: PagedStore = model.new_store(cache_bytes, page_size)
         self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk, patience)
+        self.clock = self.passes.clock
         self.prefixes = Prefixes(self.store, prefixes)
         self.demand = Demand(model.config, page_size)
         self.lockstep = lockstep
@@ -109,7 +110,10 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Event]:
         """One pass of everything; what came of it."""
-        self._admit()
+        self.clock.steps += 1
+        with self.clock.part("admission"):
+            self._admit()
+        self.clock.running += len(self.scheduler.running)
         try:
             return self._pass()
         except OutOfPages:
@@ -165,17 +169,22 @@ class Engine:
     def _pass(self) -> list[Event]:
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
         if entering:
-            self._keep(*self.passes.enter(entering))
-        self._core()
-        while self.lockstep and self.flights:
+            with self.clock.part("prelude"):
+                self._keep(*self.passes.enter(entering))
+        with self.clock.part("core"):
             self._core()
+            while self.lockstep and self.flights:
+                self._core()
         waiting = sum(len(part.segments) for part in self.arrived)
         if not self.scheduler.may_leave(waiting, bool(self.flights)):
             return []
         events: list[Event] = []
         parts, self.arrived = self.passes.together(self.arrived), []
         for part in parts:
-            events += self._draw(part.segments, self.passes.leave(part))
+            with self.clock.part("coda and head"):
+                logits = self.passes.leave(part)
+            with self.clock.part("sampling"):
+                events += self._draw(part.segments, logits)
         return events
 
     def _core(self) -> None:

@@ -18,6 +18,7 @@ from morex.cache.store import KVStore
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import Routing, Visit
 from morex.depth.schedule import Step
+from morex.infer.clock import Clock
 from morex.infer.lists import PassLists
 from morex.model.lm import LanguageModel
 from morex.model.stack import Pass, Record, RoutedGroup
@@ -112,6 +113,7 @@ class Passes:
         self.model, self.store, self.stack = model, store, model.stack
         self.schedule = model.config.schedule.resolved
         self.device = model.embedding.weight.device
+        self.clock = Clock()
         config = model.config
         self.mixes = not config.recursion_norms and config.lora is None and config.attention.global_every is None
         """Whether a block does the same at every recursion, so that tokens at different ones can share a pass."""
@@ -120,6 +122,7 @@ class Passes:
     def enter(self, segments: Sequence[Segment]) -> tuple[list[Flight], list[Arrived]]:
         """Tokens through the prelude and up to the first recursion that somebody takes."""
         counts = [len(segment.tokens) for segment in segments]
+        self.clock.entering += sum(counts)
         time = torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in segments]).to(self.device)
         packing = pack_rows(counts, time, time, max(counts))
         tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=self.device)
@@ -156,6 +159,7 @@ class Passes:
     def leave(self, arrived: Arrived) -> Tensor:
         """Through coda and head -> logits [S, V] after the last token of each segment."""
         x, packing = arrived.x, arrived.packing
+        self.clock.leaving += packing.num_tokens
         x = self._once(self.stack.coda, self.schedule.coda_steps, x, packing, arrived.segments)
         for segment in arrived.segments:
             self.store.advance(segment.sequence, len(segment.tokens))
@@ -168,6 +172,7 @@ class Passes:
             return
         states, sequences, recursions, counts = [], [], [], []
         for flight, visit in visits:
+            self.clock.visits[flight.recursion] += visit.packing.num_tokens
             states.append(own.enter(flight.h, flight.injected, visit.packing, flight.recursion))
             for segment, count in zip(flight.segments, visit.packing.counts, strict=True):
                 if count:

@@ -79,11 +79,11 @@ class Contender:
     def timed(self, batches: Sequence[Tensor]) -> float:
         """Seconds of one step on each batch; remembers how many tokens were active."""
         stats = []
-        _wait(self.shape.device)
+        wait(self.shape.device)
         start = time.perf_counter()
         for batch in batches:
             stats.append(self.step(batch))
-        _wait(self.shape.device)
+        wait(self.shape.device)
         seconds = time.perf_counter() - start
         self.active += [one.active_shares for one in stats if one.active_shares is not None]
         self.steps_taken += [one.step_shares for one in stats if one.step_shares is not None]
@@ -160,6 +160,7 @@ def random_batches(vocab_size: int, shape: Shape, number: int) -> list[Tensor]:
     ]
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
