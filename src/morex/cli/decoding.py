@@ -1,18 +1,17 @@
 """`bench decode` and `bench kv`: the engine's speed and memory."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from morex.cli.app import Device, Overrides, Tiny, bench, examples
+from morex.cli.studies import PRECISIONS
 from morex.cli.terminal import check_target, console, number, print_table
 from morex.loading import ConfigError
 
 MODES = ("depthwise", "lockstep", "continuous")
-PRECISIONS = ("fp32", "bf16", "fp64", "auto")
-RULES = ("per_recursion", "shared_first", "refresh")
 DECODE_COLUMNS = {
     "preset": "preset",
     "mode": "mode",
@@ -180,8 +179,7 @@ def bench_kv(
     """Measure what keys and values take in memory, by KV rule, beside the closed form."""
     _check_counts(("--sequences", sequences), ("--tokens", tokens), ("--cache-bytes", cache_bytes))
     _check_counts(("--page-size", page_size))
-    _check_choice("--kv", rules or (), RULES)
-    _check_choice("--precision", [precision], PRECISIONS[:3])
+    _check_choice("--precision", [precision], [name for name in PRECISIONS if name != "auto"])
     if json_file is not None:
         check_target("--json", json_file)
     from morex.study.bench_kv import bench_kv as measure
@@ -241,7 +239,7 @@ def _check_counts(*options: tuple[str, *tuple[int | None, ...]]) -> None:
                 raise ConfigError(f"{name} {value} must be 1 or more")
 
 
-def _check_choice(option: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+def _check_choice(option: str, given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
             raise ConfigError(f"{option} '{name}' is unknown; use {', '.join(known)}")

@@ -37,7 +37,6 @@ from morex.train.precision import resolve_device, resolve_precision
 from morex.train.setup import cpu_threads
 
 VANILLA = "vanilla"
-MODES = ("depthwise", "lockstep", "continuous")
 WARM_UP = 4
 """Requests, and new tokens of each, before the clock runs."""
 
@@ -296,34 +295,27 @@ def _row(
     reference: Contender | None,
     best: dict[int, Best],
 ) -> Row:
-    """The figures of one contender at one concurrency.
+    """The figures of one contender at one concurrency: those of `_compared`, and all that it takes to repeat them.
 
-    preset, mode, twin_of (whose dense twin it is); tokens_per_s, the median over rounds; ratio_to_vanilla, to whom
-    `against` names, and ratio_to_lockstep, of the same model; ceiling of the first ratio, share_of_ceiling,
-    ceiling_tokens_per_s and share_of_own_best, tokens_per_s over that; flop_ratio, by how much fewer FLOPs a token takes than one of `against`; mean_depth measured,
-    prompts included, and shares at recursion r = 1..R; ttft_s and tpot_s in seconds; overhead_share; kv_bytes_per_token
-    measured, and kv_closed_form; mean_running, requests in a step; seconds by part of all rounds, `scheduling` being what is left; pass_costs; and all
-    that it takes to measure it again.
+    preset, mode, twin_of (whose dense twin it is), against; concurrency, requests at a time at most, and mean_running,
+    those that ran in a step; tokens_per_s, the median over rounds; mean_depth and shares at recursion r = 1..R, prompts
+    included; ttft_s and tpot_s, seconds to the first token and for each further one; overhead_share;
+    kv_bytes_per_token, measured, and kv_closed_form; seconds by part of all rounds, `scheduling` being what is left.
     """
-    place, shares = contenders.index(own), own.shares()
-    lockstep = [c for c in contenders if c.model is own.model and c.mode == "lockstep" and c is not own]
-    size, context = own.model.embedding.weight.element_size(), sum(plan.prompt_tokens) // 2 + plan.new_tokens // 2
+    shares, context = own.shares(), sum(plan.prompt_tokens) // 2 + plan.new_tokens // 2
+    size = own.model.embedding.weight.element_size()
     counted = count(own.config, context=context, shares=shares, bytes_per_value=size)
-    row: Row = {
+    asked = ("tiny", "rate", "prompt_tokens", "new_tokens", "depth_mix", "threads", "device", "seed")
+    return {
         "preset": own.name,
         "mode": own.mode,
         "twin_of": own.twin_of,
         "against": plan.against,
         "concurrency": own.concurrency,
+        "mean_running": own.clock.running / max(1, own.clock.steps),
         "cache_bytes": own.cache_bytes,
         "tokens_per_s": statistics.median(own.rates()),
-        "ratio_to_vanilla": _ratio(own, reference),
-        "ratio_to_lockstep": _ratio(own, lockstep[0]) if lockstep else None,
-        "ceiling": None,
-        "share_of_ceiling": None,
-        "ceiling_tokens_per_s": best[place].tokens_per_s if best else None,
-        "share_of_own_best": None,
-        "flop_ratio": None,
+        **_compared(own, contenders, reference, best, context),
         "mean_depth": sum(shares),
         "shares": shares,
         "ttft_s": _percentiles([seconds for served in own.rounds for seconds in served.ttft]),
@@ -336,23 +328,49 @@ def _row(
         "tokens": sum(served.tokens for served in own.rounds),
         "tokens_entering": own.clock.entering,
         "steps": own.clock.steps,
-        "mean_running": own.clock.running / max(1, own.clock.steps),
         "requests": sum(len(served.ttft) for served in own.rounds),
-        "pass_costs": asdict(best[place].costs) if best else None,
         "page_size": PAGE_SIZE,
         "depth": own.config.depth.model_dump(mode="json"),
         "overrides": list(own.overrides),
+        "rounds": plan.rounds,
+        **{name: getattr(plan, name) for name in asked},
     }
+
+
+def _compared(
+    own: Contender,
+    contenders: Sequence[Contender],
+    reference: Contender | None,
+    best: dict[int, Best],
+    context: int,
+) -> Row:
+    """How a contender does beside others, and beside what its passes allow; None where there is nothing to compare.
+
+    ratio_to_vanilla (to whom `against` names) and ratio_to_lockstep, of the same model; ceiling of the first, and
+    share_of_ceiling; ceiling_tokens_per_s, share_of_own_best (tokens_per_s over that) and pass_costs, seconds by
+    tokens; flop_ratio, FLOPs of a token of `against` over those of one of this model.
+    """
+    place, lockstep = contenders.index(own), _lockstep_of(own, contenders)
+    row: Row = dict.fromkeys(("ceiling", "share_of_ceiling", "ceiling_tokens_per_s", "share_of_own_best", "pass_costs"))
+    row |= {"ratio_to_vanilla": _ratio(own, reference), "ratio_to_lockstep": _ratio(own, lockstep), "flop_ratio": None}
     if best:
-        row["share_of_own_best"] = row["tokens_per_s"] / best[place].tokens_per_s
+        row["ceiling_tokens_per_s"], row["pass_costs"] = best[place].tokens_per_s, asdict(best[place].costs)
+        row["share_of_own_best"] = statistics.median(own.rates()) / best[place].tokens_per_s
     if reference is not None:
-        seen = count(reference.config, context=context, shares=reference.shares())
-        row["flop_ratio"] = seen.decode_flops_per_token / counted.decode_flops_per_token
-        if best:
-            row["ceiling"] = best[place].tokens_per_s / best[contenders.index(reference)].tokens_per_s
-            row["share_of_ceiling"] = row["ratio_to_vanilla"] / row["ceiling"]
-    asked = ("tiny", "rate", "prompt_tokens", "new_tokens", "depth_mix", "threads", "device", "seed")
-    return row | {name: getattr(plan, name) for name in asked} | {"rounds": plan.rounds}
+        flops, theirs = (
+            count(c.config, context=context, shares=c.shares()).decode_flops_per_token for c in (own, reference)
+        )
+        row["flop_ratio"] = theirs / flops
+    if reference is not None and best:
+        row["ceiling"] = best[place].tokens_per_s / best[contenders.index(reference)].tokens_per_s
+        row["share_of_ceiling"] = row["ratio_to_vanilla"] / row["ceiling"]
+    return row
+
+
+def _lockstep_of(own: Contender, contenders: Sequence[Contender]) -> Contender | None:
+    """The same model in lockstep, beside others of its modes."""
+    found = [other for other in contenders if other.model is own.model and other.mode == "lockstep"]
+    return found[0] if found and found[0] is not own else None
 
 
 def _ratio(own: Contender, other: Contender | None) -> float | None:

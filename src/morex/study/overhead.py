@@ -7,6 +7,7 @@ an operator from Python is outside and counts as overhead. `profiler_slowdown` s
 as many steps before without it. On a GPU, where operators only launch kernels, the share says nothing.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,26 +27,32 @@ def measure_overhead(
     Args:
         engine: without requests.
         prompts: as many as are to decode at a time.
-        new_tokens: of each; where they are few, prompts are among the steps.
+        new_tokens: of each; who ends begins again, so that with few of them prompts are among the steps.
 
     Returns:
         overhead_share, profiler_slowdown and kv_bytes_per_token.
     """
-    lengths = {engine.add(prompt, Params(max_new_tokens=new_tokens)): len(prompt) for prompt in prompts}
-    drawn = dict.fromkeys(lengths, 0)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on the terminal when it starts and stops
+    params = Params(max_new_tokens=new_tokens)
+    going = {engine.add(prompt, params): prompt for prompt in prompts}
+    drawn, waited_for = dict.fromkeys(going, 0), set(going)
 
     def step() -> None:
         for event in engine.step():
             drawn[event.number] += 1
+            waited_for.discard(event.number)
             if event.reason is not None:
                 engine.take(event.number)
                 del drawn[event.number]
+                prompt = going.pop(event.number)
+                number = engine.add(prompt, params)
+                going[number], drawn[number] = prompt, 0
 
-    while not engine.is_idle and not all(drawn.values()):
+    while waited_for:
         step()
     # The token drawn last is on its way into the cache.
-    stored = sum(lengths[number] + count - 1 for number, count in drawn.items())
-    kv_bytes = engine.store.bytes() / stored if stored else 0.0
+    stored = sum(len(going[number]) + count - 1 for number, count in drawn.items() if count)
+    kv_bytes = engine.store.bytes() / max(1, stored)
     plain = _timed(step, steps)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         wall = _timed(step, steps)
