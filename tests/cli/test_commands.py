@@ -41,7 +41,7 @@ def test_without_a_command_it_shows_the_help(shell: Shell) -> None:
     assert shell.succeeds("bench").out == shell.succeeds("bench", "--help").out
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench train"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench train", "bench decode", "bench kv"])
 def test_help_has_examples(command: str, shell: Shell) -> None:
     text = shell.succeeds(*command.split(), "--help").out
     examples = re.findall(rf"^    morex {command}\b.*$", text.partition("Examples:")[2], re.M)

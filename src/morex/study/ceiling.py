@@ -71,7 +71,7 @@ def ceiling(
         waves: by waves alone.
     """
     best = _waves(costs, concurrency, shares)
-    if not waves:
+    if not waves and any(shares):
         best = min(best, _depthwise(costs, concurrency, shares, groups))
     return new_tokens / (costs.prompt + (new_tokens - 1) * best)
 
