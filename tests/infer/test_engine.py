@@ -1,9 +1,11 @@
 """The engine against the plain cached loop: whoever else is there, a request's text is what it is alone."""
 
+import math
 import random
 from typing import Any
 
 import pytest
+import torch
 
 from morex.infer.demand import Demand
 from morex.infer.engine import Engine
@@ -238,3 +240,30 @@ def test_impossible_requests_are_refused_and_harm_nobody(prompt: Any, params: di
     assert "\n" not in str(refusal.value)
     list(engine.stream())
     assert engine.requests[number].tokens == model.generate([good], max_new_tokens=4)[0]
+
+
+@pytest.mark.parametrize("case", [case for case in LM_CASES if case in PRESETS or case in FORKED])
+def test_traces_are_those_of_a_forward_pass(case: str) -> None:
+    """Depths, scores and experts of every token, whoever else is there, prompts in pieces and texts computed again."""
+    model: Any = eval_model(case)
+    prompts = prompts_of(case)
+    engine = engine_of(model, most_requests=5)
+    numbers = [engine.add(prompt, Params(max_new_tokens=4, trace=True)) for prompt in prompts]
+    depths: dict[int, list[int]] = {}
+    for event in engine.stream():
+        depths.setdefault(event.number, []).append(event.depth)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        request = engine.requests[number]
+        found, tokens = request.trace, request.tokens[:-1]
+        wanted = model(torch.tensor([tokens]), return_trace=True).trace
+        assert found.depth == wanted.depth[0].tolist()
+        assert depths[number] == found.depth[len(prompt) - 1 :]
+        for name, scores in wanted.scores.items():
+            for time, own in enumerate(found.scores.get(f"{name}.router", [[]] * len(tokens))):
+                alone = [score[0, time].item() for score in scores[: len(own)]]
+                assert own == [None if math.isnan(score) else pytest.approx(score, abs=1e-9) for score in alone]
+        assert found.scores.keys() == {f"{name}.router" for name, scores in wanted.scores.items() if scores}
+        assert found.experts.keys() == wanted.experts.keys()
+        for name, choices in wanted.experts.items():
+            for time, own in enumerate(found.experts[name]):
+                assert own == [choice[0, time].tolist() for choice in choices if choice[0, time, 0] >= 0]

@@ -18,6 +18,7 @@ from morex.infer.demand import Demand, peak
 from morex.infer.passes import Arrived, Flight, Passes, Segment, join
 from morex.infer.request import Event, Params, Reason, Request, as_ids
 from morex.infer.scheduler import Scheduler
+from morex.infer.trace import RequestTrace
 from morex.model.checks import check_decodes
 from morex.model.generate import check_options, check_room, generator_of, sample
 from morex.model.lm import LanguageModel
@@ -76,6 +77,7 @@ class Engine:
         check_options(**{name: getattr(params, name) for name in OPTIONS})
         request = Request(self._count, as_ids(prompt, self.model.config.vocab_size), params)
         check_room(self.model, len(request.prompt), params.max_new_tokens)
+        request.trace = RequestTrace() if params.trace else None
         if params.depth not in self._policies:
             self._policies[params.depth] = self.model.policy(params.depth, None)
         needed = self._demand(request, request.longest)
@@ -143,7 +145,7 @@ class Engine:
 
     def _fits(self, request: Request) -> bool:
         """Whether there are pages for what is known of a text now, and for all that will be said beside it."""
-        running, known = self.scheduler.running, self.prefixes.find(request.tokens, request.params.depth)
+        running, known = self.scheduler.running, self._known(request)
         promised = sum(self._demand(other, other.num_ahead) for other in running)
         promised += self._demand(request, request.num_ahead - (0 if known is None else known[1]))
         if promised > self.store.pool.num_free:
@@ -156,9 +158,13 @@ class Engine:
         texts = [(len(other.tokens), other.longest - len(other.tokens)) for other in [request, *running]]
         return peak(texts) * pages_per_token <= self.store.pool.size
 
+    def _known(self, request: Request) -> tuple[int, int] | None:
+        """A sequence that has the beginning of a text; a trace wants every token computed."""
+        return None if request.params.trace else self.prefixes.find(request.tokens, request.params.depth)
+
     def _begin(self, request: Request) -> int:
         """A sequence for a request, with what is known of its text; its last token is always computed."""
-        found = self.prefixes.find(request.tokens, request.params.depth)
+        found = self._known(request)
         if found is None:
             return self.store.open()
         sequence = self.store.fork(found[0])
@@ -203,15 +209,16 @@ class Engine:
     def _segment(self, request: Request, tokens: list[int]) -> Segment:
         assert request.sequence is not None
         start = request.taken - len(tokens)
-        return Segment(request.sequence, start, tokens, self._policies[request.params.depth], request)
+        reads = int(request.taken == len(request.tokens))
+        policy = self._policies[request.params.depth]
+        return Segment(request.sequence, start, tokens, policy, request, reads, request.trace)
 
     def _draw(self, segments: list[Segment], logits: Tensor) -> list[Event]:
         """The next token of each request whose text is all in."""
         events = []
-        for segment, row in zip(segments, logits, strict=True):
-            request, params = segment.owner, segment.owner.params
-            if not self.scheduler.back(request):
-                continue
+        ready = [segment.owner for segment in segments if self.scheduler.back(segment.owner)]
+        for request, row in zip(ready, logits, strict=True):
+            params = request.params
             if not request.new:
                 self._keep_text(self.store.fork(request.sequence), request)
             if params.max_new_tokens:
@@ -222,7 +229,8 @@ class Engine:
                 self._end(request, "length")
             elif token == params.eos_id:
                 self._end(request, "stop")
-            events.append(Event(request.number, request.new[-1] if request.new else None, request.reason))
+            depth = None if request.trace is None else request.trace.depth[-1]
+            events.append(Event(request.number, request.new[-1] if request.new else None, request.reason, depth))
         return events
 
     def _end(self, request: Request, reason: Reason) -> None:

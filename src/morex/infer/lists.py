@@ -1,6 +1,7 @@
 """What the attention of a pass sees of a store, where rows may be at different recursions."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from morex.cache.store import KVStore, Lists
 from morex.depth.schedule import Slot
 from morex.nn.keys import NEVER, Keys, PagedKeys
 from morex.nn.packing import Packing
+
+if TYPE_CHECKING:
+    from morex.infer.passes import Segment
 
 
 class PassLists:
@@ -21,18 +25,19 @@ class PassLists:
         rule: KVRule,
         block: int,
         width: int,
-        sequences: Sequence[int],
+        segments: "Sequence[Segment]",
         recursions: Sequence[int],
         packing: Packing,
     ) -> None:
         """Args:
         block: the first of the stream.
         width: blocks of the stream.
-        sequences, recursions: of each row.
+        segments, recursions: of each row.
         packing: the tokens of the pass.
         """
         self.store, self.rule, self.block, self.width = store, rule, block, width
-        self.sequences, self.recursions, self.packing = sequences, recursions, packing
+        self.segments, self.recursions, self.packing = segments, recursions, packing
+        self.sequences = [segment.sequence for segment in segments]
         self.writers = [row for row, r in enumerate(recursions) if rule != "shared_first" or r == 1]
         """Rows that write."""
         self._own: Lists | None = None

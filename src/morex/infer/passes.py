@@ -5,13 +5,13 @@ routed group through its blocks once, `leave` takes those whose router let them 
 tokens travel in flights. What a token computes is what the model's own forward computes for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from morex.cache.slots import CallStore
 from morex.cache.store import KVStore
@@ -20,9 +20,11 @@ from morex.depth.router import Routing, Visit
 from morex.depth.schedule import Step
 from morex.infer.clock import Clock
 from morex.infer.lists import PassLists
+from morex.infer.trace import RequestTrace
 from morex.model.lm import LanguageModel
 from morex.model.stack import Pass, Record, RoutedGroup
 from morex.nn.attention import Local
+from morex.nn.block import WHOLE, StepParts
 from morex.nn.packing import Packing, pack_rows
 
 
@@ -37,6 +39,10 @@ class Segment:
     policy: DepthPolicy
     owner: Any = None
     """Whose they are; nobody here looks at it."""
+    reads: int = 1
+    """After how many of the last tokens the next one's logits are asked for."""
+    trace: RequestTrace | None = None
+    """Where to write down what the tokens do, if anybody asks."""
 
 
 @dataclass(eq=False)
@@ -122,12 +128,15 @@ class Passes:
     def enter(self, segments: Sequence[Segment]) -> tuple[list[Flight], list[Arrived]]:
         """Tokens through the prelude and up to the first recursion that somebody takes."""
         counts = [len(segment.tokens) for segment in segments]
+        for segment in segments:
+            if segment.trace is not None:
+                segment.trace.begin(segment.start, len(segment.tokens))
         self.clock.entering += sum(counts)
         time = torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in segments]).to(self.device)
         packing = pack_rows(counts, time, time, max(counts))
         tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=self.device)
         x = self.model.embed(tokens, packing)
-        x = self._once(self.stack.prelude, self.schedule.prelude_steps, x, packing, list(segments))
+        x = self._once("prelude", x, packing, list(segments))
         return self._begin(0, Arrived(list(segments), packing, x))
 
     def core(self, group: int, flights: Sequence[Flight]) -> tuple[list[Flight], list[Arrived]]:
@@ -157,49 +166,74 @@ class Passes:
         return [_joined(own) for own in found.values()]
 
     def leave(self, arrived: Arrived) -> Tensor:
-        """Through coda and head -> logits [S, V] after the last token of each segment."""
+        """Through coda and head -> the logits that segments ask for, one after another [n, V]."""
         x, packing = arrived.x, arrived.packing
         self.clock.leaving += packing.num_tokens
-        x = self._once(self.stack.coda, self.schedule.coda_steps, x, packing, arrived.segments)
+        x = self._once("coda", x, packing, arrived.segments)
         for segment in arrived.segments:
             self.store.advance(segment.sequence, len(segment.tokens))
-        ends = torch.tensor(packing.counts).cumsum(0) - 1
-        return self.model.read(x[ends.to(self.device)])
+        asked: list[int] = []
+        end = 0
+        for segment, count in zip(arrived.segments, packing.counts, strict=True):
+            end += count
+            asked += range(end - segment.reads, end)
+        return self.model.read(x[torch.tensor(asked, dtype=torch.int64, device=self.device)])
 
     def _visit(self, group: int, own: RoutedGroup, visits: Sequence[tuple[Flight, Visit]]) -> None:
         """The blocks of a group for the visiting tokens of some flights, brought back into these."""
         if not visits:
             return
-        states, sequences, recursions, counts = [], [], [], []
+        states, rows, recursions, counts = [], [], [], []
         for flight, visit in visits:
             self.clock.visits[flight.recursion] += visit.packing.num_tokens
             states.append(own.enter(flight.h, flight.injected, visit.packing, flight.recursion))
             for segment, count in zip(flight.segments, visit.packing.counts, strict=True):
                 if count:
-                    sequences.append(segment.sequence)
+                    rows.append(segment)
                     recursions.append(flight.recursion)
                     counts.append(count)
         time, positions = (torch.cat([getattr(v.packing, name) for _, v in visits]) for name in ("time", "positions"))
         packing = pack_rows(counts, time, positions, max(visit.packing.span for _, visit in visits))
-        steps = self.schedule.groups[group].recursions[0]
-        lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), sequences, recursions, packing)
-        y, r, local = torch.cat(states), recursions[0], self._windows(visits[0][0].policy)
-        for place, step in enumerate(steps):
-            block = self.stack.core.blocks[step.block - self.schedule.prelude]
-            y, _ = block(y, packing, lists.view(place), local(step._replace(recursion=r)), own.parts(r, place))
+        steps, r = self.schedule.groups[group].recursions[0], recursions[0]
+        blocks = [self.stack.core.blocks[step.block - self.schedule.prelude] for step in steps]
+        names = [f"core.blocks.{step.block - self.schedule.prelude}" for step in steps]
+        lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing)
+        parts = [own.parts(r, place) for place in range(len(steps))]
+        here = [step._replace(recursion=r) for step in steps]
+        y = self._walk(zip(names, blocks, here, parts, strict=True), torch.cat(states), lists)
         for (flight, visit), part in zip(visits, y.split([len(s) for s in states]), strict=True):
             flight.h = own.router.bring_back(flight.h, part, flight.routing, visit)
 
-    def _once(self, blocks: Any, steps: Sequence[Step], x: Tensor, packing: Packing, segments: list[Segment]) -> Tensor:
-        """Blocks outside the core."""
+    def _once(self, name: str, x: Tensor, packing: Packing, segments: list[Segment]) -> Tensor:
+        """The blocks of `prelude` or `coda`."""
+        blocks, steps = getattr(self.stack, name), getattr(self.schedule, f"{name}_steps")
         if not steps:
             return x
-        sequences, local = [segment.sequence for segment in segments], self._windows(segments[0].policy)
-        ones = [1] * len(sequences)
-        lists = PassLists(self.store, "per_recursion", steps[0].block, len(steps), sequences, ones, packing)
-        for place, (block, step) in enumerate(zip(blocks, steps, strict=True)):
-            x, _ = block(x, packing, lists.view(place), local(step))
+        lists = PassLists(
+            self.store, "per_recursion", steps[0].block, len(steps), segments, [1] * len(segments), packing
+        )
+        names = [f"{name}.{i}" for i in range(len(steps))]
+        return self._walk(zip(names, blocks, steps, [WHOLE] * len(steps), strict=True), x, lists)
+
+    def _walk(self, steps: Iterable[tuple[str, nn.Module, Step, StepParts]], x: Tensor, lists: PassLists) -> Tensor:
+        """Blocks one after another, for rows that are segments: name, block, step and what the step brings."""
+        local = self._windows(lists.segments[0].policy)
+        traces = any(segment.trace is not None for segment in lists.segments)
+        for place, (name, block, step, parts) in enumerate(steps):
+            parts = replace(parts, traces=True) if traces else parts
+            x, reports = block(x, lists.packing, lists.view(place), local(step), parts)
+            for router, signals in reports.items() if traces else ():
+                for choice in signals.choices:
+                    self._note_choice(f"stack.{name}.mixer.{router}", choice.experts, lists)
         return x
+
+    def _note_choice(self, name: str, experts: Tensor, lists: PassLists) -> None:
+        counts = lists.packing.counts
+        for segment, times, own in zip(
+            lists.segments, lists.packing.time.split(counts), experts.split(counts), strict=True
+        ):
+            if segment.trace is not None:
+                segment.trace.note_choice(name, times.tolist(), own)
 
     def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None]:
         """What the attention of a step does otherwise, in a pass under this policy."""
@@ -242,7 +276,17 @@ class Passes:
                 flight = flight.select(idle)
             flight.recursion += 1
         h, _ = own.router.finish(flight.h, flight.routing)
+        self._note_depths(flight)
         done.append(Arrived(flight.segments, flight.packing, h))
+
+    def _note_depths(self, flight: Flight) -> None:
+        name, end = f"stack.core.groups.{flight.group}.router", 0
+        for segment, count in zip(flight.segments, flight.packing.counts, strict=True):
+            start, end = end, end + count
+            if segment.trace is not None:
+                masks = [mask[start:end] for mask in flight.routing.masks]
+                scores = [score[start:end] for score in flight.routing.scores]
+                segment.trace.note_depths(name, range(segment.start, segment.start + count), masks, scores)
 
     def _onwards(self, group: int, going: list[Flight], done: list[Arrived]) -> tuple[list[Flight], list[Arrived]]:
         """Those who are done with a group, at the door of the next."""

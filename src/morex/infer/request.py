@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from morex.depth.policy import Depth
+from morex.infer.trace import RequestTrace
 
 Reason = Literal["length", "stop", "cancelled"]
 
@@ -20,6 +21,8 @@ class Params:
     eos_id: int | None = None
     seed: int | None = None
     depth: Depth = None
+    trace: bool = False
+    """Whether to write down what each token does."""
 
 
 @dataclass(eq=False)
@@ -35,6 +38,8 @@ class Request:
     """Why it ended; None while it goes on."""
     sequence: int | None = None
     """Its sequence in the store, while it has one."""
+    trace: RequestTrace | None = None
+    """What the tokens have done, if that was asked for."""
     taken: int = 0
     """Tokens that the model has taken in, or that are on their way through it."""
 
@@ -63,6 +68,8 @@ class Event:
     """The new token, where there is one."""
     reason: Reason | None = None
     """Why the request has ended, where it has."""
+    depth: int | None = None
+    """Recursions, summed over routed groups, of the token that this one follows, where a trace was asked for."""
 
 
 def as_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from morex import files
 from morex.nn.fast.switch import available
@@ -56,7 +57,7 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, D] and a weight [O, D] -> [N, O]."""
     x = x.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _kernel("linear", x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, weight.shape[0])
+    _run("linear", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, weight.shape[0])
     return y
 
 
@@ -86,14 +87,24 @@ def attend_pages(
     (queries, heads, dim), (size, kv_heads) = q.shape, k.shape[1:3]
     pointers = [part.data_ptr() for part in (q, k, v, y, pages)]
     spans = [part.data_ptr() for part in (row, start, end)]
-    run = _kernel("attend", q.dtype)
-    run(*pointers, pages.stride(0), size, *spans, queries, kv_heads, heads // kv_heads, dim, scale)
+    shape = queries, kv_heads, heads // kv_heads, dim
+    _run("attend", q.dtype, *pointers, pages.stride(0), size, *spans, *shape, scale)
     return y
 
 
 def _may_run(*tensors: Tensor) -> bool:
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return not needs_gradient and not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
+
+
+def _run(name: str, dtype: torch.dtype, *arguments: float) -> None:
+    """A kernel; a profiler sees it as one of torch's operators."""
+    kernel = _kernel(name, dtype)
+    if torch.autograd._profiler_enabled():
+        with record_function(f"morex::{name}"):
+            kernel(*arguments)
+    else:
+        kernel(*arguments)
 
 
 @cache
