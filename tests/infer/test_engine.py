@@ -7,40 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from morex.infer.demand import Demand
+from infer.helpers import assert_nothing_is_left, bytes_of, engine_of, prompts_of
 from morex.infer.engine import Engine
 from morex.infer.lists import PassLists
 from morex.infer.request import Params, Request
-from parity.helpers import LM_CASES, PRESETS, cases, eval_model, ragged_rows
+from parity.helpers import LM_CASES, PRESETS, cases, eval_model
 
-LENGTHS = [5, 1, 11, 3, 8]
 NEW = 6
 DEPTHS: list[int | str | None] = [None, "uniform:2", 1, "adaptive:8", "progressive:12"]
 FORKED = ["token+shared_first", "act+refresh", "expert+recursive_experts"]
-FULL = 2**23
-"""Bytes of a cache that never runs out here."""
 
 
-def prompts_of(case: str, lengths: list[int] = LENGTHS) -> list[list[int]]:
-    return [row.tolist() for row in ragged_rows(case, lengths)]
-
-
-def engine_of(model: Any, cache_bytes: int = FULL, **options: Any) -> Engine:
-    return Engine(model, cache_bytes, **{"page_size": 3, "most_requests": 3, "chunk": 4} | options)
-
-
-def assert_nothing_is_left(engine: Engine) -> None:
-    engine.store.check()
-    assert engine.is_idle and not engine.flights and not engine.arrived
-    while engine.prefixes.drop_oldest():
-        engine.store.check()
-    assert engine.store.pool.num_free == engine.store.pool.size
-
-
-def bytes_of(model: Any, tokens: int) -> int:
-    """Bytes that so many tokens need at most, in pages of 3."""
-    pages = Demand(model.config, 3).pages(tokens, model.config.schedule.recursions)
-    return int(pages * 3 * model.new_store(FULL, 3).entry_bytes)
+def texts_of(engine: Engine, prompts: list[list[int]], params: Params) -> list[list[int]]:
+    """Prompts with their continuations."""
+    return [completion.tokens for completion in engine.generate(prompts, params)]
 
 
 @pytest.mark.parametrize("case", LM_CASES)
@@ -49,7 +29,7 @@ def test_greedy_texts_are_those_of_the_plain_loop(case: str) -> None:
     model: Any = eval_model(case)
     prompts = prompts_of(case)
     engine = engine_of(model)
-    assert engine.generate(prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
+    assert texts_of(engine, prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
     assert_nothing_is_left(engine)
 
 
@@ -72,7 +52,7 @@ def test_exit_rules(case: str) -> None:
     model: Any = eval_model(case)
     prompts = prompts_of(case)
     for depth in ("exit", *(f"exit:{rule}" for rule in model.stack.core.groups[0].router.exit_rules)):
-        found = engine_of(model).generate(prompts, Params(max_new_tokens=NEW, depth=depth))
+        found = texts_of(engine_of(model), prompts, Params(max_new_tokens=NEW, depth=depth))
         assert found == model.generate(prompts, max_new_tokens=NEW, depth=depth)
 
 
@@ -117,7 +97,7 @@ def test_a_small_cache_takes_longer_and_says_the_same(case: str, monkeypatch: py
         preempt(request)
 
     monkeypatch.setattr(engine.scheduler, "preempt", noted)
-    assert engine.generate(prompts, Params(max_new_tokens=new)) == model.generate(prompts, max_new_tokens=new)
+    assert texts_of(engine, prompts, Params(max_new_tokens=new)) == model.generate(prompts, max_new_tokens=new)
     assert sent_back and 0 not in sent_back, "who came first goes on"
     assert_nothing_is_left(engine)
 
@@ -159,11 +139,11 @@ def test_texts_that_begin_alike_are_computed_once(case: str) -> None:
     engine, sent = engine_of(model), []
     enter = engine.passes.enter
     engine.passes.enter = lambda segments: (sent.append(sum(len(s.tokens) for s in segments)), enter(segments))[1]
-    texts = [engine.generate([prompt], Params(max_new_tokens=4))[0] for prompt in (first, second, third)]
+    texts = [texts_of(engine, [prompt], Params(max_new_tokens=4))[0] for prompt in (first, second, third)]
     assert texts == [model.generate([prompt], max_new_tokens=4)[0] for prompt in (first, second, third)]
     shared = [0, 7, 11 if texts[0][11] != third[11] else 12]
     assert sum(sent) == sum(len(text) - 1 - known for text, known in zip(texts, shared, strict=True))
-    assert engine.generate([third, first], Params(max_new_tokens=4)) == [texts[2], texts[0]]
+    assert texts_of(engine, [third, first], Params(max_new_tokens=4)) == [texts[2], texts[0]]
     assert_nothing_is_left(engine)
 
 
@@ -172,7 +152,7 @@ def test_texts_that_begin_alike_are_computed_once(case: str) -> None:
 def test_when_tokens_leave_changes_no_text(case: str, options: dict[str, Any]) -> None:
     model: Any = eval_model(case)
     prompts, engine = prompts_of(case), engine_of(model, most_requests=5, **options)
-    assert engine.generate(prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
+    assert texts_of(engine, prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
     assert_nothing_is_left(engine)
 
 
@@ -201,7 +181,7 @@ def test_another_depth_is_another_text() -> None:
     (prompt,) = prompts_of("mor-expert", [9])
     engine = engine_of(model)
     for depth in (None, "uniform:2", 1):
-        found = engine.generate([prompt], Params(max_new_tokens=4, depth=depth))
+        found = texts_of(engine, [prompt], Params(max_new_tokens=4, depth=depth))
         assert found == model.generate([prompt], max_new_tokens=4, depth=depth)
 
 
@@ -221,7 +201,7 @@ def test_a_text_ends_at_its_end_token() -> None:
     ("prompt", "params", "sentence"),
     [
         ([], {}, "at least one token id"),
-        ("text", {}, "at least one token id"),
+        ("text", {}, r"needs Engine\(model, tokenizer\)"),
         ([97], {}, r"token id 97 is outside the vocabulary of 97"),
         ([1], {"depth": 7}, r"depth 7 .* 1 to 3"),
         ([1], {"depth": "oracle"}, "oracle"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import morex
-from morex.model.generate import sample
 from morex.model.lm import Trace
+from morex.model.sampling import Sampling, sample
 from parity.helpers import (
     LM_CASES,
     PRESETS,
@@ -211,11 +211,12 @@ def test_rows_are_drawn_as_if_alone(temperature: float, top_k: int | None, top_p
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(row) for row in range(6)]
 
+    own = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     together, alone = generators(), generators()
     for _ in range(4):
-        drawn = sample(logits, temperature, top_k, top_p, together).tolist()
+        drawn = sample(logits, [own] * 6, together).tolist()
         rows = zip(logits, alone, strict=True)
-        assert drawn == [int(sample(row[None], temperature, top_k, top_p, [own])) for row, own in rows]
+        assert drawn == [int(sample(row[None], [own], [draw])) for row, draw in rows]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -60,7 +60,8 @@ class PagedStore(KVStore):
         """
         super().__init__()
         self.pool, self.page_size, self.device = PagePool(pages), page_size, torch.device(device)
-        shape = (pages, page_size, kv_heads, head_dim)
+        # One page more, which nobody holds: what shorter lists are padded with must be finite.
+        shape = (pages + 1, page_size, kv_heads, head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.time = torch.full(shape[:2], NEVER, device=device)
         """Of the entries at the first place of each stream; the others have the same."""
@@ -118,6 +119,14 @@ class PagedStore(KVStore):
         del self._tokens[sequence]
         for own in self._lists.pop(sequence).values():
             self.pool.drop(own.all_pages())
+
+    def clear(self) -> None:
+        """Forgets all sequences, whatever state a broken pass has left them in, and every number in the pages."""
+        self._tokens.clear()
+        self._lists.clear()
+        self.pool.clear()
+        self.k.zero_()
+        self.v.zero_()
 
     def bytes(self) -> int:
         used: dict[int, int] = {}
@@ -228,9 +237,9 @@ class _PagedLists(Lists):
         return torch.from_numpy(np.concatenate(found, 1)).to(self.store.device)
 
     def _page_table(self) -> Tensor:
-        """Pages of each list, right-padded with any page [width, B, P]."""
+        """Pages of each list, right-padded with the page that nobody holds [width, B, P]."""
         width, longest = self.own[0].width, max(1, *(own.num_pages for own in self.own))
-        table = np.zeros((width, len(self.own), longest), dtype=np.int32)
+        table = np.full((width, len(self.own), longest), self.store.pool.size, dtype=np.int32)
         for row, own in enumerate(self.own):
             table[:, row, : own.num_pages] = own.pages
         return torch.from_numpy(table).to(self.store.device)

@@ -14,7 +14,12 @@ class PagePool:
         size: pages.
         """
         self._counts = [0] * size
-        self._free = list(range(size - 1, -1, -1))
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody holds any."""
+        self._counts = [0] * self.size
+        self._free = list(range(self.size - 1, -1, -1))
 
     @property
     def size(self) -> int:

@@ -2,9 +2,11 @@
 
 A step lets waiting requests in, sends pieces of prompts and new tokens through the prelude, makes one pass through the
 blocks of each routed group for all who are under way, and takes those whose router let them go through coda and head,
-where they draw their next token. A request's result depends on nobody else.
+where they draw their next token. A request's result depends on nobody else, and what goes wrong in a step ends only
+those who took part in it.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,17 +15,29 @@ from torch import Tensor
 from morex.cache.paged import PagedStore
 from morex.cache.prefixes import Prefixes
 from morex.cache.store import OutOfPages
+from morex.data.encoding import Tokenizer
+from morex.data.tokenizer import check_vocabulary
 from morex.depth.policy import Depth, DepthPolicy
 from morex.infer.demand import Demand, peak
 from morex.infer.passes import Arrived, Flight, Passes, Segment, join
-from morex.infer.request import Event, Params, Reason, Request, as_ids
+from morex.infer.request import (
+    Completion,
+    Event,
+    LogProbs,
+    Params,
+    Reason,
+    Request,
+    as_ids,
+    check_params,
+)
 from morex.infer.scheduler import Scheduler
+from morex.infer.stream import RequestStream
+from morex.infer.text import GrowingText
 from morex.infer.trace import RequestTrace
 from morex.model.checks import check_decodes
-from morex.model.generate import check_options, check_room, generator_of, sample
+from morex.model.generate import check_room
 from morex.model.lm import LanguageModel
-
-OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "depth")
+from morex.model.sampling import generator_of, log_probabilities, rewind, sample
 
 
 class Engine:
@@ -32,6 +46,8 @@ class Engine:
     def __init__(
         self,
         model: LanguageModel,
+        tokenizer: Tokenizer | None = None,
+        *,
         cache_bytes: int,
         page_size: int = 16,
         most_requests: int = 64,
@@ -42,6 +58,7 @@ class Engine:
     ) -> None:
         """Args:
         model: which the engine puts into eval mode.
+        tokenizer: for prompts of text, stop strings, and the text of what is new; without one all is token ids.
         cache_bytes: of all keys and values together.
         page_size: entries of a page.
         most_requests: that run at the same time.
@@ -51,8 +68,13 @@ class Engine:
             them; 0 sends them on at once.
         lockstep: every step takes all its tokens through all their recursions, so that those that leave early wait for
             the deepest: what depth-wise batching is compared with.
+
+        Raises:
+            ValueError: the tokenizer has more ids than the model, or cache_bytes holds no page.
         """
-        self.model = model.eval()
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, model.config.vocab_size)
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.store: PagedStore = model.new_store(cache_bytes, page_size)
         self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk, patience)
         self.clock = self.passes.clock
@@ -65,17 +87,29 @@ class Engine:
         self._policies: dict[Depth, DepthPolicy] = {}
         self._draws: dict[int, torch.Generator] = {}
         self._count = 0
+        self._events: deque[Event] = deque()
+        """That nobody has asked for yet."""
+        self._in_hand: Sequence[Segment] = ()
+        """Who takes part in the pass of the moment."""
+        self._broken: list[Request] = []
+        """Requests that cannot go on, until the end of the step."""
+        self._left: list[int] = []
+        """Requests whose stream is gone."""
 
-    def add(self, prompt: Sequence[int], params: Params | None = None) -> int:
-        """Asks for the continuation of a prompt; returns the number of the request.
+    def add(self, prompt: str | Sequence[int], params: Params | None = None) -> int:
+        """Asks for the continuation of a prompt, text or token ids; returns the number of the request.
 
         Raises:
-            ValueError: an empty prompt, a depth that the model cannot take, or more tokens than the cache ever holds.
+            ValueError: an empty prompt, options out of range or without effect, a depth that the model cannot take, or
+                more tokens than the cache ever holds.
         """
-        params = params or Params()
+        params = Params() if params is None else params
+        if not isinstance(params, Params):
+            raise ValueError(f"params must be Params, such as Params(temperature=0.8), not {params!r}")
+        size = self.model.config.vocab_size
+        check_params(params, size, self.tokenizer)
         check_decodes(self.model.config, params.depth)
-        check_options(**{name: getattr(params, name) for name in OPTIONS})
-        request = Request(self._count, as_ids(prompt, self.model.config.vocab_size), params)
+        request = Request(self._count, as_ids(prompt, size, self.tokenizer), params)
         check_room(self.model, len(request.prompt), params.max_new_tokens)
         request.trace = RequestTrace() if params.trace else None
         if params.depth not in self._policies:
@@ -86,6 +120,8 @@ class Engine:
                 f"a request of up to {request.longest} tokens needs {needed} pages, and the cache has "
                 f"{self.store.pool.size}; give a larger cache_bytes or a smaller max_new_tokens"
             )
+        if self.tokenizer is not None:
+            request.text = GrowingText(self.tokenizer, request.prompt, params.stop)
         self._draws[request.number] = generator_of(params.seed, 0)
         self.requests[request.number] = request
         self._count += 1
@@ -94,45 +130,148 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Ends a request now; its memory is free at once. One that has ended stays as it is."""
-        request = self.requests[number]
+        request = self._request(number)
         if request.reason is None:
             self._end(request, "cancelled")
 
-    def take(self, number: int) -> Request:
-        """A request that has ended; the engine forgets it. Raises ValueError where it goes on."""
-        if self.requests[number].reason is None:
+    def take(self, number: int) -> Completion:
+        """What has become of a request that has ended; the engine forgets it. Raises ValueError where it goes on."""
+        if self._request(number).reason is None:
             raise ValueError(f"request {number} goes on; wait for its end, or cancel it")
-        return self.requests.pop(number)
+        self._events = deque(event for event in self._events if event.number != number)
+        return self.requests.pop(number).completion()
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self.scheduler.running and not self.scheduler.waiting
 
-    @torch.no_grad()
     def step(self) -> list[Event]:
-        """One pass of everything; what came of it."""
-        self.clock.steps += 1
-        with self.clock.part("admission"):
-            self._admit()
-        self.clock.running += len(self.scheduler.running)
-        try:
-            return self._pass()
-        except OutOfPages:
-            self._make_room()
-            return []
-
-    def generate(self, prompts: Sequence[Sequence[int]], params: Params | None = None) -> list[list[int]]:
-        """Prompts with their continuations, in their order."""
-        numbers = [self.add(prompt, params) for prompt in prompts]
-        for _ in self.stream():
-            pass
-        return [self.take(number).tokens for number in numbers]
+        """One pass of everything; what came of it, after what nobody has asked for yet."""
+        self._advance()
+        events = list(self._events)
+        self._events.clear()
+        return events
 
     def stream(self) -> Iterator[Event]:
-        """All that happens until nothing is left to do."""
-        while not self.is_idle:
-            yield from self.step()
+        """All that happens until nothing is left to do; whoever stops listening may go on with another stream."""
+        while self._events or not self.is_idle:
+            if not self._events:
+                self._advance()
+            while self._events:
+                yield self._events.popleft()
+
+    def stream_request(self, prompt: str | Sequence[int], params: Params | None = None) -> RequestStream:
+        """The events of one request, beside whatever else runs; raises as `add` does."""
+        return RequestStream(self, self.add(prompt, params))
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], params: Params | Sequence[Params] | None = None
+    ) -> list[Completion]:
+        """Continues prompts and forgets them; what comes of other requests meanwhile waits for `step` or `stream`.
+
+        Args:
+            prompts: text or token ids each.
+            params: for all of them, or one for each.
+
+        Raises:
+            ValueError: as `add`; then none of them has been continued.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts, such as ['Once upon a time']")
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(each)} params; give one for all, or one for each")
+        numbers: list[int] = []
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                numbers.append(self.add(prompt, own))
+            while any(self.requests[number].reason is None for number in numbers):
+                self._advance()
+        except BaseException:
+            for number in numbers:
+                self._leave(number)
+            raise
+        return [self.take(number) for number in numbers]
+
+    def next_event(self, number: int) -> Event:
+        """The next event of one request; those of others wait for whoever asks for them."""
+        self._request(number)
+        while True:
+            for place, event in enumerate(self._events):
+                if event.number == number:
+                    del self._events[place]
+                    return event
+            if self.requests[number].reason is not None:
+                raise ValueError(f"request {number} has ended, and all its events have been handed out")
+            self._advance()
+
+    def forget(self, number: int) -> None:
+        """Cancels a request before the next step; nobody will take it."""
+        self._left.append(number)
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """One pass of everything."""
+        while self._left:
+            self._leave(self._left.pop())
+        self._in_hand = ()
+        self.clock.steps += 1
+        try:
+            with self.clock.part("admission"):
+                self._admit()
+            self.clock.running += len(self.scheduler.running)
+            self._pass()
+        except OutOfPages:
+            self._make_room()
+        except Exception as error:
+            self._fail(error)
+        except BaseException:
+            self._restart()
+            raise
+        broken = [request for request in self._broken if request.reason is None]
+        self._broken.clear()
+        if broken:
+            # What is not a number must not stay in the pages, where others would read it behind their own entries.
+            self._restart()
+            for request in broken:
+                self._end(request, "error", request.error)
+
+    def _request(self, number: int) -> Request:
+        if number not in self.requests:
+            raise ValueError(f"there is no request {number}; it was never added, or its completion has been taken")
+        return self.requests[number]
+
+    def _leave(self, number: int) -> None:
+        """Nobody asks for a request any more."""
+        if number in self.requests:
+            self.cancel(number)
+            self.take(number)
+
+    def _break(self, request: Request, error: str) -> None:
+        """Ends a request with an error as soon as the step is over."""
+        request.error = error
+        self._broken.append(request)
+
+    def _fail(self, error: Exception) -> None:
+        """A step has gone wrong: those who took part in its pass end, and all others start again."""
+        owners: list[Request] = [segment.owner for segment in self._in_hand]
+        owners = owners or list(self.scheduler.running) or list(self.scheduler.waiting)[:1]
+        self._restart()
+        for request in owners:
+            if request.reason is None:
+                self._end(request, "error", _sentence("the model", error))
+
+    def _restart(self) -> None:
+        """Everybody waits again, to be computed from the tokens known: whatever broke off in the middle is gone."""
+        self.flights.clear()
+        self.arrived.clear()
+        self.store.clear()
+        self.prefixes = Prefixes(self.store, self.prefixes.most)
+        going = [request for request in self.requests.values() if request.reason is None]
+        self.scheduler.restart(going)
+        for request in going:
+            rewind(self._draws[request.number], len(request.new) if request.params.temperature else 0)
 
     def _admit(self) -> None:
         """Lets in who fits beside the others until all are done; who begins like another text starts there."""
@@ -172,9 +311,10 @@ class Engine:
         self.store.truncate(sequence, request.taken)
         return sequence
 
-    def _pass(self) -> list[Event]:
+    def _pass(self) -> None:
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
         if entering:
+            self._in_hand = entering
             with self.clock.part("prelude"):
                 self._keep(*self.passes.enter(entering))
         with self.clock.part("core"):
@@ -183,21 +323,21 @@ class Engine:
                 self._core()
         waiting = sum(len(part.segments) for part in self.arrived)
         if not self.scheduler.may_leave(waiting, bool(self.flights)):
-            return []
-        events: list[Event] = []
+            return
         parts, self.arrived = self.passes.together(self.arrived), []
         for part in parts:
+            self._in_hand = part.segments
             with self.clock.part("coda and head"):
                 logits = self.passes.leave(part)
             with self.clock.part("sampling"):
-                events += self._draw(part.segments, logits)
-        return events
+                self._draw(part.segments, logits)
 
     def _core(self) -> None:
         """Everybody in the core takes a recursion."""
         for group in range(len(self.model.stack.core.groups)):
             flights = [self.flights.pop(key) for key in list(self.flights) if key[1] == group]
             if flights:
+                self._in_hand = [segment for flight in flights for segment in flight.segments]
                 self._keep(*self.passes.core(group, flights))
 
     def _keep(self, going: list[Flight], arrived: list[Arrived]) -> None:
@@ -213,33 +353,61 @@ class Engine:
         policy = self._policies[request.params.depth]
         return Segment(request.sequence, start, tokens, policy, request, reads, request.trace)
 
-    def _draw(self, segments: list[Segment], logits: Tensor) -> list[Event]:
+    def _draw(self, segments: Sequence[Segment], logits: Tensor) -> None:
         """The next token of each request whose text is all in."""
-        events = []
-        ready = [segment.owner for segment in segments if self.scheduler.back(segment.owner)]
-        for request, row in zip(ready, logits, strict=True):
-            params = request.params
+        requests: list[Request] = [segment.owner for segment in segments if self.scheduler.back(segment.owner)]
+        if not requests:
+            return
+        draws = [self._draws[request.number] for request in requests]
+        texts = [request.tokens if request.params.repetition_penalty != 1 else () for request in requests]
+        tokens = sample(logits, [request.params for request in requests], draws, texts)
+        known = self._log_probabilities(requests, logits, tokens)
+        for request, token, logprobs in zip(requests, tokens.tolist(), known, strict=True):
+            if token < 0:
+                self._break(request, "the logits are not finite, so there is no next token")
+                continue
             if not request.new:
+                assert request.sequence is not None
                 self._keep_text(self.store.fork(request.sequence), request)
-            if params.max_new_tokens:
-                draws = [self._draws[request.number]]
-                token = int(sample(row[None], params.temperature, params.top_k, params.top_p, draws))
-                request.new.append(token)
-            if len(request.new) >= params.max_new_tokens:
+            if not request.params.max_new_tokens:
                 self._end(request, "length")
-            elif token == params.eos_id:
-                self._end(request, "stop")
-            depth = None if request.trace is None else request.trace.depth[-1]
-            events.append(Event(request.number, request.new[-1] if request.new else None, request.reason, depth))
-        return events
+                continue
+            try:
+                event = request.take(token, logprobs)
+            except Exception as error:
+                self._break(request, _sentence("the tokenizer", error))
+                continue
+            if event.reason is None:
+                self._events.append(event)
+            else:
+                self._end(request, event.reason, event=event)
 
-    def _end(self, request: Request, reason: Reason) -> None:
+    def _log_probabilities(self, requests: list[Request], logits: Tensor, tokens: Tensor) -> list[LogProbs | None]:
+        """Of the new tokens of those who asked for them."""
+        found: list[LogProbs | None] = [None] * len(requests)
+        asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        if asked:
+            counts = [requests[row].params.logprobs or 0 for row in asked]
+            own, values, ids = log_probabilities(logits[asked], tokens[asked].clamp(min=0), max(counts))
+            for row, count, token, likeliest, index in zip(
+                asked, counts, own.tolist(), values.tolist(), ids.tolist(), strict=True
+            ):
+                found[row] = LogProbs(token, list(zip(index[:count], likeliest[:count], strict=True)))
+        return found
+
+    def _end(self, request: Request, reason: Reason, error: str | None = None, event: Event | None = None) -> None:
+        """Ends a request, wherever it is, and says so by an event."""
         if reason in ("length", "stop") and request.sequence is not None:
             self._keep_text(request.sequence, request)
             request.sequence = None
         self._forget(request)
         del self._draws[request.number]
+        request.error = error
         self.scheduler.end(request, reason)
+        if event is None:
+            rest = request.text.finish() if request.text is not None and error is None else ""
+            event = Event(request.number, None, rest, reason=reason)
+        self._events.append(event)
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of everything but the scheduler."""
@@ -284,3 +452,9 @@ class Engine:
     def _demand(self, request: Request, tokens: int) -> int:
         """Pages that so many tokens of a request need at most."""
         return self.demand.pages(tokens, self._policies[request.params.depth].recursions)
+
+
+def _sentence(who: str, error: Exception) -> str:
+    """What went wrong, in one sentence."""
+    message = next(iter(str(error).splitlines()), "").strip().rstrip(".")
+    return f"{who} failed with {type(error).__name__}{': ' if message else ''}{message}"

@@ -1,6 +1,7 @@
 """Who runs, who waits, and what each sends into the model next. Plain Python, no tensors."""
 
 from collections import deque
+from collections.abc import Iterable
 
 from morex.infer.request import Reason, Request
 
@@ -82,6 +83,14 @@ class Scheduler:
         """Takes back what a request has under way: the model has taken in so many of its tokens."""
         self.under_way.discard(request.number)
         request.taken = taken
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Lets these wait, in their order, with nothing in the store, and forgets everybody else."""
+        self.running.clear()
+        self.under_way.clear()
+        self.waiting = deque(requests)
+        for request in self.waiting:
+            request.taken, request.sequence = 0, None
 
     def end(self, request: Request, reason: Reason) -> None:
         """Ends a request, wherever it is."""

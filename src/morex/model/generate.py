@@ -1,6 +1,5 @@
 """The plain decoding loop: prefill once, then token by token against the KV cache. The reference for any engine."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from morex.depth.policy import Depth
 from morex.model.checks import check_decodes
+from morex.model.sampling import Sampling, check_sampling, generator_of, is_integer, sample
 
 if TYPE_CHECKING:
     from morex.model.lm import LanguageModel
@@ -52,10 +52,12 @@ def generate(
     """
     check_decodes(model.config, depth)
     prompts = _prompts(tokens)
-    check_options(max_new_tokens, temperature, top_k, top_p, seed, depth)
+    own = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_options(max_new_tokens, own, seed, depth)
     check_room(model, max(map(len, prompts)), max_new_tokens)
     device = model.embedding.weight.device
     draws = [generator_of(seed, row) for row in range(len(prompts))]
+    options = [own] * len(prompts)
     was_training = model.training
     model.eval()
     try:
@@ -67,7 +69,8 @@ def generate(
         for _ in range(max_new_tokens):
             batch, real = (part.to(device, non_blocking=True) for part in (fresh, lengths))
             logits = model(batch, lengths=real, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
-            new = sample(logits, temperature, top_k, top_p, draws)[:, None]
+            new = sample(logits, options, draws)[:, None]
+            check_tokens(new)
             texts = F.pad(texts, (0, 1)).scatter(1, ends[:, None], new)  # after the end of a row it is padding
             ends = ends + going
             if eos_id is not None:
@@ -80,39 +83,6 @@ def generate(
     if isinstance(tokens, Tensor) and bool((ends == ends[0]).all()):
         return texts[:, : int(ends[0])].to(device)
     return [row[:end] for row, end in zip(texts.tolist(), ends.tolist(), strict=True)]
-
-
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """Token ids [B] on the CPU from logits [B, V], row b drawn by generator b; temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return logits.argmax(-1).cpu()
-    wide = logits.double().cpu()
-    # From the likeliest on, so that no temperature is too small to divide by.
-    scores = (wide - wide.max(-1, keepdim=True).values) / temperature
-    if top_k is not None and top_k < scores.shape[-1]:
-        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        probabilities, order = scores.softmax(-1).sort(descending=True, stable=True)
-        # A token is dropped where those before it already reach p; the likeliest always stays.
-        dropped = probabilities.cumsum(-1) - probabilities >= top_p
-        scores = scores.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
-    rows = zip(scores.softmax(-1), generators, strict=True)
-    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
-
-
-def generator_of(seed: int | None, row: int) -> torch.Generator:
-    """What one row draws from, on the CPU; without a seed, never the same twice."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-        return generator
-    return generator.manual_seed(seed * 1_000_003 + row)
 
 
 def _right_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -142,27 +112,21 @@ def check_room(model: "LanguageModel", longest: int, max_new_tokens: int) -> Non
         )
 
 
-def check_options(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    depth: Depth,
-) -> None:
+def check_options(max_new_tokens: int, sampling: Sampling, seed: int | None, depth: Depth) -> None:
     """Raises ValueError for options of `generate` that are out of range or without effect."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be 0 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be 0 (likeliest token) or more, and finite")
-    if seed is not None and not 0 <= seed < LARGEST_SEED:
-        raise ValueError(f"seed {seed} must lie between 0 and {LARGEST_SEED - 1}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k} must be 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} must be above 0 and at most 1")
-    for name, value in (("top_k", top_k), ("top_p", top_p)):
-        if value is not None and temperature == 0:
-            raise ValueError(f"{name} {value} has no effect at temperature 0, the likeliest token; set both")
+    if not is_integer(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be an integer of 0 or more")
+    check_sampling(sampling)
+    if seed is not None and not (is_integer(seed) and 0 <= seed < LARGEST_SEED):
+        raise ValueError(f"seed {seed} must be an integer between 0 and {LARGEST_SEED - 1}")
     if depth == "oracle":
         raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out or give a fixed one")
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raises ValueError where a row has no next token."""
+    for row in (tokens < 0).flatten().nonzero():
+        raise ValueError(
+            f"the logits of row {int(row)} are not finite, so there is no next token; look for weights that are not "
+            "finite, or use a wider precision"
+        )

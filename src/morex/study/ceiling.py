@@ -32,8 +32,8 @@ from morex.cache.store import KVStore
 from morex.depth.schedule import Step
 from morex.infer.demand import Demand
 from morex.infer.passes import Passes, Segment
-from morex.model.generate import sample
 from morex.model.lm import LanguageModel, attention_shape
+from morex.model.sampling import Sampling, sample
 from morex.nn.packing import pack_rows
 from morex.study.contender import wait
 
@@ -217,7 +217,7 @@ class PassTimer:
                 going, arrived = passes.core(group, going)
                 start = self._lap(seconds, r, start)
         [part] = arrived
-        sample(passes.leave(part), 0.0, None, None, [])
+        sample(passes.leave(part), [Sampling()] * len(segments), [])
         self._lap(seconds, -1, start)
         self.times.append(seconds)
 
