@@ -127,13 +127,19 @@ class ContiguousStore(KVStore):
 class _Part:
     """The rows of a pass that are in one stream, and their tokens."""
 
-    def __init__(self, first: Slot, members: list[int], rows: Sequence[Row], packing: Packing | None) -> None:
-        self.first, self.members = first, members
+    def __init__(
+        self, first: Slot, members: list[int], rows: Sequence[Row], packing: Packing | None, is_everyone: bool
+    ) -> None:
+        self.first, self.members, self.is_everyone = first, members, is_everyone
         self.sequences = [rows[i][0] for i in members]
         self.index: Tensor | None = None
         """Which tokens of the pass these are; None for all."""
         self.counts = [0] * len(members)
         self.starts: list[int] = []
+        self.found: tuple[slice, slice] | tuple[Tensor, Tensor] = slice(0), slice(0)
+        """What `where` found for these."""
+        self.frame: tuple[int, int] | None = None
+        """Rows and columns of the area that the tokens take; None where they go to places of their own."""
         if packing is None:
             return
         self.counts = [packing.counts[i] for i in members]
@@ -142,16 +148,27 @@ class _Part:
             mine[members] = True
             self.index = mine.to(packing.row.device)[packing.row].nonzero().squeeze(1)
 
-    def place(self, starts: list[int], packing: Packing) -> tuple[Tensor, Tensor]:
-        """Row and entry of each token, where the lists have so many entries already. The same at all places."""
-        if starts != self.starts:
-            self.starts = starts
+    def where(self, starts: list[int], packing: Packing) -> tuple[slice, slice] | tuple[Tensor, Tensor]:
+        """Rows and entries of the tokens, where the lists have so many entries already. The same at all places."""
+        if starts == self.starts:
+            return self.found
+        self.starts, self.frame = starts, None
+        if self.is_everyone and packing.is_full and min(starts) == max(starts):
+            self.frame = packing.rows, packing.width
+            self.found = slice(None), slice(starts[0], starts[0] + packing.width)
+        else:
             sequence, start = torch.zeros(2, packing.rows, dtype=torch.int64)
             sequence[self.members], start[self.members] = torch.tensor(self.sequences), torch.tensor(starts)
             device = packing.row.device
             row, rank = (part if self.index is None else part[self.index] for part in (packing.row, packing.rank))
-            self._found = sequence.to(device)[row], start.to(device)[row] + rank
-        return self._found
+            self.found = sequence.to(device)[row], start.to(device)[row] + rank
+        return self.found
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """Something of each token of the pass [N, ...] as it fits `where`."""
+        if self.frame is not None:
+            return x.reshape(*self.frame, *x.shape[1:])
+        return x if self.index is None else x[self.index]
 
 
 class _ContiguousLists(Lists):
@@ -160,7 +177,8 @@ class _ContiguousLists(Lists):
         members: dict[Slot, list[int]] = {}
         for i, (_, first) in enumerate(rows):
             members.setdefault(first, []).append(i)
-        self.parts = [_Part(first, own, rows, packing) for first, own in members.items()]
+        everyone = store.is_everyone([sequence for sequence, _ in rows]) and len(members) == 1
+        self.parts = [_Part(first, own, rows, packing, everyone) for first, own in members.items()]
 
     @torch.no_grad()
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
@@ -176,11 +194,12 @@ class _ContiguousLists(Lists):
             room = buffers.time.shape[1]
             if max(ends) > room:
                 buffers.grow(1, max(*ends, 2 * room))
-            where = part.place(starts, self.packing)
-            k_new, v_new, time = (x if part.index is None else x[part.index] for x in (k, v, self.packing.time))
-            buffers.k[place][where] = k_new.to(buffers.k[place].dtype)
-            buffers.v[place][where] = v_new.to(buffers.v[place].dtype)
-            buffers.time[where] = time
+            is_known = starts == part.starts  # from an earlier place of the stream, which has written the times
+            where = part.where(starts, self.packing)
+            buffers.k[place][where] = part.shaped(k).to(buffers.k[place].dtype)
+            buffers.v[place][where] = part.shaped(v).to(buffers.v[place].dtype)
+            if not is_known:
+                buffers.time[where] = part.shaped(self.packing.time)
             for sequence, end in zip(part.sequences, ends, strict=True):
                 lengths[sequence] = end
         return fresh
@@ -203,8 +222,9 @@ class _ContiguousLists(Lists):
         buffers = self.store.stream(part.first, self.width)
         assert buffers is not None, f"nobody has come by stream {part.first}"
         lengths = buffers.lengths[place]
-        end = max(1, *(lengths[sequence] for sequence in part.sequences))
+        ends = [lengths[sequence] for sequence in part.sequences]
+        end = max(1, *ends)
         k, v, time = buffers.k[place][:, :end], buffers.v[place][:, :end], buffers.time[:, :end]
-        if self.store.is_everyone(part.sequences):
-            return Keys(k, v, time)
+        if part.is_everyone:
+            return Keys(k, v, time, is_full=min(ends) == end)
         return Keys(k[part.sequences], v[part.sequences], time[part.sequences])

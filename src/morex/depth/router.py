@@ -69,6 +69,8 @@ class Routing:
 
     is_full: bool = True
     """Whether all tokens are known to be active at the last recursion."""
+    with_stats: bool = True
+    """Whether anybody asks for statistics."""
 
     def add_loss(self, name: str, value: Tensor) -> None:
         self.losses.setdefault(name, []).append(value)
@@ -101,8 +103,8 @@ class Routing:
 
     def _of_tokens(self) -> dict[str, Any]:
         """The fields that hold something for each token, or nothing yet."""
-        names = {field.name for field in fields(self)} - {"packing", "policy", "losses", "stats", "peek", "is_full"}
-        return {name: getattr(self, name) for name in names}
+        others = {"packing", "policy", "losses", "stats", "peek", "is_full", "with_stats"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
 
 class DepthRouter(nn.Module):
@@ -155,8 +157,11 @@ class DepthRouter(nn.Module):
     def ask(self, h: Tensor, routing: Routing, r: int) -> None:
         """Decides which tokens take recursion r; `routing.active` says it."""
         active = self.decide(h, routing, r)
+        if active is not None:
+            routing.active = active
+        elif not routing.is_full:
+            routing.active = torch.ones_like(routing.active)
         routing.is_full = active is None
-        routing.active = torch.ones_like(routing.active) if active is None else active
         routing.masks.append(routing.active)
 
     def packed(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
@@ -186,6 +191,8 @@ class DepthRouter(nn.Module):
 
     def finish(self, h: Tensor, routing: Routing) -> tuple[Tensor, Signals]:
         """Ends the pass: the group's output and the router's report."""
+        if not routing.with_stats:
+            return h, Signals()
         counts = [mask.sum() for mask in routing.masks]
         counts += [routing.active.new_zeros((), dtype=torch.int64)] * (self.recursions - len(counts))
         tokens = torch.tensor(h.shape[0], device=h.device)

@@ -6,7 +6,8 @@ recurs as a whole (ABC ABC ABC) and is one routed group; under `sequence` each c
 starts (AAA BBB CCC) and is a routed group of its own. Blocks are numbered prelude, core, coda. No torch here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
@@ -70,21 +71,25 @@ class Schedule:
         """Blocks that a token passes when it takes every recursion (L)."""
         return self.prelude + self.core * self.recursions + self.coda
 
-    @property
+    @cached_property
     def prelude_steps(self) -> tuple[Step, ...]:
         return tuple(Step(b, 1) for b in range(self.prelude))
 
-    @property
+    @cached_property
     def coda_steps(self) -> tuple[Step, ...]:
         return tuple(Step(b, 1) for b in range(self.prelude + self.core, self.num_blocks))
 
-    @property
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         blocks = range(self.prelude, self.prelude + self.core)
         depths = range(1, self.recursions + 1)
         if self.order == "cycle":
             return (Group(tuple(tuple(Step(b, r) for b in blocks) for r in depths)),)
         return tuple(Group(tuple((Step(b, r),) for r in depths)) for b in blocks)
+
+    def recurring(self, recursions: int) -> "Schedule":
+        """The same with another number of recursions."""
+        return self if recursions == self.recursions else replace(self, recursions=recursions)
 
     def place(self, step: Step) -> int:
         """Where a step stands in `steps`, from 0."""

@@ -51,9 +51,14 @@ Attend = Callable[[Tensor, ExpertRows, int], Tensor]
 """Attention as a function of rows [M, D], of what stands in them, and of the step."""
 
 
+def outlives(views: ExpertViews | None) -> bool:
+    """Whether there is a cache that outlives the call."""
+    return views is not None and views.expert(0, 0) is not None
+
+
 def cache_slots(views: ExpertViews | None, experts: int, steps: int) -> list[list[KeyView | None]] | None:
     """The slots of each expert's steps, or None where no cache outlives the call."""
-    if views is None or views.expert(0, 0) is None:
+    if views is None or not outlives(views):
         return None
     return [[views.expert(e, s) for s in range(steps)] for e in range(experts)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from morex.experts.attention import ExpertRows
+from morex.experts.attention import ExpertRows, outlives
 from morex.experts.dispatch import dispatch
 from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter, expert_router_costs
@@ -53,7 +53,7 @@ class HuginnExperts(nn.Module):
         self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
-        chosen, weights, signals = self.router(x)
+        chosen, weights, signals = self.router(x, not outlives(views))
         sent = dispatch(chosen, self.router.experts)
         states = initial_state(x, self.state_std, self.training).index_select(0, sent.token)
         own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from morex.experts.attention import outlives
 from morex.experts.moe import MoE
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
@@ -60,11 +61,12 @@ class LayerRecurrentExperts(MoE):
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report over all steps."""
         state, average, reports = x, None, []
+        with_stats = not outlives(views)
         for _ in range(self.steps):
             logits = self.router.logits(state)
             average = logits if average is None else self.ema * average + (1 - self.ema) * logits
             warm = average / temperature(average, self.entropy_floor).unsqueeze(1)
-            chosen, weights, signals = self.router.route(warm)
+            chosen, weights, signals = self.router.route(warm, with_stats)
             before, state = state, state + self.scale * self.mix(state, chosen, weights)
             if traces:
                 about = {

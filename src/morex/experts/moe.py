@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from morex.experts.attention import outlives
 from morex.experts.dispatch import dispatch, expert_linear
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
@@ -43,7 +44,7 @@ class MoE(nn.Module):
         self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
-        chosen, weights, signals = self.router(x)
+        chosen, weights, signals = self.router(x, not outlives(views))
         return self.mix(x, chosen, weights), {"router": signals}
 
     def mix(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

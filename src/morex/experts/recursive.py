@@ -28,6 +28,7 @@ from morex.experts.attention import (
     attend_routed,
     cache_slots,
     fast_plan,
+    outlives,
 )
 from morex.experts.dispatch import dispatch, expert_rows
 from morex.experts.moe import expert_gated
@@ -89,7 +90,11 @@ class RecursiveExperts(nn.Module):
         self, x: Tensor, packing: Packing, views: ExpertViews | None = None, traces: bool = False
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and what the routers report."""
-        chosen, weights, signals = self.router(x)
+        chosen, weights, signals = self.router(x, not outlives(views))
+        if self._goes_alone(x):
+            [experts], [shares] = chosen.tolist(), weights.tolist()
+            y = fast.single_token(x, experts, shares, self._used(), self.eps, self.shape.head_dim)
+            return y, {"router": signals}
         sent = dispatch(chosen, self.router.experts)
         rows = ExpertRows(packing, sent.token, sent.counts)
         if views is None and isinstance(self.depth, FixedRouter):
@@ -106,10 +111,15 @@ class RecursiveExperts(nn.Module):
             signals.choices = [replace(choice, steps=taken) for choice in signals.choices]
         return sent.combine(y, weights), reports
 
+    def _goes_alone(self, x: Tensor) -> bool:
+        """Whether x [N, D] is one token that needs nobody else, and no gradient."""
+        is_alone = x.shape[0] == 1 and self.scope == "token" and isinstance(self.depth, FixedRouter)
+        return is_alone and not torch.is_grad_enabled() and fast.usable(x, self.gate)
+
     def _used(self) -> dict[str, Tensor]:
         """The stacked weights that are computed with."""
         unused = ("q", "k") if self.scope == "token" else ()
-        return {name: weight for name, weight in self.named_parameters(recurse=False) if name not in unused}
+        return {name: weight for name, weight in self._parameters.items() if weight is not None and name not in unused}
 
     def _loop(self, x: Tensor, rows: ExpertRows, views: ExpertViews | None) -> tuple[Tensor, Routing, Signals]:
         """The experts on their own rows x [M, D] -> [M, D], and what the depth router did and reports."""

@@ -26,26 +26,32 @@ class ExpertRouter(nn.Module):
         self.loss_weights = {name: weight for name, weight in weights.items() if weight}
         self.register_buffer("bias", torch.zeros(experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Signals]:
-        """x [N, D] -> chosen experts [N, K], their weights [N, K], and the report."""
-        return self.route(self.logits(x))
+    def forward(self, x: Tensor, with_stats: bool = True) -> tuple[Tensor, Tensor, Signals]:
+        """x [N, D] -> chosen experts [N, K], their weights [N, K], and the report, `with_stats` statistics in it."""
+        return self.route(self.logits(x), with_stats)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, E], never in half precision."""
+        if x.dtype == self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.weight.dtype), self.weight)
 
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor, Signals]:
+    def route(self, logits: Tensor, with_stats: bool = True) -> tuple[Tensor, Tensor, Signals]:
         """Logits [N, E] -> chosen experts [N, K], their weights [N, K], and the report."""
-        # torch's softmax is slow over a few columns on a CPU; the z-loss and the entropy need the logarithms anyway.
-        log_total = logits.logsumexp(-1)
-        log_probabilities = logits - log_total.unsqueeze(-1)
-        probabilities = log_probabilities.exp()
-        chosen = self.choose(probabilities.detach())
+        if with_stats or self.training:
+            # torch's softmax is slow over a few columns of many rows, and the report needs the logarithms anyway.
+            log_total = logits.logsumexp(-1)
+            log_probabilities = logits - log_total.unsqueeze(-1)
+            probabilities = log_probabilities.exp()
+            chosen = self.choose(probabilities.detach())
+            signals = self._report(log_total, log_probabilities, probabilities, chosen)
+        else:
+            probabilities = logits.softmax(-1)
+            chosen, signals = self.choose(probabilities.detach()), Signals()
         weights = probabilities.gather(1, chosen)
         if self.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        signals = self._report(log_total, log_probabilities, probabilities, chosen)
         signals.choices.append(Choice(chosen, logits.detach()))
         return chosen, weights, signals
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from morex.depth.policy import Depth
@@ -51,45 +50,46 @@ def generate(
         ValueError: an empty prompt, options out of range, a model without a causal rule, or a classifier.
     """
     check_decodes(model.config, depth)
-    prompts = _prompts(tokens)
+    rows = _prompts(tokens)
     own = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     check_options(max_new_tokens, own, seed, depth)
-    check_room(model, max(map(len, prompts)), max_new_tokens)
+    check_room(model, max(map(len, rows)), max_new_tokens)
     device = model.embedding.weight.device
-    draws = [generator_of(seed, row) for row in range(len(prompts))]
-    options = [own] * len(prompts)
+    draws = [generator_of(seed, row) for row in range(len(rows))]
+    options = [own] * len(rows)
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(len(prompts)) if use_cache else None
-        # Texts and their lengths stay on the CPU: what a step draws is all that it waits for.
-        texts, ends = _right_pad(prompts)
-        fresh, lengths = texts, ends
-        going = torch.ones_like(ends, dtype=torch.bool)
+        cache = model.new_cache(len(rows)) if use_cache else None
+        fresh = rows
+        going = [True] * len(rows)
         for _ in range(max_new_tokens):
-            batch, real = (part.to(device, non_blocking=True) for part in (fresh, lengths))
-            logits = model(batch, lengths=real, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
-            new = sample(logits, options, draws)[:, None]
+            batch, lengths = _right_pad(fresh, device)
+            logits = model(batch, lengths=lengths, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
+            new = sample(logits, options, draws).tolist()
             check_tokens(new)
-            texts = F.pad(texts, (0, 1)).scatter(1, ends[:, None], new)  # after the end of a row it is padding
-            ends = ends + going
-            if eos_id is not None:
-                going = going & (new[:, 0] != eos_id)
-                if not going.any():
-                    break
-            fresh, lengths = (new, going.long()) if use_cache else (texts, ends)
+            for row, token, goes in zip(rows, new, going, strict=True):
+                if goes:
+                    row.append(token)
+            going = [goes and token != eos_id for token, goes in zip(new, going, strict=True)]
+            if not any(going):
+                break
+            fresh = [[token] if goes else [] for token, goes in zip(new, going, strict=True)] if use_cache else rows
     finally:
         model.train(was_training)
-    if isinstance(tokens, Tensor) and bool((ends == ends[0]).all()):
-        return texts[:, : int(ends[0])].to(device)
-    return [row[:end] for row, end in zip(texts.tolist(), ends.tolist(), strict=True)]
+    if isinstance(tokens, Tensor) and len(set(map(len, rows))) == 1:
+        return torch.tensor(rows, device=device)
+    return rows
 
 
-def _right_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T] and lengths [B] of rows of ids, on the CPU."""
+def _right_pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Tokens [B, T] of rows of ids, and their lengths [B]; None where all are equally long."""
     lengths = [len(row) for row in rows]
     width = max(lengths)
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor(lengths)
+    if min(lengths) == width:
+        return torch.tensor(rows, device=device), None
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    return padded, torch.tensor(lengths, device=device)
 
 
 def _prompts(tokens: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -123,10 +123,11 @@ def check_options(max_new_tokens: int, sampling: Sampling, seed: int | None, dep
         raise ValueError("depth 'oracle' sees later tokens, so it cannot decode; leave depth out or give a fixed one")
 
 
-def check_tokens(tokens: Tensor) -> None:
+def check_tokens(tokens: Sequence[int]) -> None:
     """Raises ValueError where a row has no next token."""
-    for row in (tokens < 0).flatten().nonzero():
-        raise ValueError(
-            f"the logits of row {int(row)} are not finite, so there is no next token; look for weights that are not "
-            "finite, or use a wider precision"
-        )
+    for row, token in enumerate(tokens):
+        if token < 0:
+            raise ValueError(
+                f"the logits of row {row} are not finite, so there is no next token; look for weights that are not "
+                "finite, or use a wider precision"
+            )

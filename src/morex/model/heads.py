@@ -180,8 +180,9 @@ def _arranged(flat: Tensor, kept: Tensor | None, packing: Packing, time: int) ->
     """Logits of all tokens [N, V] in the frame of the batch [B, T, V], or of those kept [B, k, V]."""
     if kept is not None:
         return flat[kept].view(packing.rows, -1, flat.shape[-1])
+    frame = packing.pad(flat)
     # The frame is as wide as the longest row, and the batch may be wider.
-    return F.pad(packing.pad(flat), (0, 0, 0, time - packing.width))
+    return frame if packing.width == time else F.pad(frame, (0, 0, 0, time - packing.width))
 
 
 def classifier_costs(d_model: int, classes: int) -> Costs:
@@ -205,7 +206,7 @@ def _next_tokens(labels: Tensor, time: int) -> Tensor:
 
 def _kept_rows(packing: Packing, keep: int | Tensor) -> Tensor | None:
     """Flat tokens whose logits are kept [B * k], or None for all."""
-    if isinstance(keep, int) and keep == 0:
+    if isinstance(keep, int) and (keep == 0 or (keep == packing.width and packing.is_full)):
         return None
     lengths = packing.lengths
     first = lengths.cumsum(0) - lengths

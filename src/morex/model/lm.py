@@ -57,7 +57,7 @@ class Output:
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Weight of each auxiliary loss in `loss`."""
     stats: RouterStats = field(default_factory=RouterStats)
-    """Router statistics by module path, for `update_routers`."""
+    """Router statistics by module path, for `update_routers`; none with a cache, which goes with decoding."""
     trace: Trace | None = None
 
 

@@ -37,12 +37,15 @@ class Record:
     exits: Exits | None = None
     """Where the loss is over all exits, what it needs."""
     traces: bool = False
+    with_stats: bool = True
+    """Whether anybody asks for statistics."""
 
     def add(self, name: str, signals: Signals) -> None:
         """Adds one router's report."""
         for loss, value in signals.losses.items():
             self.losses.setdefault(loss_name(name, loss), []).append(value)
-        self.stats.include(name, signals.stats)
+        if signals.stats:
+            self.stats.include(name, signals.stats)
         self.exits = signals.exits or self.exits
 
 
@@ -178,7 +181,7 @@ class Core(nn.Module):
             run = replace(run, rule="per_recursion")  # the latest visit is the one in hand, and that is faster
         injected = own.prepare(h)
         h, routing = own.router.begin(h, packing, policy)
-        routing.peek = run.peek
+        routing.peek, routing.with_stats = run.peek, run.record.with_stats
         start, states = h.detach(), []
         for r, steps in enumerate(group.recursions, start=1):
             with own.router.gradient(policy, r):
@@ -225,13 +228,14 @@ class Stack(nn.Module):
         Args:
             read: norm and head, from states [N, D] to logits [N, V]; for the peeks of exit rules.
         """
-        schedule, batch = replace(self.core.schedule, recursions=policy.recursions), packing.root()
+        schedule, batch = self.core.schedule.recurring(policy.recursions), packing.root()
         call: SlotStore = CallStore()
         if self.rule == "refresh":
             call = LatestVisits(call if cache is None else cache, batch)
-        run = Pass(schedule, self.windows, self.rule, cache, call, Record(traces=traces), batch)
+        record = Record(traces=traces, with_stats=cache is None)
+        run = Pass(schedule, self.windows, self.rule, cache, call, record, batch)
         # Prelude and coda run once: no later recursion reads their keys.
-        once = replace(run, rule="per_recursion")
+        once = run if self.rule == "per_recursion" else replace(run, rule="per_recursion")
         for i, step in enumerate(schedule.prelude_steps):
             x = once.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
         if read is not None:

@@ -90,6 +90,20 @@ def _attend_to_pages(q: Tensor, packing: Packing, keys: PagedKeys, scale: float,
     return y
 
 
+def sees_all(packing: Packing, keys: Keys, window: int | None = None) -> bool:
+    """Whether every token sees every key of its row: each row has its newest token and nothing is missing."""
+    is_newest = packing.span == 1 and packing.is_full
+    return is_newest and keys.is_full and (window is None or keys.k.shape[1] <= window)
+
+
+def attend_all(q: Tensor, keys: Keys, scale: float, dropout: float = 0.0) -> Tensor:
+    """`attend_to` for one query a row that sees all its keys: q [B, H, dim] -> [B, H, dim]."""
+    k, v = keys.k.transpose(1, 2), keys.v.transpose(1, 2)
+    gqa = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, dropout_p=dropout, scale=scale, enable_gqa=gqa)
+    return y[:, :, 0]
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """q [B, M, H, dim], k and v [B, S, KV, dim], mask [B, M, S] or None for causal -> [B, M, H, dim]."""
     frame = F.scaled_dot_product_attention(
@@ -138,7 +152,7 @@ def turn(heads: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
     if rope is None:
         return heads
     wide = torch.promote_types(heads.dtype, torch.float32)
-    return rotate(heads, packing.rotary(heads.shape[-1], rope, wide))
+    return rotate(heads, packing.turns(heads.shape[-1], rope, wide))
 
 
 class Attention(nn.Module):
@@ -194,7 +208,11 @@ class Attention(nn.Module):
             y = attend(q, k, v, packing, self.shape.scale, window, dropout)
         else:
             assert view is not None
-            y = attend_to(q, packing, view.read(), self.shape.scale, window, dropout)
+            keys, scale = view.read(), self.shape.scale
+            if isinstance(keys, Keys) and sees_all(packing, keys, window):
+                y = attend_all(q, keys, scale, dropout)
+            else:
+                y = attend_to(q, packing, keys, scale, window, dropout)
         return changed(self.o, y.reshape(n, -1), own.get("o"))
 
     def _has_fast_path(self, x: Tensor, packing: Packing, window: int | None) -> bool:

@@ -21,6 +21,8 @@ class Keys:
     time: Tensor
     """Time of each key; NEVER where there is none."""
     documents: Tensor | None = None
+    is_full: bool = False
+    """Whether all rows are known to have S keys, none of them later than the tokens in hand."""
 
 
 @dataclass(frozen=True)

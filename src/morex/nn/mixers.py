@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +38,8 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate x) * up x) (Shazeer 2020, eq. 6); x [N, D], weights as in `nn.Linear`."""
-    if fast.usable(x, gate, up, down) and not fast.takes_rows(x, gate):
+    # It keeps less for the backward pass; without one there is nothing to keep.
+    if torch.is_grad_enabled() and fast.usable(x, gate, up, down):
         return fast.swiglu(x, gate, up, down)
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 

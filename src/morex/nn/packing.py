@@ -43,6 +43,7 @@ class Packing:
     index: Tensor | None = None
     """Where each token stands in the list that these were selected from [N]; None where all were."""
     _tables: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _turns: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _frames: dict[tuple[int, int, int, Rope | None, torch.dtype], Frames] = field(default_factory=dict, repr=False)
 
     @property
@@ -53,11 +54,20 @@ class Packing:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row [B]."""
+        if self.is_full:
+            return torch.full((self.rows,), self.width, device=self.row.device)
         return torch.bincount(self.row, minlength=self.rows)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the frame has no padding: all rows are equally long."""
+        return self.place is None
 
     @cached_property
     def counts(self) -> list[int]:
         """`lengths` as numbers, for decisions in plain Python."""
+        if self.is_full:
+            return [self.width] * self.rows
         counts: list[int] = self.lengths.tolist()
         return counts
 
@@ -98,6 +108,7 @@ class Packing:
             place=None if full else row * width + rank,
             index=index if self.index is None else self.index[index],
             _tables={key: (cos[index], sin[index]) for key, (cos, sin) in self._tables.items()},
+            _turns={key: (cos[index], sin[index]) for key, (cos, sin) in self._turns.items()},
             _frames={},
         )
 
@@ -154,6 +165,15 @@ class Packing:
             self._tables[key] = (angle.cos(), angle.sin())
         return self._tables[key]
 
+    def turns(self, dim: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`rotary` for both channels of each pair [N, 1, dim], as `rotate` takes it; computed once and kept."""
+        key = (dim, rope, dtype)
+        if key not in self._turns:
+            periods = rope.periods(dim, self.positions.device, dtype)
+            angle = self.positions.to(dtype).view(-1, 1, 1) / torch.cat((-periods, periods))
+            self._turns[key] = (angle.cos(), angle.sin())
+        return self._turns[key]
+
     def frames(self, heads: int, kv_heads: int, dim: int, rope: Rope | None, dtype: torch.dtype) -> Frames:
         """The frames that fast attention pads these tokens into; computed once and kept. Without rope nothing turns."""
         key = (heads, kv_heads, dim, rope, dtype)
@@ -184,9 +204,13 @@ def pack_batch(
         The packing; its `index` points into the flattened batch [B * T], or is None where nothing is padding.
     """
     batch, time = shape
-    row = torch.arange(batch, device=device).repeat_interleave(time)
-    step = torch.arange(time, device=device).repeat(batch)
-    now = step if start is None else step + start.to(device)[row]
+    row = torch.arange(batch, device=device)
+    if time == 1 and start is not None and lengths is None:
+        now = start.to(device)  # a new token of each sequence
+    else:
+        row = row.repeat_interleave(time)
+        step = torch.arange(time, device=device).repeat(batch)
+        now = step if start is None else step + start.to(device)[row]
     packing = Packing(
         rows=batch,
         width=time,

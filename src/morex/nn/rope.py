@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,19 @@ class Rope:
 
     def periods(self, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Positions in which each pair turns by one radian [dim / 2]."""
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # which have no tensors to keep
+            return self._periods(dim, device, dtype)
+        return _kept_periods(self, dim, device, dtype)
+
+    def _periods(self, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         exponent = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
         periods = self.base**exponent
         return periods if self.scaling is None else self.scaling.stretch(periods)
+
+
+@lru_cache(maxsize=32)
+def _kept_periods(rope: Rope, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return rope._periods(dim, device, dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -43,12 +55,11 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
     Args:
         x: queries or keys [N, H, dim].
-        table: cosines and sines [N, dim / 2] of the tokens' positions.
+        table: of the tokens' positions, for both channels of each pair [N, 1, dim] cosines, and sines, of the first
+            channel with a minus.
 
     Returns:
         [N, H, dim] in the dtype of x.
     """
-    cos, sin = table[0].unsqueeze(1), table[1].unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    cos, sin = table
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

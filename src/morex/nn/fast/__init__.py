@@ -16,6 +16,7 @@ from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.plan import Plan
 from morex.nn.fast.recurrent import recurrent_experts
 from morex.nn.fast.rows import combine_rows, gather_rows
+from morex.nn.fast.single import single_token
 from morex.nn.fast.switch import available, enabled, usable
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "recurrent_experts",
     "recursive_experts",
     "rms_norm",
+    "single_token",
     "swiglu",
     "takes_rows",
     "usable",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.scratch import Scratch
-from morex.nn.fast.switch import full_precision, full_precision_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward, run
 
 BLOCK = 64
 """Queries that are taken together in long rows: fewer skip more of the upper triangle, more make larger products."""
@@ -140,7 +140,7 @@ def attend(projected: Tensor, frames: Frames) -> Tensor:
         bf16 attention takes several times as long as that of fp32.
     """
     wide = projected if projected.dtype == torch.float64 else projected.float()
-    heads: Tensor = _Attend.apply(wide, frames)
+    heads: Tensor = run(_Attend, wide, frames)
     return heads.to(projected.dtype)
 
 

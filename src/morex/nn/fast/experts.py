@@ -16,7 +16,7 @@ from morex.nn.fast.norm import inverse_rms
 from morex.nn.fast.plan import Plan, Weights, attention_map, attention_map_backward
 from morex.nn.fast.rows import in_order, sum_of_rows
 from morex.nn.fast.scratch import Scratch
-from morex.nn.fast.switch import full_precision, full_precision_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward, run
 
 
 def recursive_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan, token: Tensor, places: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def recursive_experts(x: Tensor, weights: Tensor, stacks: Weights, plan: Plan, t
     Returns:
         The branch [N, D].
     """
-    y: Tensor = _Experts.apply(x, weights, plan, token, places, *stacks.values())
+    y: Tensor = run(_Experts, x, weights, plan, token, places, *stacks.values())
     return y
 
 

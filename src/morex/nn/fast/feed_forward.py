@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morex.nn.fast.grouped import multiply, multiply_transposed
-from morex.nn.fast.switch import full_precision, full_precision_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward, run
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """As `morex.nn.mixers.swiglu`; keeps two hidden tensors for the backward pass where autograd keeps four."""
-    y: Tensor = _SwiGLU.apply(x, gate, up, down)
+    y: Tensor = run(_SwiGLU, x, gate, up, down)
     return y
 
 
@@ -62,7 +62,7 @@ def feed_forward_experts(
     Returns:
         [N, D].
     """
-    y: Tensor = _FeedForwardExperts.apply(x, counts, kind, up, down, gate)
+    y: Tensor = run(_FeedForwardExperts, x, counts, kind, up, down, gate)
     return y
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morex.nn.fast.switch import full_precision, full_precision_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward, run
 
 
 def multiply(x: Tensor, weights: Tensor, counts: list[int], out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -45,7 +45,7 @@ def multiply_transposed(
 
 def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """Each expert's linear map on its own rows: x [N, in], weights [E, out, in] -> [N, out]."""
-    y: Tensor = _ExpertLinear.apply(x, weights, counts)
+    y: Tensor = run(_ExpertLinear, x, weights, counts)
     return y
 
 

@@ -16,7 +16,7 @@ from morex.nn.fast.grouped import multiply, multiply_transposed
 from morex.nn.fast.norm import inverse_rms
 from morex.nn.fast.plan import Plan, Weights, attention_map, attention_map_backward
 from morex.nn.fast.scratch import Scratch
-from morex.nn.fast.switch import full_precision, full_precision_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward, run
 
 NORMS = ("norm1", "norm2", "norm3", "norm4")
 
@@ -35,7 +35,7 @@ def recurrent_experts(s: Tensor, x: Tensor, stacks: Weights, plan: Plan, steps: 
         The last states [M, D].
     """
     assert not s.requires_grad
-    y: Tensor = _Recurrent.apply(s, x, plan, steps, *stacks.values())
+    y: Tensor = run(_Recurrent, s, x, plan, steps, *stacks.values())
     return y
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from morex.nn.fast.switch import full_precision, full_precision_backward
+from morex.nn.fast.switch import full_precision, full_precision_backward, run
 
 
 def gather_rows(x: Tensor, token: Tensor, places: Tensor) -> Tensor:
@@ -19,13 +19,13 @@ def gather_rows(x: Tensor, token: Tensor, places: Tensor) -> Tensor:
     Returns:
         [N * K, D].
     """
-    rows: Tensor = _GatherRows.apply(x, token, places)
+    rows: Tensor = run(_GatherRows, x, token, places)
     return rows
 
 
 def combine_rows(y: Tensor, weights: Tensor, token: Tensor, places: Tensor) -> Tensor:
     """Weighted sum [N, D] of each token's rows, for y [N * K, D] in the order of `token` and weights [N, K]."""
-    total: Tensor = _CombineRows.apply(y, weights, token, places)
+    total: Tensor = run(_CombineRows, y, weights, token, places)
     return total
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import Function, once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _is_enabled = True
@@ -18,6 +18,20 @@ full_precision = torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float
 def full_precision_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of a function whose forward is `full_precision`."""
     return torch.amp.custom_bwd(once_differentiable(backward), device_type="cpu")
+
+
+class _Nothing:
+    """Stands for autograd's context where no gradient is wanted: keeps nothing."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def run(function: type[Function], *inputs: Any) -> Any:
+    """`function.apply(*inputs)`, without autograd's own work where no gradient is wanted."""
+    if torch.is_grad_enabled():
+        return function.apply(*inputs)
+    return function.forward(_Nothing(), *inputs)
 
 
 @contextmanager
@@ -42,7 +56,7 @@ def available(*tensors: Tensor) -> bool:
     """
     return (
         _is_enabled
-        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and all(tensor.is_cpu for tensor in tensors)
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
     )
