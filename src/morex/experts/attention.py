@@ -9,7 +9,7 @@ from torch import Tensor
 
 from morex.experts.dispatch import expert_linear
 from morex.nn import fast
-from morex.nn.attention import AttentionShape, attend, attend_to, has_fast_rows, turn
+from morex.nn.attention import AttentionShape, attend, attend_cached, has_fast_rows, turn
 from morex.nn.keys import KeyView
 from morex.nn.mixers import ExpertViews
 from morex.nn.packing import Packing
@@ -34,9 +34,10 @@ class ExpertRows:
         return self.packing.group(self.token, self.counts)
 
     @cached_property
-    def apart(self) -> list[Packing]:
-        """The rows of each expert, in the rows of the batch."""
-        return [self.packing.select(token) for token in self.token.split(self.counts)]
+    def apart(self) -> list[Packing | None]:
+        """The rows of each expert, in the rows of the batch; None for an expert without any."""
+        tokens = zip(self.token.split(self.counts), self.counts, strict=True)
+        return [self.packing.select(token) if count else None for token, count in tokens]
 
     def select(self, index: Tensor | None) -> "ExpertRows":
         """The rows at `index` [M'], ascending; None for all."""
@@ -82,7 +83,7 @@ def fast_plan(
     frames = None
     if routed:
         packings = [rows.together] if together else rows.apart
-        frames = [shape.frames(own, shape.rope, x.dtype) if own.num_tokens else None for own in packings]
+        frames = [None if own is None else shape.frames(own, shape.rope, x.dtype) for own in packings]
     return fast.Plan(rows.counts, eps, shape.head_dim, shape.scale, frames, tuple(w), torch.is_grad_enabled())
 
 
@@ -111,7 +112,8 @@ def attend_routed(
             q, k = turn(q, rows.together, shape.rope), turn(k, rows.together, shape.rope)
             return expert_linear(attend(q, k, v, rows.together, shape.scale).flatten(1), w["o"], counts)
         parts = zip(q.split(counts), k.split(counts), v.split(counts), rows.apart, slots, strict=True)
-        y = torch.cat([_attend_cached(q, k, v, own, shape, slot[step]) for q, k, v, own, slot in parts])
+        made = [_attend_cached(q, k, v, own, shape, slot[step]) for q, k, v, own, slot in parts if own is not None]
+        y = torch.cat(made) if made else q
         return expert_linear(y.flatten(1), w["o"], counts)
 
     return attention
@@ -121,12 +123,10 @@ def _attend_cached(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, shape: AttentionShape, slot: KeyView | None
 ) -> Tensor:
     """Heads [N, H, dim] of one expert, which its slot takes in; returns [N, H, dim]."""
-    if not q.shape[0]:
-        return q
     q, k = turn(q, packing, shape.rope), turn(k, packing, shape.rope)
     if slot is None or slot.append(k, v, packing):
         return attend(q, k, v, packing, shape.scale)
-    return attend_to(q, packing, slot.read(), shape.scale)
+    return attend_cached(q, packing, slot.read(), shape.scale)
 
 
 def attend_alone(w: Mapping[str, Tensor], shape: AttentionShape) -> Attend:

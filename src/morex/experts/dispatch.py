@@ -78,7 +78,8 @@ def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
 
 
 def expert_rows(vectors: Tensor, counts: list[int]) -> Tensor:
-    """Each expert's vector of [E, D] for each of its rows [N, D]; for one expert the vector itself."""
-    if len(counts) == 1:
-        return vectors[0]
-    return torch.cat([vector.expand(n, -1) for vector, n in zip(vectors.unbind(0), counts, strict=True)])
+    """Each expert's vector of [E, D] for each of its rows [N, D]; where one expert has all rows, the vector itself."""
+    visited = [e for e, n in enumerate(counts) if n]
+    if len(visited) == 1:
+        return vectors[visited[0]]
+    return torch.cat([vectors[e].expand(counts[e], -1) for e in visited or [0]])

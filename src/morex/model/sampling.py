@@ -14,6 +14,8 @@ from torch import Tensor
 
 BLOCK = 128
 """Tokens of a block: likeliest tokens and draws are looked for among blocks first, then inside one."""
+SMALL = 2048
+"""Tokens of a vocabulary in which blocks save nothing."""
 FIRST_LOOK = 64
 """Likeliest tokens that are sorted at first, where only some may be drawn; most often these are enough."""
 
@@ -122,6 +124,9 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     The same as `argmax`, which takes many times longer on a CPU: the largest block is looked for first.
     """
+    if logits.shape[-1] <= SMALL:
+        top, tokens = logits.max(-1, keepdim=True)
+        return tokens, top
     block = _of_blocks(logits, torch.amax).argmax(-1, keepdim=True)
     values, ids = _inside(logits, block, -torch.inf)
     place = values.argmax(-1, keepdim=True)

@@ -90,14 +90,13 @@ def _attend_to_pages(q: Tensor, packing: Packing, keys: PagedKeys, scale: float,
     return y
 
 
-def sees_all(packing: Packing, keys: Keys, window: int | None = None) -> bool:
-    """Whether every token sees every key of its row: each row has its newest token and nothing is missing."""
+def attend_cached(
+    q: Tensor, packing: Packing, keys: Keys | PagedKeys, scale: float, window: int | None = None, dropout: float = 0.0
+) -> Tensor:
+    """`attend_to`, without a mask where each row has its newest token alone and this sees all keys of its row."""
     is_newest = packing.span == 1 and packing.is_full
-    return is_newest and keys.is_full and (window is None or keys.k.shape[1] <= window)
-
-
-def attend_all(q: Tensor, keys: Keys, scale: float, dropout: float = 0.0) -> Tensor:
-    """`attend_to` for one query a row that sees all its keys: q [B, H, dim] -> [B, H, dim]."""
+    if not (is_newest and isinstance(keys, Keys) and keys.is_full and (window is None or keys.k.shape[1] <= window)):
+        return attend_to(q, packing, keys, scale, window, dropout)
     k, v = keys.k.transpose(1, 2), keys.v.transpose(1, 2)
     gqa = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, dropout_p=dropout, scale=scale, enable_gqa=gqa)
@@ -208,11 +207,7 @@ class Attention(nn.Module):
             y = attend(q, k, v, packing, self.shape.scale, window, dropout)
         else:
             assert view is not None
-            keys, scale = view.read(), self.shape.scale
-            if isinstance(keys, Keys) and sees_all(packing, keys, window):
-                y = attend_all(q, keys, scale, dropout)
-            else:
-                y = attend_to(q, packing, keys, scale, window, dropout)
+            y = attend_cached(q, packing, view.read(), self.shape.scale, window, dropout)
         return changed(self.o, y.reshape(n, -1), own.get("o"))
 
     def _has_fast_path(self, x: Tensor, packing: Packing, window: int | None) -> bool:

@@ -62,4 +62,5 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         [N, H, dim] in the dtype of x.
     """
     cos, sin = table
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)

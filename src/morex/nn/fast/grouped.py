@@ -22,7 +22,13 @@ def multiply(x: Tensor, weights: Tensor, counts: list[int], out: Tensor | None =
         [N, out].
     """
     y = x.new_empty(x.shape[0], weights.shape[2]) if out is None else out
-    for rows, weight, part in zip(x.split(counts), weights.unbind(0), y.split(counts), strict=True):
+    if x.shape[0] in counts:  # one expert has all rows, as when a token is decoded alone
+        parts = [(x, weights[counts.index(x.shape[0])], y)]
+    else:
+        parts = list(zip(x.split(counts), weights.unbind(0), y.split(counts), strict=True))
+    for rows, weight, part in parts:
+        if not rows.shape[0]:
+            continue
         if add:
             part.addmm_(rows, weight)
         else:
