@@ -401,9 +401,9 @@ class Engine:
             self._keep_text(request.sequence, request)
             request.sequence = None
         self._forget(request)
-        del self._draws[request.number]
         request.error = error
         self.scheduler.end(request, reason)
+        del self._draws[request.number]
         if event is None:
             rest = request.text.finish() if request.text is not None and error is None else ""
             event = Event(request.number, None, rest, reason=reason)
