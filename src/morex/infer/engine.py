@@ -122,7 +122,7 @@ class Engine:
             )
         if self.tokenizer is not None:
             request.text = GrowingText(self.tokenizer, request.prompt, params.stop)
-        self._draws[request.number] = generator_of(params.seed, 0)
+        self._draws[request.number] = generator_of(params.seed, params.row)
         self.requests[request.number] = request
         self._count += 1
         self.scheduler.add(request)

@@ -8,7 +8,7 @@ from morex.data.encoding import Tokenizer
 from morex.depth.policy import Depth
 from morex.infer.text import GrowingText
 from morex.infer.trace import RequestTrace
-from morex.model.generate import check_options
+from morex.model.generate import LARGEST_SEED, check_options
 from morex.model.sampling import Sampling, is_integer
 
 Reason = Literal["length", "stop", "cancelled", "error"]
@@ -29,7 +29,9 @@ class Params(Sampling):
         eos_id: the request ends with this token, which is kept among its tokens and left out of its text.
         stop_ids: more such tokens.
         stop: strings; the text ends before the first that comes, wherever it begins. Needs a tokenizer.
-        seed: of the draws; the same as `seed` of `generate` for a prompt alone.
+        seed: of the draws.
+        row: of the draws from one seed, so that several requests draw each by itself; `seed` and `row` draw what row
+            `row` of a batch draws in `generate`.
         depth: as in the model's forward.
         logprobs: gives each new token's log probability, and those of so many likeliest tokens; in the distribution of
             the model itself, before penalty, temperature and filters.
@@ -41,6 +43,7 @@ class Params(Sampling):
     stop_ids: Sequence[int] = ()
     stop: Sequence[str] = ()
     seed: int | None = None
+    row: int = 0
     depth: Depth = None
     logprobs: int | None = None
     trace: bool = False
@@ -177,6 +180,8 @@ def as_ids(prompt: str | Sequence[int], vocab_size: int, tokenizer: Tokenizer | 
 def check_params(params: Params, vocab_size: int, tokenizer: Tokenizer | None) -> None:
     """Raises ValueError for options out of range, without effect, or that need a tokenizer where there is none."""
     check_options(params.max_new_tokens, params, params.seed, params.depth)
+    if not is_integer(params.row) or not 0 <= params.row < LARGEST_SEED:
+        raise ValueError(f"row {params.row} must be an integer between 0 and {LARGEST_SEED - 1}")
     for name, values in (("stop", params.stop), ("stop_ids", params.stop_ids)):
         if isinstance(values, str) or not isinstance(values, Sequence):
             example = "['\\n']" if name == "stop" else "[0]"
