@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from morex.cli import analysis, decoding, listing, run, studies
+from morex.cli import analysis, decoding, generation, listing, run, studies
 from morex.cli.app import Settings, app
 from morex.loading import closest, places
 from morex.train.errors import Interrupted, TrainingError
 
 __all__ = ["app", "main"]
-COMMANDS = (listing, run, analysis, studies, decoding)
+COMMANDS = (listing, run, generation, analysis, studies, decoding)
 """Importing these modules adds their commands to the application, in this order."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""

@@ -1,4 +1,4 @@
-"""`train`, `eval` and `generate`: one run."""
+"""`train` and `eval`: one run."""
 
 import math
 import shlex
@@ -120,67 +120,6 @@ def evaluate(
         print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, named))
 
 
-@app.command(
-    epilog=examples(
-        "morex generate runs/first --prompt 'Fellow citizens, '",
-        "morex generate runs/first --prompt A --prompt B --temperature 0.8 --top-k 40 --seed 1",
-        "morex generate runs/first --prompts prompts.txt --depth adaptive:64 --json",
-    )
-)
-def generate(
-    run: RunFolder,
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; may be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt a line.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the fewest tokens whose probability reaches p.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
-    depth: Depth = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Continue prompts with a trained model.
-
-    Decoding reads the KV cache; prompts of different lengths share one batch.
-    """
-    texts = [*(prompt or []), *(_read_lines(prompts) if prompts else [])]
-    if not texts:
-        raise ConfigError("there is nothing to continue: give --prompt TEXT, or --prompts FILE with one prompt a line")
-    from morex.model.checks import check_decodes
-    from morex.train.checkpoint import load
-
-    model, tokenizer = load(run, device)
-    check_decodes(model.config, depth)
-    for text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError(f"prompt {text!r} is not text in the encoding of this terminal; use UTF-8")
-    ids = [tokenizer.encode(text) for text in texts]
-    for text, tokens in zip(texts, ids, strict=True):
-        if not tokens:
-            raise ConfigError(f"prompt {text!r} has no tokens; give some text")
-    outputs = model.generate(
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        eos_id=tokenizer.eos_id,
-        seed=seed,
-        depth=depth,
-    )
-    results = [
-        {"prompt": text, "text": tokenizer.decode(output), "new_tokens": len(output) - len(tokens)}
-        for text, tokens, output in zip(texts, ids, outputs, strict=True)
-    ]
-    if as_json:
-        print_json(results)
-    else:
-        print("\n\n".join(str(result["text"]) for result in results))
-
-
 def _run_to_train(
     source: str, overrides: list[str], out: Path | None, resume: bool, tiny: bool
 ) -> "tuple[Config, Path]":
@@ -219,15 +158,6 @@ def _check_task_options(config: "Config", by_difficulty: bool, difficulty: str |
     for option, given in (("--by-difficulty", by_difficulty), ("--difficulty", difficulty is not None)):
         if given and config.data.task is None:
             raise ConfigError(f"{option} is for runs on a task; this one was trained on {config.data.described}")
-
-
-def _read_lines(path: Path) -> list[str]:
-    """Non-empty lines of a prompt file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"prompt file '{path}' is not UTF-8 text") from None
-    return [line for line in lines if line.strip()]
 
 
 def _loss_rows(result: "EvalResult", depth: str | None) -> list[list[str]]:
