@@ -14,7 +14,7 @@ import morex
 from cli.shell import TINY, Shell, contents
 from documents import CORPUS
 
-COMMANDS = ["presets", "train", "eval", "generate", "analyze", "compare", "bench", "data"]
+COMMANDS = ["presets", "train", "eval", "generate", "chat", "analyze", "compare", "bench", "data"]
 
 
 # What it costs to start, and what help says

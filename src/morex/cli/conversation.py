@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 
-from rich.console import Console
+from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 
 from morex.cli.results import Meter
@@ -120,16 +120,22 @@ class Display:
         text = event.text.translate(CONTROLS) if self.answers.is_terminal else event.text
         if not text:
             return
-        if not self.show_depth or event.depth is None:
-            self.answers.out(text, end="", highlight=False)
-        elif self.has_colours:
-            self.answers.out(text, style=colour(event.depth, self.deepest), end="", highlight=False)
-        else:
-            self.answers.out(text + subscript(event.depth), end="", highlight=False)
+        if self.show_depth and event.depth is not None:
+            if self.has_colours:
+                system = COLOR_SYSTEMS[self.answers.color_system or "standard"]
+                text = colour(event.depth, self.deepest).render(text, color_system=system)
+            else:
+                text += subscript(event.depth)
+        self._write(text)
 
     def end(self) -> None:
         """An answer is over."""
-        self.answers.out("", highlight=False)
+        self._write("\n")
+
+    def _write(self, text: str) -> None:
+        # As it is: a console would wrap lines and expand tabs.
+        self.answers.file.write(text)
+        self.answers.file.flush()
 
     def legend(self) -> None:
         """Which colour is which depth."""

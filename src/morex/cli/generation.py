@@ -26,8 +26,8 @@ UNITS = {"": 1, "B": 1} | {
     for power, letter in enumerate("kMGT", 1)
     for unit, base in (("B", 1000), ("iB", 1024))
 }
-CHAT_TEXTS = 4
-"""Texts of the model's own length that fit into the default cache of a conversation."""
+CHAT_TOKENS = 4096
+"""That fit at least into the default cache of a conversation."""
 
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to add at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
@@ -172,8 +172,8 @@ def chat(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Keys and values, such as 512MB or 2GiB; default: a text of four times model.max_seq_len, at most a "
-            "quarter of the memory.",
+            help="Keys and values, such as 512MB or 2GiB; default: what a text of 4096 tokens needs, or one of "
+            "model.max_seq_len where that is more, at most a quarter of the memory.",
         ),
     ] = None,
     precision: Precision = None,
@@ -205,7 +205,7 @@ def chat(
         from morex.infer import Engine
         from morex.infer.room import default_cache_bytes
 
-        longest = CHAT_TEXTS * model.config.max_seq_len, model.policy(depth, None).recursions
+        longest = max(CHAT_TOKENS, model.config.max_seq_len), model.policy(depth, None).recursions
         engine = Engine(model, tokenizer, cache_bytes=size or default_cache_bytes(model, [longest]), most_requests=1)
         talk = Chat(Conversation(engine, params), Display(show_depth), is_interactive())
         talk.run()

@@ -19,6 +19,8 @@ UNKNOWN_MEMORY = 2**34
 def default_cache_bytes(model: LanguageModel, texts: Iterable[tuple[int, int]], page_size: int = 16) -> int:
     """Bytes of keys and values for texts that are decoded side by side, at most a quarter of the device's memory.
 
+    Texts that do not even fit alone, and will be refused, are left out.
+
     Args:
         model: on the device where the cache will be.
         texts: tokens of each at last, and the recursions that its tokens take at most.
@@ -26,9 +28,11 @@ def default_cache_bytes(model: LanguageModel, texts: Iterable[tuple[int, int]], 
     """
     demand, shape = Demand(model.config, page_size), attention_shape(model.config)
     weight = model.embedding.weight
-    pages = max(1, sum(demand.pages(tokens, recursions) for tokens, recursions in texts))
-    wanted = int(SPARE * pages) * page_size * 2 * shape.kv_heads * shape.head_dim * weight.element_size()
-    return min(wanted, _memory(weight.device) // SHARE)
+    page_bytes = page_size * 2 * shape.kv_heads * shape.head_dim * weight.element_size()
+    most = max(1, _memory(weight.device) // SHARE // page_bytes)
+    needed = (demand.pages(tokens, recursions) for tokens, recursions in texts)
+    pages = sum(pages for pages in needed if pages <= most)
+    return min(most, max(1, int(SPARE * pages))) * page_bytes
 
 
 def _memory(device: torch.device) -> int:
