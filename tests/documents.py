@@ -6,8 +6,10 @@ import shlex
 import subprocess
 import tomllib
 from dataclasses import dataclass
+from io import BytesIO, TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 from morex.cli import main
 from morex.config import Config
@@ -20,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r'^```(?P<language>\w+)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^```$', re.M | re.S)
 TABLE = re.compile(r"(?:^\|.*\|\n)+", re.M)
 CORPUS = "corpus.txt"
+TYPED = b"the people\n"
+"""What a conversation of a page begins with."""
 OWN_TEXT = "my-text.txt"
 """What pages call a text of the reader's."""
 TINY_TRAINING = {
@@ -114,7 +118,8 @@ def run_page(page: Path, folder: Path) -> list[str]:
     """Runs every block of a page in order, in `folder`, the current one; returns the commands that ran.
 
     Console commands of `morex` run at tiny sizes, others dry: what `make` would do, whether an extra exists. YAML with
-    a title becomes a file, and must be a valid config, or a study that can be planned. Python runs as it is.
+    a title becomes a file, and must be a valid config, or a study that can be planned; so do JSON lines. Python runs as
+    it is.
     """
     write_corpus(folder, OWN_TEXT)
     return [command for block in code_blocks(page) for command in run_block(block, folder, str(page))]
@@ -130,6 +135,9 @@ def run_block(block: CodeBlock, folder: Path, origin: str) -> list[str]:
             return [shlex.join(command) for command in block.commands]
         case "python":
             exec(compile(block.text, origin, "exec"), {"__name__": Path(origin).stem})
+        case "json":
+            assert block.title and all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
+            (folder / block.title).write_text(block.text, encoding="utf-8")
         case "yaml":
             assert block.title, f"{origin} has a YAML block without a title"
             (folder / block.title).write_text(block.text, encoding="utf-8")
@@ -156,7 +164,8 @@ def run_command(words: list[str]) -> None:
             assert extras and set(extras) <= set(project["optional-dependencies"])
             assert (ROOT / arguments[arguments.index("--constraint") + 1]).is_file()
         case ["morex", *arguments]:
-            assert main(shrunk(arguments)) == 0, shlex.join(words)
+            with patch("sys.stdin", TextIOWrapper(BytesIO(TYPED))):
+                assert main(shrunk(arguments)) == 0, shlex.join(words)
         case _:
             raise AssertionError(f"nothing runs {shlex.join(words)}")
 

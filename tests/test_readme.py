@@ -10,7 +10,7 @@ from data.tasks.helpers import write_sets
 from documents import ROOT, code_blocks, run_page
 
 STUDIES = sorted((ROOT / "docs" / "studies").iterdir())
-COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "compare", "bench"}
+COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "chat", "compare", "bench"}
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_readme_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_getting_started_works(folder: Path) -> None:
     commands = run_page(ROOT / "docs" / "getting-started.md", folder)
-    assert {"train", "eval", "generate", "compare"} <= {command.split()[1] for command in commands}
+    assert {"train", "eval", "generate", "chat", "compare"} <= {command.split()[1] for command in commands}
     assert (folder / "studies" / "mine" / "report.html").is_file()
 
 

@@ -415,6 +415,7 @@ def test_colours_are_ordered_and_readable_on_black_and_on_white() -> None:
     assert len(values) == 33 and values == sorted(values)
     assert all(1.05 / (value + 0.05) >= 3 and (value + 0.05) / 0.05 >= 3 for value in values)
     assert colour(7, 3) == colour(3, 3) and colour(0, 0) == colour(0, 3)
+    assert len({colour(depth, 3, few=True) for depth in range(4)}) == 4
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_text(trained: Path) -> None:

@@ -17,6 +17,8 @@ from morex.model.checks import check_decodes
 
 PALETTE = ((58, 95, 224), (125, 91, 214), (184, 75, 181), (217, 71, 111), (224, 96, 43), (217, 122, 28))
 """Blue to orange, red, green and blue from 0 to 255: ever lighter, and all readable on black and on white."""
+FEW_COLOURS = ("bright_blue", "magenta", "red", "yellow")
+"""The same way on a terminal of 16 colours, which are the user's own."""
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 MOST_IN_LEGEND = 8
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -115,6 +117,13 @@ class Display:
     def has_colours(self) -> bool:
         return has_colours(self.answers)
 
+    @property
+    def _system(self) -> str:
+        return self.answers.color_system or "standard"
+
+    def _colour(self, depth: float) -> Style:
+        return colour(depth, self.deepest, few=self._system == "standard")
+
     def piece(self, event: Event) -> None:
         """The text that is certain with a new token. Where a token completes text that was held back, it is all its."""
         text = event.text.translate(CONTROLS) if self.answers.is_terminal else event.text
@@ -122,8 +131,7 @@ class Display:
             return
         if self.show_depth and event.depth is not None:
             if self.has_colours:
-                system = COLOR_SYSTEMS[self.answers.color_system or "standard"]
-                text = colour(event.depth, self.deepest).render(text, color_system=system)
+                text = self._colour(event.depth).render(text, color_system=COLOR_SYSTEMS[self._system])
             else:
                 text += subscript(event.depth)
         self._write(text)
@@ -142,7 +150,7 @@ class Display:
         if self.has_colours:
             step = -(-self.deepest // MOST_IN_LEGEND)
             shown = sorted({*range(0, self.deepest, step), self.deepest})
-            self.said.print("depth", *(f"[{colour(depth, self.deepest)}]{depth}[/]" for depth in shown))
+            self.said.print("depth", *(f"[{self._colour(depth)}]{depth}[/]" for depth in shown))
         else:
             self.say(f"behind each token stands its depth, 0 to {self.deepest}")
 
@@ -224,9 +232,12 @@ class Chat:
         self.display.say(f"{depth}{meter.tokens} tokens, {meter.speed}")
 
 
-def colour(depth: float, deepest: int) -> Style:
-    """Of a token, on the way from the first to the last colour of the palette."""
-    place = min(max(depth / max(deepest, 1), 0), 1) * (len(PALETTE) - 1)
+def colour(depth: float, deepest: int, few: bool = False) -> Style:
+    """Of a token, on the way from the first to the last colour of a palette."""
+    share = min(max(depth / max(deepest, 1), 0), 1)
+    if few:
+        return Style.parse(FEW_COLOURS[round(share * (len(FEW_COLOURS) - 1))])
+    place = share * (len(PALETTE) - 1)
     low = min(int(place), len(PALETTE) - 2)
     mixed = [round(a + (b - a) * (place - low)) for a, b in zip(PALETTE[low], PALETTE[low + 1], strict=True)]
     return Style.parse(f"rgb({mixed[0]},{mixed[1]},{mixed[2]})")

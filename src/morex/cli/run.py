@@ -143,7 +143,7 @@ def _advice(config: "Config", run: str) -> str:
         return f"Next: morex eval {run} --by-difficulty"
     if depth.kind == "expert_choice" and depth.causal == "none":
         return f"Next: morex eval {run}; it has no causal rule (depth.causal 'none') and decodes at a fixed --depth"
-    return f"Next: morex eval {run}, or morex generate {run} --prompt 'Once upon a time'"
+    return f"Next: morex eval {run}, morex generate {run} --prompt 'Once upon a time', or morex chat {run}"
 
 
 def _eval_difficulty(span: str) -> str:
