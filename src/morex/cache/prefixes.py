@@ -50,6 +50,10 @@ class Prefixes:
         while len(self) > self.most:
             self.drop_oldest()
 
+    def clear(self) -> None:
+        """Forgets all texts, after the store has forgotten their sequences."""
+        self._texts.clear()
+
     def drop_oldest(self) -> bool:
         """Frees who was of no use for the longest time; whether there was one."""
         if not self._texts:

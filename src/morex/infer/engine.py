@@ -18,7 +18,8 @@ from morex.cache.store import OutOfPages
 from morex.data.encoding import Tokenizer
 from morex.data.tokenizer import check_vocabulary
 from morex.depth.policy import Depth, DepthPolicy
-from morex.infer.demand import Demand, peak
+from morex.infer.admission import Admission
+from morex.infer.demand import Demand
 from morex.infer.passes import Arrived, Flight, Passes, Segment, join
 from morex.infer.request import (
     Completion,
@@ -79,7 +80,8 @@ class Engine:
         self.passes, self.scheduler = Passes(model, self.store), Scheduler(most_requests, chunk, patience)
         self.clock = self.passes.clock
         self.prefixes = Prefixes(self.store, prefixes)
-        self.demand = Demand(model.config, page_size)
+        demand = Demand(model.config, page_size)
+        self.admission = Admission(self.scheduler, self.store, self.prefixes, demand, self._depth)
         self.lockstep = lockstep
         self.flights: dict[tuple[int, int, int], Flight] = {}
         self.arrived: list[Arrived] = []
@@ -114,7 +116,7 @@ class Engine:
         request.trace = RequestTrace() if params.trace else None
         if params.depth not in self._policies:
             self._policies[params.depth] = self.model.policy(params.depth, None)
-        needed = self._demand(request, request.longest)
+        needed = self.admission.needed(request, request.longest)
         if needed > self.store.pool.size:
             raise ValueError(
                 f"a request of up to {request.longest} tokens needs {needed} pages, and the cache has "
@@ -219,7 +221,7 @@ class Engine:
         self.clock.steps += 1
         try:
             with self.clock.part("admission"):
-                self._admit()
+                self.admission.admit()
             self.clock.running += len(self.scheduler.running)
             self._pass()
         except OutOfPages:
@@ -236,6 +238,10 @@ class Engine:
             self._restart()
             for request in broken:
                 self._end(request, "error", request.error)
+
+    def _depth(self, request: Request) -> int:
+        """Recursions that a request's tokens take at most."""
+        return self._policies[request.params.depth].recursions
 
     def _request(self, number: int) -> Request:
         if number not in self.requests:
@@ -267,49 +273,11 @@ class Engine:
         self.flights.clear()
         self.arrived.clear()
         self.store.clear()
-        self.prefixes = Prefixes(self.store, self.prefixes.most)
+        self.prefixes.clear()
         going = [request for request in self.requests.values() if request.reason is None]
         self.scheduler.restart(going)
         for request in going:
             rewind(self._draws[request.number], len(request.new) if request.params.temperature else 0)
-
-    def _admit(self) -> None:
-        """Lets in who fits beside the others until all are done; who begins like another text starts there."""
-        while (request := self.scheduler.next_to_admit()) is not None:
-            while not (fits := self._fits(request)) and self.prefixes.drop_oldest():
-                pass
-            if self.scheduler.running and not fits:
-                return
-            self.scheduler.admit().sequence = self._begin(request)
-
-    def _fits(self, request: Request) -> bool:
-        """Whether there are pages for what is known of a text now, and for all that will be said beside it."""
-        running, known = self.scheduler.running, self._known(request)
-        promised = sum(self._demand(other, other.num_ahead) for other in running)
-        promised += self._demand(request, request.num_ahead - (0 if known is None else known[1]))
-        if promised > self.store.pool.num_free:
-            return False
-        sequences = [other.sequence for other in running if other.sequence is not None]
-        tokens = sum(self.store.tokens(sequence) for sequence in sequences)
-        if not tokens:
-            return True
-        pages_per_token = sum(map(self.store.num_pages, sequences)) / tokens  # less where tokens leave early
-        texts = [(len(other.tokens), other.longest - len(other.tokens)) for other in [request, *running]]
-        return peak(texts) * pages_per_token <= self.store.pool.size
-
-    def _known(self, request: Request) -> tuple[int, int] | None:
-        """A sequence that has the beginning of a text; a trace wants every token computed."""
-        return None if request.params.trace else self.prefixes.find(request.tokens, request.params.depth)
-
-    def _begin(self, request: Request) -> int:
-        """A sequence for a request, with what is known of its text; its last token is always computed."""
-        found = self._known(request)
-        if found is None:
-            return self.store.open()
-        sequence = self.store.fork(found[0])
-        request.taken = min(found[1], len(request.tokens) - 1)
-        self.store.truncate(sequence, request.taken)
-        return sequence
 
     def _pass(self) -> None:
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
@@ -448,10 +416,6 @@ class Engine:
         assert victim.sequence is not None
         self.store.free(victim.sequence)
         self.scheduler.preempt(victim)
-
-    def _demand(self, request: Request, tokens: int) -> int:
-        """Pages that so many tokens of a request need at most."""
-        return self.demand.pages(tokens, self._policies[request.params.depth].recursions)
 
 
 def _sentence(who: str, error: Exception) -> str:
