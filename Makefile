@@ -74,6 +74,7 @@ docs: $(VENV)/dev.stamp  ## regenerate docs/configuration.md and the figures
 	$(BIN)/python docs/figures/schedules.py
 	$(BIN)/python docs/figures/routers.py
 	$(BIN)/python docs/figures/experts.py
+	$(BIN)/python docs/figures/batching.py
 
 clean:  ## remove the virtual environment and every cache; runs and studies stay
 	if [ -f $(VENV)/torch.stamp ]; then rm -rf $(VENV); fi

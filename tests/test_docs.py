@@ -47,7 +47,7 @@ def test_named_files_exist(page: Path) -> None:
         assert name in added or (ROOT / name).exists(), f"{page.name} names {name}"
 
 
-@pytest.mark.parametrize("name", ["one_idea", "schedules", "routers", "experts"])
+@pytest.mark.parametrize("name", ["one_idea", "schedules", "routers", "experts", "batching"])
 def test_figures_are_drawn(name: str, tmp_path: Path) -> None:
     script = DOCS / "figures" / f"{name}.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, env=environment(ROOT / "src"), capture_output=True)
@@ -92,6 +92,15 @@ def test_speed_page_says_which_presets_miss_its_target() -> None:
     assert named == {preset for preset, found in explained.items() if min(found) < 0.90}
     unmeasured = re.findall(r"`([\w-]+)`", " ".join(others))
     assert sorted(unmeasured) == sorted(set(morex.presets()) - explained.keys())
+
+
+def test_decoding_page_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = (block.text for block in code_blocks(DOCS / "decoding.md") if block.language == "python")
+    exec(program, {})
+    texts, *events, scores = capsys.readouterr().out.splitlines()
+    assert [len(text) for text in json.loads(texts)] == [8, 8]
+    assert [line.split()[::2] for line in events] == [["2", "2"]] * 4, "request 2 at depth 2"
+    assert "stack.core.groups.0.router" in scores
 
 
 def test_every_study_is_in_the_table() -> None:
