@@ -1,11 +1,13 @@
 """A shell in a folder with a corpus, and a finished run."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from cli.shell import TINY, Shell
+from cli.shell import TINY, Shell, Stdin
 from documents import CORPUS, write_corpus
 from morex.cli import main
 
@@ -31,3 +33,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         os.chdir(before)
     return folder / "run"
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Stdin:
+    """Sets what the next command reads."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))

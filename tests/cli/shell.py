@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from documents import TINY_TRAINING
 from morex.cli import main
 
 TINY = ["--tiny", *(word for key, value in TINY_TRAINING.items() for word in ("--set", f"{key}={value}"))]
+
+Stdin = Callable[[bytes], None]
 
 
 @dataclass

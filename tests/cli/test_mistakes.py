@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_run_is_refused(trained: Path, shell: Shell) -> 
 
 
 def test_a_prompt_that_is_no_text(trained: Path, shell: Shell) -> None:
-    assert "is not text in the encoding" in shell.refuses("generate", trained, "--prompt", "bad\udcff")
+    assert "is not valid UTF-8" in shell.refuses("generate", trained, "--prompt", "bad\udcff")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
