@@ -2,7 +2,7 @@
 
 python benchmarks/engine_memory.py [benchmarks/results/engine-memory.json] [--requests 10000]
 
-The tiny form of mor-expert. Resident memory, pages and what the engine remembers are written down every tenth of the way.
+The tiny form of mor-expert. Memory, pages and what the engine remembers are written down every tenth of the way.
 """
 
 import argparse

@@ -8,7 +8,6 @@ after the rounds that it stands beside.
 """
 
 import copy
-import inspect
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -208,7 +207,7 @@ def _contenders(plan: DecodePlan, console: Console) -> tuple[list[Contender], Co
         check_decodes(model, None)
         return build_model(model, device, DTYPES[precision]).eval()
 
-    modes, model = _modes(plan, config.model, console), built(config.model)
+    modes, model = _modes(plan, config.model), built(config.model)
     found = [Contender(plan.preset, mode, model, overrides) for mode in modes]
     if plan.against == VANILLA:
         twin = bench_twin(config.model)
@@ -222,7 +221,7 @@ def _contenders(plan: DecodePlan, console: Console) -> tuple[list[Contender], Co
     return found, None if plan.against is None else found[-1], precision
 
 
-def _modes(plan: DecodePlan, model: ModelConfig, console: Console) -> list[str]:
+def _modes(plan: DecodePlan, model: ModelConfig) -> list[str]:
     """How the preset is batched: each way that was asked for and that there is."""
     if model.schedule.recursions == 1:
         return ["continuous"]
@@ -232,11 +231,6 @@ def _modes(plan: DecodePlan, model: ModelConfig, console: Console) -> list[str]:
             f"--mode continuous is for models without recursions, and '{plan.preset}' has {model.schedule.recursions}; "
             "use depthwise or lockstep"
         )
-    if "lockstep" in modes and "lockstep" not in inspect.signature(Engine).parameters:
-        console.print("lockstep is left out: this engine has no such mode")
-        modes.remove("lockstep")
-        if not modes:
-            raise ConfigError("--mode lockstep: this engine has no such mode; use depthwise")
     return modes
 
 
