@@ -4,6 +4,7 @@ Assignments (token, choice) are sorted by expert, stable in time, so that an exp
 order: flat rows [N * K, D], expert by expert.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,16 @@ def dispatch(chosen: Tensor, experts: int) -> Dispatch:
     return Dispatch(order // chosen.shape[1], order, inverse, counts, chosen.shape[1])
 
 
+def own_weights(stacks: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """Of weights [E, ...] those of each choice of each token [N * K, ...]: every row is an expert of its own."""
+    return {name: stack[chosen.flatten()] for name, stack in stacks.items()}
+
+
+def is_apart(x: Tensor, counts: list[int]) -> bool:
+    """Whether every row of x [N, D] is an expert of its own."""
+    return len(counts) == x.shape[0] and all(n == 1 for n in counts)
+
+
 def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """Each expert's linear map on its own rows.
 
@@ -69,6 +80,8 @@ def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """
     if len(counts) == 1:
         return F.linear(x, weights[0])
+    if torch.compiler.is_compiling() and is_apart(x, counts):
+        return (weights * x.unsqueeze(1)).sum(-1)  # which the compiler reads where `own_weights` points
     if fast.usable(x, weights):
         return fast.expert_linear(x, weights, counts)
     parts = zip(x.split(counts), weights.unbind(0), counts, strict=True)
@@ -79,6 +92,8 @@ def expert_linear(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
 
 def expert_rows(vectors: Tensor, counts: list[int]) -> Tensor:
     """Each expert's vector of [E, D] for each of its rows [N, D]; where one expert has all rows, the vector itself."""
+    if all(n == 1 for n in counts):
+        return vectors
     visited = [e for e, n in enumerate(counts) if n]
     if len(visited) == 1:
         return vectors[visited[0]]

@@ -30,7 +30,7 @@ from morex.experts.attention import (
     fast_plan,
     outlives,
 )
-from morex.experts.dispatch import dispatch, expert_rows
+from morex.experts.dispatch import dispatch, expert_rows, own_weights
 from morex.experts.moe import expert_gated
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
@@ -95,6 +95,8 @@ class RecursiveExperts(nn.Module):
             [experts], [shares] = chosen.tolist(), weights.tolist()
             y = fast.single_token(x, experts, shares, self._used(), self.eps, self.shape.head_dim)
             return y, {"router": signals}
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return self._compiled(x, packing, chosen, weights), {"router": signals}
         sent = dispatch(chosen, self.router.experts)
         rows = ExpertRows(packing, sent.token, sent.counts)
         if views is None and isinstance(self.depth, FixedRouter):
@@ -103,7 +105,7 @@ class RecursiveExperts(nn.Module):
             if plan is not None:
                 y = fast.recursive_experts(x, weights.to(x.dtype), stacks, plan, sent.token, sent.places)
                 return y, {"router": signals}
-        y, routing, about_steps = self._loop(sent.gather(x), rows, views)
+        y, routing, about_steps = self._loop(sent.gather(x), rows, views, self._used())
         reports = {"router": signals}
         if not isinstance(self.depth, FixedRouter):
             reports["depth"] = about_steps
@@ -121,9 +123,21 @@ class RecursiveExperts(nn.Module):
         unused = ("q", "k") if self.scope == "token" else ()
         return {name: weight for name, weight in self._parameters.items() if weight is not None and name not in unused}
 
-    def _loop(self, x: Tensor, rows: ExpertRows, views: ExpertViews | None) -> tuple[Tensor, Routing, Signals]:
+    def _compiled(self, x: Tensor, packing: Packing, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The layer for few tokens x [N, D] -> [N, D] in a graph of tensors: nobody asks how many go to whom."""
+        token = torch.arange(x.shape[0], device=x.device).repeat_interleave(self.router.top_k)
+        rows = ExpertRows(packing, token, [1] * token.shape[0])
+        w, x = own_weights(self._used(), chosen), x[token]
+        z, attention = x, attend_alone(w, self.shape)
+        for s in range(self.steps):
+            z = self._step(z, s, w, rows, attention)
+        y = self._branch(x, z, w, rows)
+        return (y.view(*chosen.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+    def _loop(
+        self, x: Tensor, rows: ExpertRows, views: ExpertViews | None, w: dict[str, Tensor]
+    ) -> tuple[Tensor, Routing, Signals]:
         """The experts on their own rows x [M, D] -> [M, D], and what the depth router did and reports."""
-        w = self._used()
         attention = self._attention(w, x.shape, views)
         z, routing = self.depth.begin(x, rows.together.root(), DepthPolicy("router", self.steps))
         for s in range(self.steps):
@@ -132,9 +146,13 @@ class RecursiveExperts(nn.Module):
                 y = self._step(visit.packing.gather(z), s, w, rows.select(visit.packing.index), attention)
                 z = self.depth.bring_back(z, y, routing, visit)
         z, signals = self.depth.finish(z, routing)
+        return self._branch(x, z, w, rows), routing, signals
+
+    def _branch(self, x: Tensor, z: Tensor, w: dict[str, Tensor], rows: ExpertRows) -> Tensor:
+        """What the experts return, from their first states x and their last ones z [M, D]."""
         if self.branch == "output":
-            return rms_norm(z, expert_rows(w["norm_out"], rows.counts), self.eps), routing, signals
-        return z - x, routing, signals
+            return rms_norm(z, expert_rows(w["norm_out"], rows.counts), self.eps)
+        return z - x
 
     def _step(self, z: Tensor, s: int, w: dict[str, Tensor], rows: ExpertRows, attention: Attend) -> Tensor:
         """Step s of the experts on their own rows z [M, D]."""

@@ -1,8 +1,10 @@
 """Input that a model cannot take, refused with one sentence."""
 
+import torch
 from torch import Tensor
 
 from morex.cache.batch import KVCache
+from morex.cache.fixed import FixedCache
 from morex.config import ModelConfig
 from morex.depth.policy import Depth, DepthPolicy
 
@@ -24,7 +26,7 @@ def check_batch(
     positions: Tensor | None,
     documents: Tensor | None,
     depth: Depth | Tensor,
-    cache: KVCache | None,
+    cache: KVCache | FixedCache | None,
 ) -> None:
     """Refuses a batch that does not fit the model or itself; arguments as of its forward. Raises ValueError."""
     if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
@@ -109,7 +111,7 @@ def check_decodes(config: ModelConfig, depth: Depth) -> None:
 
 def check_below(end: int, what: str, numbers: Tensor, place: str) -> None:
     """Refuses numbers outside 0..end - 1; on a GPU the look would cost a wait."""
-    if numbers.device.type != "cpu" or not numbers.numel():
+    if torch.compiler.is_compiling() or numbers.device.type != "cpu" or not numbers.numel():
         return
     low, high = (int(value) for value in numbers.aminmax())
     if low < 0 or high >= end:

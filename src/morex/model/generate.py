@@ -1,13 +1,17 @@
 """The plain decoding loop: prefill once, then token by token against the KV cache. The reference for any engine."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from morex.cache.batch import KVCache
+from morex.cache.fixed import FixedCache
 from morex.depth.policy import Depth
 from morex.model.checks import check_decodes
+from morex.model.compiled import check_compiles, compiled_step, fixed_cache
 from morex.model.sampling import Sampling, check_sampling, generator_of, is_integer, sample
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ def generate(
     seed: int | None = None,
     depth: Depth = None,
     use_cache: bool = True,
+    compile: bool = False,
 ) -> Tensor | list[list[int]]:
     """Continues prompts of any lengths, each as if it were alone.
 
@@ -42,30 +47,45 @@ def generate(
         seed: of the draws; row b draws from (seed, b), whoever else is in the batch.
         depth: as in the model's forward.
         use_cache: False recomputes everything for every token.
+        compile: makes one graph of the decoding step, which takes up to a minute and pays for many tokens.
 
     Returns:
         Prompts with their continuations: a tensor where a tensor came in and no row ended early, else lists.
 
     Raises:
-        ValueError: an empty prompt, options out of range, a model without a causal rule, or a classifier.
+        ValueError: an empty prompt, options out of range, a model without a causal rule or that does not compile, or
+            a classifier.
     """
     check_decodes(model.config, depth)
     rows = _prompts(tokens)
     own = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     check_options(max_new_tokens, own, seed, depth)
-    check_room(model, max(map(len, rows)), max_new_tokens)
+    longest = max(map(len, rows))
+    check_room(model, longest, max_new_tokens)
+    if compile:
+        check_compiles(model, depth, use_cache)
     device = model.embedding.weight.device
     draws = [generator_of(seed, row) for row in range(len(rows))]
     options = [own] * len(rows)
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(len(rows)) if use_cache else None
+        step = None
+        cache: KVCache | FixedCache | None = None
+        if compile:
+            cache = fixed_cache(model, len(rows), longest + max_new_tokens)
+            step = partial(compiled_step(model, depth), cache)
+        elif use_cache:
+            cache = model.new_cache(len(rows))
         fresh = rows
         going = [True] * len(rows)
         for _ in range(max_new_tokens):
-            batch, lengths = _right_pad(fresh, device)
-            logits = model(batch, lengths=lengths, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
+            if step is not None and fresh is not rows:
+                ends = torch.tensor([[row[-1], len(row) - 1] for row in rows], device=device)
+                logits = step(ends[:, 0], ends[:, 1])
+            else:
+                batch, lengths = _right_pad(fresh, device)
+                logits = model(batch, lengths=lengths, cache=cache, depth=depth, logits_to_keep=1).logits[:, -1]
             new = sample(logits, options, draws).tolist()
             check_tokens(new)
             for row, token, goes in zip(rows, new, going, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from morex.cache.batch import KVCache
 from morex.cache.contiguous import ContiguousStore
+from morex.cache.fixed import FixedCache
 from morex.cache.paged import PagedStore, pages_within
 from morex.cache.store import KVStore
 from morex.config import ModelConfig, expect_model
@@ -87,7 +88,7 @@ class LanguageModel(nn.Module):
         lengths: Tensor | None = None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | FixedCache | None = None,
         depth: Depth | Tensor = None,
         logits_to_keep: int | Tensor = 0,
         return_trace: bool = False,
@@ -212,7 +213,7 @@ class LanguageModel(nn.Module):
         assert isinstance(self.head, LanguageModelHead)
         return self.head.logits(self.norm(x), self.embedding.weight)
 
-    def policy(self, depth: Depth | Tensor, cache: KVCache | None) -> DepthPolicy:
+    def policy(self, depth: Depth | Tensor, cache: KVCache | FixedCache | None) -> DepthPolicy:
         router = self.stack.core.groups[0].router
         assert isinstance(router, DepthRouter)
         any_depth = takes_any_depth(self.config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from morex.cache.batch import KVCache
+from morex.cache.fixed import FixedCache
 from morex.cache.latest import LatestVisits
 from morex.cache.slots import CallStore, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
@@ -30,7 +31,8 @@ class Record:
     """What routers report in one forward pass, collected by module path."""
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    stats: RouterStats = field(default_factory=RouterStats)
+    found: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
+    """Statistics in the order in which they came."""
     groups: dict[str, GroupTrace] = field(default_factory=dict)
     choices: dict[str, list[Choice]] = field(default_factory=dict)
     """Choices of experts in the frame of the batch [B, T, ...]; -1 and NaN where a token did not come by."""
@@ -40,12 +42,20 @@ class Record:
     with_stats: bool = True
     """Whether anybody asks for statistics."""
 
+    @property
+    def stats(self) -> RouterStats:
+        """Statistics by router, joined."""
+        joined = RouterStats()
+        for name, fields in self.found:
+            joined.include(name, fields)
+        return joined
+
     def add(self, name: str, signals: Signals) -> None:
         """Adds one router's report."""
         for loss, value in signals.losses.items():
             self.losses.setdefault(loss_name(name, loss), []).append(value)
         if signals.stats:
-            self.stats.include(name, signals.stats)
+            self.found.append((name, signals.stats))
         self.exits = signals.exits or self.exits
 
 
@@ -71,7 +81,7 @@ class Pass:
     """With the recursions of this pass."""
     windows: Windows | None
     rule: KVRule
-    cache: KVCache | None
+    cache: KVCache | FixedCache | None
     call: SlotStore
     record: Record
     batch: Packing
@@ -86,13 +96,14 @@ class Pass:
         x: Tensor,
         packing: Packing,
         name: str,
-        parts: StepParts = WHOLE,
+        parts: StepParts | None = None,
         counts: bool = True,
     ) -> Tensor:
         """One step: a block, with what the step brings, on the packed tokens x [M, D]."""
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
         # What does not count leaves no key behind.
         views = views_of(step, self.rule, self.cache, self.call) if counts else None
+        parts = WHOLE if parts is None else parts
         x, reports = block(x, packing, views, local, replace(parts, traces=True) if self.record.traces else parts)
         for part, signals in reports.items() if counts else ():
             path = f"{name}.mixer.{part}"
@@ -219,7 +230,7 @@ class Stack(nn.Module):
         x: Tensor,
         packing: Packing,
         policy: DepthPolicy,
-        cache: KVCache | None,
+        cache: KVCache | FixedCache | None,
         traces: bool,
         read: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Record]:
