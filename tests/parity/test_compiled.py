@@ -58,3 +58,12 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         model.generate([[1, 2]], compile=True)
     with pytest.raises(ValueError, match="goes with a cache"):
         model.generate([[1, 2]], compile=True, use_cache=False)
+
+
+def test_compiled_at_another_depth(graphs: CompileCounter) -> None:
+    model: Any = fresh_model("recursive").eval()
+    prompts = [row.tolist() for row in ragged_rows("recursive", [5, 2])]
+    for depth in (1, 2, 5):
+        plain = model.generate(prompts, max_new_tokens=4, depth=depth)
+        assert model.generate(prompts, max_new_tokens=4, depth=depth, compile=True) == plain
+    assert graphs.frame_count == 3

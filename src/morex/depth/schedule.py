@@ -7,7 +7,6 @@ starts (AAA BBB CCC) and is a routed group of its own. Blocks are numbered prelu
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
@@ -71,15 +70,15 @@ class Schedule:
         """Blocks that a token passes when it takes every recursion (L)."""
         return self.prelude + self.core * self.recursions + self.coda
 
-    @cached_property
+    @property
     def prelude_steps(self) -> tuple[Step, ...]:
         return tuple(Step(b, 1) for b in range(self.prelude))
 
-    @cached_property
+    @property
     def coda_steps(self) -> tuple[Step, ...]:
         return tuple(Step(b, 1) for b in range(self.prelude + self.core, self.num_blocks))
 
-    @cached_property
+    @property
     def groups(self) -> tuple[Group, ...]:
         blocks = range(self.prelude, self.prelude + self.core)
         depths = range(1, self.recursions + 1)

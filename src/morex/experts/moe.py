@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from morex.experts.attention import outlives
-from morex.experts.dispatch import dispatch, expert_linear
+from morex.experts.dispatch import dispatch, expert_linear, is_apart
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape
 from morex.nn.costs import Costs
-from morex.nn.mixers import ACTIVATIONS, GATED, ExpertViews, feed_forward_costs
+from morex.nn.mixers import ACTIVATIONS, GATED, OF_GATE, ExpertViews, feed_forward_costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
 
@@ -18,6 +18,8 @@ def expert_gated(kind: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, c
     """Each expert's net of three matrices on its own rows x [N, D], expert by expert; weights stacked [E, out, in]."""
     if kind == "swiglu" and len(counts) > 1 and fast.usable(x, gate, up, down):
         return fast.feed_forward_experts(x, counts, kind, up, down, gate)
+    if torch.compiler.is_compiling() and is_apart(x, counts):
+        return expert_linear(OF_GATE[kind](expert_linear(x, gate, counts)) * expert_linear(x, up, counts), down, counts)
     parts = zip(x.split(counts), gate.unbind(0), up.unbind(0), down.unbind(0), strict=True)
     return torch.cat([GATED[kind](rows, g, u, d) for rows, g, u, d in parts])
 

@@ -31,12 +31,13 @@ Step = Callable[[FixedCache, Tensor, Tensor], Tensor]
 _steps: "WeakKeyDictionary[LanguageModel, dict[Depth, Step]]" = WeakKeyDictionary()
 
 
-def fixed_cache(model: "LanguageModel", batch: int, tokens: int) -> FixedCache:
-    """An empty cache with room for `tokens` tokens of each of `batch` rows."""
+def fixed_cache(model: "LanguageModel", depth: Depth, batch: int, tokens: int) -> FixedCache:
+    """An empty cache with room for `tokens` tokens of each of `batch` rows, at this depth."""
+    schedule = model.config.schedule.resolved.recurring(model.policy(depth, None).recursions)
     room = max(LEAST_ROOM, 1 << (tokens - 1).bit_length())
     shape = next(module.shape for module in model.modules() if isinstance(module, Attention))
     size = (batch, room, shape.kv_heads, shape.head_dim)
-    return FixedCache(model.config.schedule.resolved, size, model.embedding.weight)
+    return FixedCache(schedule, size, model.embedding.weight)
 
 
 def compiled_step(model: "LanguageModel", depth: Depth) -> Step:

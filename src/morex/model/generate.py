@@ -73,7 +73,7 @@ def generate(
         step = None
         cache: KVCache | FixedCache | None = None
         if compile:
-            cache = fixed_cache(model, len(rows), longest + max_new_tokens)
+            cache = fixed_cache(model, depth, len(rows), longest + max_new_tokens)
             step = partial(compiled_step(model, depth), cache)
         elif use_cache:
             cache = model.new_cache(len(rows))
