@@ -104,8 +104,10 @@ def kv_row(
     for _ in range(sequences):
         text = torch.randint(config.vocab_size, (1, tokens), generator=draws)
         cache = KVCache(store, [store.open()], config.schedule.resolved)
-        stats = model(text, cache=cache, depth=depth, logits_to_keep=1).stats
-        active += torch.tensor(stats.active_shares or (1.0,), dtype=torch.double)
+        trace = model(text, cache=cache, depth=depth, logits_to_keep=1, return_trace=True).trace
+        for masks in trace.active.values():
+            shares_of = torch.stack([mask.double().mean() for mask in masks])
+            active[: len(masks)] += shares_of / len(trace.active)
     shares = tuple((active / sequences).tolist())
     held, stored = store.pool.size - store.pool.num_free, store.bytes()
     page_bytes = page_size * store.entry_bytes
