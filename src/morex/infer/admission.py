@@ -27,8 +27,13 @@ class Admission:
         self.demand, self.depth = demand, depth
 
     def needed(self, request: Request, tokens: int) -> int:
-        """Pages that so many tokens of a request need at most."""
-        return self.demand.pages(tokens, self.depth(request))
+        """Pages that so many tokens of a request need at most, and a draft beside them."""
+        return self.demand.pages(tokens, self.depth(request)) + self._draft(request)
+
+    def _draft(self, request: Request) -> int:
+        """Pages that a draft needs at most, with the copies of those that it does not fill first."""
+        params = request.params
+        return 0 if params.draft is None else self.demand.pages(params.draft, params.draft_depth)
 
     def admit(self) -> None:
         """Lets in who fits beside the others until all are done; who begins like another text starts there."""
@@ -52,7 +57,8 @@ class Admission:
             return True
         pages_per_token = sum(map(self.store.num_pages, sequences)) / tokens  # less where tokens leave early
         texts = [(len(other.tokens), other.longest - len(other.tokens)) for other in [request, *running]]
-        return peak(texts) * pages_per_token <= self.store.pool.size
+        drafts = sum(self._draft(other) for other in [request, *running])
+        return peak(texts) * pages_per_token + drafts <= self.store.pool.size
 
     def _known(self, request: Request) -> tuple[int, int] | None:
         """A sequence that has the beginning of a text; a trace wants every token computed."""

@@ -28,10 +28,12 @@ from morex.infer.request import (
     Params,
     Reason,
     Request,
+    Stage,
     as_ids,
     check_params,
 )
 from morex.infer.scheduler import Scheduler
+from morex.infer.speculation import Speculation, check_draft, depth_of
 from morex.infer.stream import RequestStream
 from morex.infer.text import GrowingText
 from morex.infer.trace import RequestTrace
@@ -39,6 +41,8 @@ from morex.model.checks import check_decodes
 from morex.model.generate import check_room
 from morex.model.lm import LanguageModel
 from morex.model.sampling import generator_of, log_probabilities, rewind, sample
+
+NOT_FINITE = "the logits are not finite, so there is no next token"
 
 
 class Engine:
@@ -87,6 +91,7 @@ class Engine:
         self.arrived: list[Arrived] = []
         self.requests: dict[int, Request] = {}
         self._policies: dict[Depth, DepthPolicy] = {}
+        self.speculation = Speculation(self.store, self._policies.__getitem__)
         self._draws: dict[int, torch.Generator] = {}
         self._count = 0
         self._events: deque[Event] = deque()
@@ -114,8 +119,10 @@ class Engine:
         request = Request(self._count, as_ids(prompt, size, self.tokenizer), params)
         check_room(self.model, len(request.prompt), params.max_new_tokens)
         request.trace = RequestTrace() if params.trace else None
-        if params.depth not in self._policies:
-            self._policies[params.depth] = self.model.policy(params.depth, None)
+        check_draft(self.model, params)
+        for depth in (params.depth, depth_of(params)) if params.draft else (params.depth,):
+            if depth not in self._policies:
+                self._policies[depth] = self.model.policy(depth, None)
         needed = self.admission.needed(request, request.longest)
         if needed > self.store.pool.size:
             raise ValueError(
@@ -277,7 +284,8 @@ class Engine:
         going = [request for request in self.requests.values() if request.reason is None]
         self.scheduler.restart(going)
         for request in going:
-            rewind(self._draws[request.number], len(request.new) if request.params.temperature else 0)
+            request.draft = None
+            rewind(self._draws[request.number], request.draws)
 
     def _pass(self) -> None:
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
@@ -315,6 +323,8 @@ class Engine:
         self.arrived += arrived
 
     def _segment(self, request: Request, tokens: list[int]) -> Segment:
+        if request.num_drafts and request.taken == len(request.tokens):
+            return self.speculation.segment(request)
         assert request.sequence is not None
         start = request.taken - len(tokens)
         reads = int(request.taken == len(request.tokens))
@@ -322,17 +332,27 @@ class Engine:
         return Segment(request.sequence, start, tokens, policy, request, reads, request.trace)
 
     def _draw(self, segments: Sequence[Segment], logits: Tensor) -> None:
-        """The next token of each request whose text is all in."""
-        requests: list[Request] = [segment.owner for segment in segments if self.scheduler.back(segment.owner)]
-        if not requests:
-            return
+        """What comes of the logits that requests whose text is all in have asked for."""
+        asking = [segment for segment in segments if self.scheduler.back(segment.owner)]
+        parts = logits.split([segment.reads for segment in asking])
+        stages: dict[Stage, list[int]] = {}
+        for place, segment in enumerate(asking):
+            stages.setdefault(segment.owner.stage, []).append(place)
+        takes = {"next": self._draw_next, "draft": self._extend_drafts, "verify": self._verify_drafts}
+        for stage, places in stages.items():
+            everyone = len(places) == len(asking)
+            own = logits if everyone else torch.cat([parts[place] for place in places])
+            takes[stage]([asking[place].owner for place in places], own)
+
+    def _draw_next(self, requests: list[Request], logits: Tensor) -> None:
+        """The next token of each request."""
         draws = [self._draws[request.number] for request in requests]
         texts = [request.tokens if request.params.repetition_penalty != 1 else () for request in requests]
         tokens = sample(logits, [request.params for request in requests], draws, texts)
         known = self._log_probabilities(requests, logits, tokens)
         for request, token, logprobs in zip(requests, tokens.tolist(), known, strict=True):
             if token < 0:
-                self._break(request, "the logits are not finite, so there is no next token")
+                self._break(request, NOT_FINITE)
                 continue
             if not request.new:
                 assert request.sequence is not None
@@ -340,15 +360,47 @@ class Engine:
             if not request.params.max_new_tokens:
                 self._end(request, "length")
                 continue
-            try:
-                event = request.take(token, logprobs)
-            except Exception as error:
-                self._break(request, _sentence("the tokenizer", error))
-                continue
-            if event.reason is None:
-                self._events.append(event)
-            else:
-                self._end(request, event.reason, event=event)
+            request.draws += request.params.temperature > 0
+            self._take(request, token, logprobs)
+
+    def _extend_drafts(self, requests: list[Request], logits: Tensor) -> None:
+        """The next token of each draft."""
+        found = self.speculation.extend(requests, logits, [self._draws[request.number] for request in requests])
+        for request, is_drawn in zip(requests, found, strict=True):
+            self._recall(request)
+            if not is_drawn:
+                self._break(request, NOT_FINITE)
+
+    def _verify_drafts(self, requests: list[Request], logits: Tensor) -> None:
+        """The new tokens of each request whose draft is complete."""
+        counts = [1 + len(request.draft.tokens) for request in requests if request.draft is not None]
+        found = self.speculation.verify(requests, logits, [self._draws[request.number] for request in requests])
+        for request, tokens, own in zip(requests, found, logits.split(counts), strict=True):
+            self._recall(request)
+            known = self._log_probabilities([request] * len(tokens), own[: len(tokens)], torch.tensor(tokens))
+            for token, logprobs in zip(tokens, known, strict=True):
+                if token < 0:
+                    self._break(request, NOT_FINITE)
+                elif not self._take(request, token, logprobs):
+                    break
+
+    def _recall(self, request: Request) -> None:
+        """Its newest token is on its way no longer."""
+        assert request.sequence is not None
+        self.scheduler.recall(request, self.store.tokens(request.sequence))
+
+    def _take(self, request: Request, token: int, logprobs: LogProbs | None) -> bool:
+        """A new token of a request; whether it goes on."""
+        try:
+            event = request.take(token, logprobs)
+        except Exception as error:
+            self._break(request, _sentence("the tokenizer", error))
+            return False
+        if event.reason is None:
+            self._events.append(event)
+        else:
+            self._end(request, event.reason, event=event)
+        return event.reason is None
 
     def _log_probabilities(self, requests: list[Request], logits: Tensor, tokens: Tensor) -> list[LogProbs | None]:
         """Of the new tokens of those who asked for them."""
@@ -390,6 +442,7 @@ class Engine:
             kept = [i for i, segment in enumerate(part.segments) if segment.owner is not request]
             if kept:
                 self.arrived.append(part if len(kept) == len(part.segments) else part.select(kept))
+        self.speculation.drop(request)
         if request.sequence is not None:
             self.store.free(request.sequence)
             request.sequence = None
@@ -408,9 +461,11 @@ class Engine:
         victim = self.scheduler.youngest()
         for request in self.scheduler.running:
             assert request.sequence is not None
-            taken = self.store.tokens(request.sequence)
-            self.store.truncate(request.sequence, taken)
-            self.scheduler.recall(request, taken)
+            if request.draft is not None:
+                self.speculation.drop(request)
+                rewind(self._draws[request.number], request.draws)
+            self.store.truncate(request.sequence, self.store.tokens(request.sequence))
+            self._recall(request)
         if self.prefixes.drop_oldest():
             return
         assert victim.sequence is not None

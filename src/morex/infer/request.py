@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from morex.data.encoding import Tokenizer
 from morex.depth.policy import Depth
 from morex.infer.text import GrowingText
@@ -12,6 +14,8 @@ from morex.model.generate import LARGEST_SEED, check_options
 from morex.model.sampling import Sampling, is_integer
 
 Reason = Literal["length", "stop", "cancelled", "error"]
+Stage = Literal["next", "draft", "verify"]
+"""Of a request: its next token is drawn, or a token of its draft, or its draft is verified."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,9 @@ class Params(Sampling):
         logprobs: gives each new token's log probability, and those of so many likeliest tokens; in the distribution of
             the model itself, before penalty, temperature and filters.
         trace: writes down what each token does on its way through the model.
+        draft: tokens, 1 to 16, that the first recursions draft at a time for the full depth to verify together. Texts
+            of likeliest tokens are the same as without; drawn ones have the same distribution, from other draws.
+        draft_depth: recursions of a draft, fewer than the model's.
     """
 
     max_new_tokens: int = 20
@@ -47,6 +54,8 @@ class Params(Sampling):
     depth: Depth = None
     logprobs: int | None = None
     trace: bool = False
+    draft: int | None = None
+    draft_depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,26 @@ class Completion:
     """Of each new token, where the request asked for them."""
     trace: RequestTrace | None = None
     """What the tokens did, where that was asked for."""
+    drafted: int = 0
+    """Tokens that were drafted and verified."""
+    accepted: int = 0
+    """Those of them that stayed."""
 
     @property
     def tokens(self) -> list[int]:
         """The prompt and what came after it."""
         return self.prompt + self.new
+
+
+@dataclass(eq=False)
+class Draft:
+    """Tokens that a request may go on with, and that its full depth has not verified."""
+
+    sequence: int | None
+    """A fork of the request's, without the newest draft; None once there are enough."""
+    tokens: list[int] = field(default_factory=list)
+    odds: list[Tensor] = field(default_factory=list)
+    """The probabilities [V] that each was drawn from."""
 
 
 @dataclass(eq=False)
@@ -121,6 +145,14 @@ class Request:
     """What the tokens have done, if that was asked for."""
     taken: int = 0
     """Tokens that the model has taken in, or that are on their way through it."""
+    draws: int = 0
+    """Numbers from its generator that the new tokens took."""
+    draft: Draft | None = None
+    """Begun and not verified."""
+    drafted: int = 0
+    """Tokens that were drafted and verified."""
+    accepted: int = 0
+    """Those of them that stayed."""
 
     @property
     def tokens(self) -> list[int]:
@@ -129,18 +161,34 @@ class Request:
 
     @property
     def num_ahead(self) -> int:
-        """Tokens known that the model has not taken in, and one more."""
-        return len(self.tokens) - self.taken + 1
+        """Tokens known that the model has not taken in, and those that come next: one, or a draft."""
+        return len(self.tokens) - self.taken + (self.params.draft or 1)
 
     @property
     def longest(self) -> int:
         """Tokens that it may have in the store at last: the last new one is drawn and not read."""
         return len(self.prompt) + max(0, self.params.max_new_tokens - 1)
 
+    @property
+    def num_drafts(self) -> int:
+        """Tokens to draft before the next ones are verified; none before the first new token and the last."""
+        left = self.params.max_new_tokens - len(self.new)
+        return min(self.params.draft, left - 1) if self.params.draft is not None and self.new else 0
+
+    @property
+    def stage(self) -> Stage:
+        """What the logits that it asks for are for."""
+        if self.draft is None:
+            return "next"
+        return "verify" if self.draft.sequence is None else "draft"
+
+    def ends_at(self, token: int) -> bool:
+        """Whether this token is one that ends the text."""
+        return token == self.params.eos_id or token in self.params.stop_ids
+
     def take(self, token: int, logprobs: LogProbs | None) -> Event:
         """A new token; its event says whether it is the last."""
-        params, piece = self.params, ""
-        ends = token == params.eos_id or token in params.stop_ids
+        params, piece, ends = self.params, "", self.ends_at(token)
         if self.text is not None and not ends:
             piece = self.text.add(token)
         self.new.append(token)
@@ -150,7 +198,7 @@ class Request:
         if self.text is not None:
             piece += self.text.finish() if reason else ""
             reason = "stop" if self.text.has_stopped else reason
-        depth = None if self.trace is None else self.trace.depth[-1]
+        depth = None if self.trace is None else self.trace.depth[len(self.tokens) - 2]
         return Event(self.number, token, piece, logprobs, reason, depth)
 
     def completion(self) -> Completion:
@@ -158,7 +206,10 @@ class Request:
         assert self.reason is not None
         text = "" if self.text is None else self.text.text
         logprobs = None if self.params.logprobs is None else self.logprobs
-        return Completion(self.number, self.prompt, self.new, text, self.reason, self.error, logprobs, self.trace)
+        return Completion(
+            self.number, self.prompt, self.new, text, self.reason, self.error, logprobs, self.trace, self.drafted,
+            self.accepted,
+        )  # fmt: skip
 
 
 def as_ids(prompt: str | Sequence[int], vocab_size: int, tokenizer: Tokenizer | None) -> list[int]:

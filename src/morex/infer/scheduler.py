@@ -42,6 +42,8 @@ class Scheduler:
         for request in self.running:
             if request.number not in self.under_way:
                 tokens = request.tokens[request.taken : request.taken + self.chunk]
+                if request.num_drafts and len(tokens) > 1 and request.taken + len(tokens) == len(request.tokens):
+                    tokens.pop()  # drafts begin at the newest token, which goes in by itself
                 found.append((request, tokens))
                 self.under_way.add(request.number)
                 request.taken += len(tokens)

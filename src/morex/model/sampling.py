@@ -103,20 +103,54 @@ def sample(
     """
     logits = _penalised(logits, options, texts)
     tokens, top = likeliest(logits)
-    drawing = [row for row, own in enumerate(options) if own.temperature > 0]
-    for narrows in (False, True):
-        rows = [row for row in drawing if options[row].narrows == narrows]
-        if not rows:
-            continue
-        draw = _draw_narrowed if narrows else _draw
+    for narrows, rows in _drawing(options):
+        choose = _draw_narrowed if narrows else _draw
         own = [options[row] for row in rows]
-        uniform = torch.cat([_uniform(generators[row]) for row in rows])[:, None].to(logits.device)
+        uniform = uniforms([generators[row] for row in rows])[:, None].to(logits.device)
         everyone = len(rows) == len(options)
         if everyone:
-            tokens = draw(logits, top, own, uniform)
+            tokens = choose(logits, top, own, uniform)
         else:
-            tokens[rows] = draw(logits[rows], top[rows], own, uniform)
+            tokens[rows] = choose(logits[rows], top[rows], own, uniform)
     return torch.where(top.isfinite(), tokens, -1).squeeze(1).cpu()
+
+
+def distribution(logits: Tensor, options: Sequence[Sampling], texts: Sequence[Sequence[int]] = ()) -> Tensor:
+    """The probabilities by which `sample` chooses, as they are after penalty, temperature and filters.
+
+    Args:
+        logits, options, texts: as of `sample`.
+
+    Returns:
+        Probabilities [B, V] in float64; at temperature 0 the likeliest token has all of it. A row has zeros where its
+        logits leave nothing to choose.
+    """
+    logits = _penalised(logits, options, texts)
+    tokens, top = likeliest(logits)
+    weights = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device).scatter_(1, tokens, 1)
+    for narrows, rows in _drawing(options):
+        own, part, highest = [options[row] for row in rows], logits[rows], top[rows]
+        if narrows:
+            left, ids = _narrowed(part, highest, own)
+            weights[rows] = torch.zeros_like(weights[rows]).scatter_(1, ids, left)
+        else:
+            weights[rows] = _weights(part, highest, own).double()
+    return torch.where(top.isfinite(), weights / weights.sum(-1, keepdim=True), 0)
+
+
+def draw(weights: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A token of each row by its weight in [B, V] -> [B] on the CPU; -1 where there is no weight above 0.
+
+    Each row takes one number from its generator.
+    """
+    sums = weights.double().cumsum(-1)
+    uniform = uniforms(generators)[:, None].to(sums.device)
+    return torch.where(sums[:, -1:] > 0, _first_above(sums, uniform * sums[:, -1:]), -1).squeeze(1).cpu()
+
+
+def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
+    """One number between 0 and 1 from each generator, in float64 on the CPU."""
+    return torch.cat([_uniform(generator) for generator in generators])
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +184,13 @@ def log_probabilities(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor
 def _uniform(generator: torch.Generator) -> Tensor:
     """One draw between 0 and 1 [1]."""
     return torch.rand(1, generator=generator, dtype=torch.float64)
+
+
+def _drawing(options: Sequence[Sampling]) -> list[tuple[bool, list[int]]]:
+    """The rows that draw, those from all tokens and those from some of them: whether they are narrowed, and which."""
+    drawing = [row for row, own in enumerate(options) if own.temperature > 0]
+    parts = [(narrows, [row for row in drawing if options[row].narrows == narrows]) for narrows in (False, True)]
+    return [(narrows, rows) for narrows, rows in parts if rows]
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -191,7 +232,14 @@ def _draw(logits: Tensor, top: Tensor, options: Sequence[Sampling], uniform: Ten
 
 
 def _draw_narrowed(logits: Tensor, top: Tensor, options: Sequence[Sampling], uniform: Tensor) -> Tensor:
-    """A token of each row [B, 1], from those that its filters leave, which are the likeliest ones.
+    """A token of each row [B, 1], from those that its filters leave."""
+    weights, ids = _narrowed(logits, top, options)
+    sums = weights.cumsum(-1)
+    return ids.gather(-1, _first_above(sums, uniform * sums[:, -1:]))
+
+
+def _narrowed(logits: Tensor, top: Tensor, options: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+    """Some of the likeliest tokens of each row: their weights, 0 where a filter drops them, and their ids.
 
     As many of the likeliest are sorted as it takes to see where the filters of all rows end.
     """
@@ -222,8 +270,7 @@ def _draw_narrowed(logits: Tensor, top: Tensor, options: Sequence[Sampling], uni
         if look == size or not (values[:, -1:] >= last).any():
             break
         look = min(size, 8 * look)
-    sums = (weights * left).cumsum(-1)
-    return ids.gather(-1, _first_above(sums, uniform * sums[:, -1:]))
+    return weights * left, ids
 
 
 def _totals(logits: Tensor, top: Tensor, options: Sequence[Sampling]) -> Tensor:
