@@ -170,6 +170,15 @@ def test_precision_threads_and_cache(trained: Path, shell: Shell) -> None:
     assert "larger cache_bytes" in shell.refuses(*words, "--cache-bytes", "4kB")
 
 
+def test_drafts_change_no_text_and_are_counted(trained: Path, shell: Shell) -> None:
+    write_lines({"prompt": "the river", "draft": 3}, {"prompt": "the river"}, {"prompt": "the river", "draft": 20})
+    words = ["generate", trained, "--prompts", "prompts.jsonl", "--max-new-tokens", "9", "--json"]
+    drafted, plain, refused = json.loads(shell(*words).out)
+    assert drafted.pop("drafted") >= 6 and drafted.pop("accepted") >= 0
+    assert drafted == plain
+    assert "draft 20 must be an integer" in refused["error"]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -186,6 +195,8 @@ def test_precision_threads_and_cache(trained: Path, shell: Shell) -> None:
         (["--stop", "\udcff"], "stop string .* is not valid UTF-8"),
         (["--stop-id", "100000"], "stop id 100000 is outside the vocabulary"),
         (["--depth", "9"], "depth '9' asks for 9 recursions"),
+        (["--draft", "99"], "draft 99 must be an integer from 1 to 16"),
+        (["--draft", "2", "--draft-depth", "3"], "draft_depth 3 must be an integer from 1 to 2"),
     ],
     ids=" ".join,
 )

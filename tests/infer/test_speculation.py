@@ -18,7 +18,7 @@ from morex.model.sampling import Sampling, distribution, draw, generator_of, sam
 from parity.helpers import eval_model, fresh_model
 
 NEW = 9
-SEEDS = 1500
+SEEDS = 600
 DRAFT = Params(max_new_tokens=NEW, draft=3)
 CASES = [
     "recursive", "recursive+shared_first", "recursive+refresh", "recursive+window", "mor-expert", "mor-token",
@@ -85,11 +85,11 @@ def chi_square(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 4, "min_p": 0.05}, {"top_p": 0.9, "repetition_penalty": 1.5}],
+    [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 5, "top_p": 0.95, "repetition_penalty": 1.5}],
     ids=str,
 )
 def test_drawn_texts_are_distributed_as_without_drafts(options: dict[str, Any]) -> None:
-    """The three tokens after the first, which is always the same, by many seeds."""
+    """Pairs of the tokens that follow the first new one, by many seeds."""
     config = load_config("mor-expert", ["model.vocab_size=6", "model.d_model=16", "model.attention.heads=2"], tiny=True)
     model = build_model(config.model).double()
     with torch.no_grad():
@@ -100,8 +100,7 @@ def test_drawn_texts_are_distributed_as_without_drafts(options: dict[str, Any]) 
     for draft in (None, 3):
         engine = engine_of(model, most_requests=400, chunk=8)
         params = [
-            Params(**{"temperature": 1.0, "max_new_tokens": 5} | options, seed=1000 * (draft or 0) + seed, draft=draft)
-            for seed in range(SEEDS)
+            Params(max_new_tokens=5, seed=1000 * (draft or 0) + seed, draft=draft, **options) for seed in range(SEEDS)
         ]
         found = engine.generate([[1, 2, 3]] * SEEDS, params)
         shares.append(drafted(found))
@@ -117,7 +116,7 @@ def test_what_stays_of_a_draft_is_distributed_as_the_full_depth() -> None:
     """Two drafted tokens by other odds than the right ones, of which one token has none."""
     offered = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.1, 0.1, 0.7]], dtype=torch.float64)
     asked = torch.tensor([[0.2, 0.3, 0.0, 0.5], [0.4, 0.2, 0.3, 0.1], [0.7, 0.1, 0.1, 0.1]], dtype=torch.float64)
-    generator, draws = generator_of(0, 0), 20_000
+    generator, draws = generator_of(0, 0), 4000
     counts = torch.zeros(3, 4)
     for _ in range(draws):
         tokens = draw(offered, [generator] * 2).tolist()
@@ -137,9 +136,8 @@ def test_a_distribution_is_that_of_the_draws(filters: dict[str, Any]) -> None:
     logits = 2 * torch.randn(1, 12, generator=torch.Generator().manual_seed(5))
     (odds,) = distribution(logits, [own], [[0, 3]])
     draws, generator = 8000, generator_of(1, 0)
-    found = sample(logits.expand(draws, -1), [own] * draws, [generator] * draws, [[0, 3]] * draws).bincount(
-        minlength=12
-    )
+    tokens = sample(logits.expand(draws, -1), [own] * draws, [generator] * draws, [[0, 3]] * draws)
+    found = tokens.bincount(minlength=12)
     assert odds.sum() == pytest.approx(1) and not found[odds == 0].any()
     there = odds > 0
     degrees = int(there.sum()) - 1

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from heapq import nlargest
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,15 @@ def generate(
         typer.Option(metavar="N", help="In JSON: log probabilities of each new token and of the N likeliest."),
     ] = None,
     depth: Depth = None,
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Draft so many tokens at a time with the first recursions, and verify them together: the same texts, "
+            "sooner where many are accepted.",
+        ),
+    ] = None,
+    draft_depth: Annotated[int, typer.Option(metavar="R", help="Recursions of a draft.")] = 1,
     trace: Annotated[
         bool, typer.Option("--trace", help="In JSON: depth, router scores and experts of each token.")
     ] = False,
@@ -110,8 +120,8 @@ def generate(
 
     Prompts of any lengths are decoded side by side, each token as deep as its router sends it; what one becomes does
     not depend on the others. A line of a .jsonl file may set max_new_tokens, temperature, top_k, top_p, min_p,
-    repetition_penalty, seed, stop, stop_ids, logprobs and depth for its prompt. A prompt that is refused has an error
-    in place of a text, the others go on, and the exit code is 1. Ctrl-C keeps what --out has.
+    repetition_penalty, seed, stop, stop_ids, logprobs, depth, draft and draft_depth for its prompt. A prompt that is
+    refused has an error in place of a text, the others go on, and the exit code is 1. Ctrl-C keeps what --out has.
     """
     found = all_prompts(prompt or [], prompts)
     _check_counts(("--concurrency", concurrency), ("--threads", threads))
@@ -131,6 +141,8 @@ def generate(
             "stop_ids": stop_id or (),
             "logprobs": logprobs,
             "depth": depth,
+            "draft": draft,
+            "draft_depth": draft_depth,
             "trace": trace,
         }
         _params(model, tokenizer, options)
@@ -237,11 +249,13 @@ def _opened(
 def _params(model: "LanguageModel", tokenizer: "Tokenizer", options: dict[str, Any]) -> "Params":
     """The options of a request. Raises ValueError for those that the model or the tokenizer cannot take."""
     from morex.infer.request import Params, check_params
+    from morex.infer.speculation import check_draft
     from morex.model.checks import check_decodes
 
     params = Params(eos_id=tokenizer.eos_id, **options)
     check_params(params, model.config.vocab_size, tokenizer)
     check_decodes(model.config, params.depth)
+    check_draft(model, params)
     model.policy(params.depth, None)
     return params
 
@@ -293,8 +307,8 @@ def _run(
     if is_alone and asks[0].error is not None:
         raise ConfigError(asks[0].error)
     if cache_bytes is None:
-        largest = nlargest(concurrency, ((ask.longest, ask.recursions) for ask in asks if ask.error is None))
-        cache_bytes = default_cache_bytes(model, largest)
+        largest = nlargest(concurrency, (ask.texts for ask in asks if ask.error is None))
+        cache_bytes = default_cache_bytes(model, chain.from_iterable(largest))
     engine = Engine(model, tokenizer, cache_bytes=cache_bytes, most_requests=concurrency)
     batch, screen = Batch(engine, asks, 2 * concurrency), console(stderr=True)
     shows_texts = out is None and not as_json

@@ -11,7 +11,7 @@ from morex.loading import ConfigError, closest
 
 OPTIONS = (
     "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "stop_ids",
-    "logprobs", "depth",
+    "logprobs", "depth", "draft", "draft_depth",
 )  # fmt: skip
 """What a line of a JSONL file may say beside its prompt, in the words of `Params`."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

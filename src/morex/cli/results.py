@@ -35,6 +35,14 @@ class Ask:
         """Tokens at last."""
         return len(self.tokens) + (0 if self.params is None else self.params.max_new_tokens)
 
+    @property
+    def texts(self) -> list[tuple[int, int]]:
+        """Tokens of its text at last, and those of a draft beside it, with the recursions of each."""
+        found = [(self.longest, self.recursions)]
+        if self.params is not None and self.params.draft is not None:
+            found.append((self.params.draft, self.params.draft_depth))
+        return found
+
 
 @dataclass
 class Result:
@@ -53,6 +61,8 @@ class Result:
         if done is not None and params is not None:
             found |= {"text": self.text(tokenizer), "new_text": done.text, "new_tokens": len(done.new)}
             found["reason"] = done.reason
+            if params.draft is not None:
+                found |= {"drafted": done.drafted, "accepted": done.accepted}
             if params.logprobs is not None or params.trace:
                 found["tokens"] = self._tokens(done, tokenizer)
             if params.trace:
