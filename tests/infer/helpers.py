@@ -25,7 +25,7 @@ def engine_of(model: Any, cache_bytes: int = FULL, **options: Any) -> Engine:
 
 def assert_nothing_is_left(engine: Engine) -> None:
     engine.store.check()
-    assert engine.is_idle and not engine.flights and not engine.arrived
+    assert engine.is_idle and not engine.traffic.flights and not engine.traffic.arrived
     while engine.prefixes.drop_oldest():
         engine.store.check()
     assert engine.store.pool.num_free == engine.store.pool.size

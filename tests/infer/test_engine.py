@@ -162,7 +162,7 @@ def test_in_lockstep_nobody_is_on_the_way_between_steps() -> None:
         engine.add(prompt, Params(max_new_tokens=NEW))
     while not engine.is_idle:
         engine.step()
-        assert not engine.flights and not engine.arrived
+        assert not engine.traffic.flights and not engine.traffic.arrived
 
 
 def test_waiting_to_leave_saves_passes_through_coda_and_head() -> None:

@@ -20,7 +20,7 @@ from morex.data.tokenizer import check_vocabulary
 from morex.depth.policy import Depth, DepthPolicy
 from morex.infer.admission import Admission
 from morex.infer.demand import Demand
-from morex.infer.passes import Arrived, Flight, Passes, Segment, join
+from morex.infer.passes import Passes, Segment
 from morex.infer.request import (
     Completion,
     Event,
@@ -37,6 +37,7 @@ from morex.infer.speculation import Speculation, check_draft, depth_of
 from morex.infer.stream import RequestStream
 from morex.infer.text import GrowingText
 from morex.infer.trace import RequestTrace
+from morex.infer.traffic import Traffic
 from morex.model.checks import check_decodes
 from morex.model.generate import check_room
 from morex.model.lm import LanguageModel
@@ -87,8 +88,7 @@ class Engine:
         demand = Demand(model.config, page_size)
         self.admission = Admission(self.scheduler, self.store, self.prefixes, demand, self._depth)
         self.lockstep = lockstep
-        self.flights: dict[tuple[int, int, int], Flight] = {}
-        self.arrived: list[Arrived] = []
+        self.traffic = Traffic(self.passes)
         self.requests: dict[int, Request] = {}
         self._policies: dict[Depth, DepthPolicy] = {}
         self.speculation = Speculation(self.store, self._policies.__getitem__)
@@ -96,8 +96,6 @@ class Engine:
         self._count = 0
         self._events: deque[Event] = deque()
         """That nobody has asked for yet."""
-        self._in_hand: Sequence[Segment] = ()
-        """Who takes part in the pass of the moment."""
         self._broken: list[Request] = []
         """Requests that cannot go on, until the end of the step."""
         self._left: list[int] = []
@@ -224,7 +222,7 @@ class Engine:
         """One pass of everything."""
         while self._left:
             self._leave(self._left.pop())
-        self._in_hand = ()
+        self.traffic.in_hand = ()
         self.clock.steps += 1
         try:
             with self.clock.part("admission"):
@@ -268,7 +266,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """A step has gone wrong: those who took part in its pass end, and all others start again."""
-        owners: list[Request] = [segment.owner for segment in self._in_hand]
+        owners: list[Request] = [segment.owner for segment in self.traffic.in_hand]
         owners = owners or list(self.scheduler.running) or list(self.scheduler.waiting)[:1]
         self._restart()
         for request in owners:
@@ -277,8 +275,7 @@ class Engine:
 
     def _restart(self) -> None:
         """Everybody waits again, to be computed from the tokens known: whatever broke off in the middle is gone."""
-        self.flights.clear()
-        self.arrived.clear()
+        self.traffic.clear()
         self.store.clear()
         self.prefixes.clear()
         going = [request for request in self.requests.values() if request.reason is None]
@@ -288,39 +285,23 @@ class Engine:
             rewind(self._draws[request.number], request.draws)
 
     def _pass(self) -> None:
+        traffic = self.traffic
         entering = [self._segment(request, tokens) for request, tokens in self.scheduler.segments()]
         if entering:
-            self._in_hand = entering
             with self.clock.part("prelude"):
-                self._keep(*self.passes.enter(entering))
+                traffic.enter(entering)
         with self.clock.part("core"):
-            self._core()
-            while self.lockstep and self.flights:
-                self._core()
-        waiting = sum(len(part.segments) for part in self.arrived)
-        if not self.scheduler.may_leave(waiting, bool(self.flights)):
+            traffic.core()
+            while self.lockstep and traffic.flights:
+                traffic.core()
+        if not self.scheduler.may_leave(traffic.waiting, bool(traffic.flights)):
             return
-        parts, self.arrived = self.passes.together(self.arrived), []
-        for part in parts:
-            self._in_hand = part.segments
+        for part in traffic.pick_up():
+            traffic.in_hand = part.segments
             with self.clock.part("coda and head"):
                 logits = self.passes.leave(part)
             with self.clock.part("sampling"):
                 self._draw(part.segments, logits)
-
-    def _core(self) -> None:
-        """Everybody in the core takes a recursion."""
-        for group in range(len(self.model.stack.core.groups)):
-            flights = [self.flights.pop(key) for key in list(self.flights) if key[1] == group]
-            if flights:
-                self._in_hand = [segment for flight in flights for segment in flight.segments]
-                self._keep(*self.passes.core(group, flights))
-
-    def _keep(self, going: list[Flight], arrived: list[Arrived]) -> None:
-        for flight in going:
-            there = self.flights.get(flight.key)
-            self.flights[flight.key] = flight if there is None else join([there, flight])
-        self.arrived += arrived
 
     def _segment(self, request: Request, tokens: list[int]) -> Segment:
         if request.num_drafts and request.taken == len(request.tokens):
@@ -431,17 +412,7 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         """Takes a request out of everything but the scheduler."""
-        for key, flight in list(self.flights.items()):
-            kept = [i for i, segment in enumerate(flight.segments) if segment.owner is not request]
-            if not kept:
-                del self.flights[key]
-            elif len(kept) < len(flight.segments):
-                self.flights[key] = flight.select(kept)
-        arrived, self.arrived = self.arrived, []
-        for part in arrived:
-            kept = [i for i, segment in enumerate(part.segments) if segment.owner is not request]
-            if kept:
-                self.arrived.append(part if len(kept) == len(part.segments) else part.select(kept))
+        self.traffic.forget(request)
         self.speculation.drop(request)
         if request.sequence is not None:
             self.store.free(request.sequence)
@@ -456,8 +427,7 @@ class Engine:
 
         Texts that are only kept for others go before anybody who runs.
         """
-        self.flights.clear()
-        self.arrived.clear()
+        self.traffic.clear()
         victim = self.scheduler.youngest()
         for request in self.scheduler.running:
             assert request.sequence is not None
