@@ -75,41 +75,43 @@ def test_a_router_that_stops_everybody_accepts_all_drafts() -> None:
 
 
 def chi_square(found: Tensor, wanted: Tensor) -> float:
-    """Of two samples of the same size, over how much it should be at most, five standard deviations up."""
-    there = found + wanted >= 10
-    parts = (found - wanted).double()[there] ** 2 / (found + wanted)[there]
-    degrees = int(there.sum()) - 1
-    assert degrees > 3
+    """Of counts, over what it is at most but once in millions: five standard deviations above its mean."""
+    there = wanted >= 4
+    found, wanted = (torch.cat([part[there], part[~there].sum(0, keepdim=True)]) for part in (found, wanted))
+    parts = (found - wanted) ** 2 / wanted.clamp(min=1)
+    degrees = max(1, len(wanted) - 1)
     return float(parts.sum()) / (degrees + 5 * (2 * degrees) ** 0.5)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 5, "top_p": 0.95, "repetition_penalty": 1.5}],
+    [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 4, "top_p": 0.95, "repetition_penalty": 1.5}],
     ids=str,
 )
-def test_drawn_texts_are_distributed_as_without_drafts(options: dict[str, Any]) -> None:
-    """Pairs of the tokens that follow the first new one, by many seeds."""
-    config = load_config("mor-expert", ["model.vocab_size=6", "model.d_model=16", "model.attention.heads=2"], tiny=True)
-    model = build_model(config.model).double()
+def test_drawn_texts_have_the_distribution_of_the_full_depth(options: dict[str, Any]) -> None:
+    """All texts of three tokens, by many seeds: the first is drawn by itself, the others are drafted."""
+    sizes = ["model.vocab_size=5", "model.d_model=16", "model.attention={heads: 2, head_dim: 8}"]
+    model: Any = build_model(load_config("recursive", sizes, tiny=True).model).double().eval()
+    generator = torch.Generator().manual_seed(2)
+    odds, texts = torch.ones(1, dtype=torch.float64), [[1, 2, 3]]
     with torch.no_grad():
-        generator = torch.Generator().manual_seed(2)
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    counts, shares = {}, []
-    for draft in (None, 3):
-        engine = engine_of(model, most_requests=400, chunk=8)
-        params = [
-            Params(max_new_tokens=5, seed=1000 * (draft or 0) + seed, draft=draft, **options) for seed in range(SEEDS)
-        ]
-        found = engine.generate([[1, 2, 3]] * SEEDS, params)
-        shares.append(drafted(found))
-        for place in (1, 2):
-            pairs = torch.tensor([6 * done.new[place] + done.new[place + 1] for done in found])
-            counts[draft, place] = pairs.bincount(minlength=36)
-    assert shares[0] == (0, 0) and 0 < shares[1][1] < shares[1][0], "some drafts stay and some are refused"
-    for place in (1, 2):
-        assert chi_square(counts[3, place], counts[None, place]) <= 1
+        for _ in range(3):
+            logits = model(torch.tensor(texts)).logits[:, -1]
+            odds = (odds[:, None] * distribution(logits, [Sampling(**options)] * len(texts), texts)).flatten()
+            texts = [[*text, token] for text in texts for token in range(5)]
+    params = [Params(max_new_tokens=4, seed=seed, draft=2, **options) for seed in range(SEEDS)]
+    found = engine_of(model, most_requests=SEEDS).generate([[1, 2, 3]] * SEEDS, params)
+    number, accepted = drafted(found)
+    assert 0.2 * number < accepted < 0.9 * number
+    texts_found = torch.tensor([25 * done.new[0] + 5 * done.new[1] + done.new[2] for done in found])
+    counts = texts_found.bincount(minlength=125)
+    assert not counts[odds == 0].any()
+    for tokens in (1, 2):
+        shape = (-1, 5**tokens)  # the last tokens of three
+        assert chi_square(counts.view(shape).sum(0), SEEDS * odds.view(shape).sum(0)) <= 1
+    assert chi_square(counts, SEEDS * odds) <= 1
 
 
 def test_what_stays_of_a_draft_is_distributed_as_the_full_depth() -> None:
