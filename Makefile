@@ -31,7 +31,7 @@ check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py
 
-bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, start-up and bf16 flips; writes benchmarks/results
+bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the dense twins, memory, start-up and bf16 flips; writes benchmarks/results
 	@mkdir -p benchmarks/results
 	$(BIN)/morex bench train recursive mor-expert mor-token mor-threshold mor-random --rounds 5 \
 	  --json benchmarks/results/train.json
@@ -65,6 +65,10 @@ bench: $(VENV)/demo.stamp  ## measure training speed against the dense twins, st
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
 	  --threads 2 --precision fp32 --precision bf16 --rounds 3 --no-twins --no-memory \
 	  --json benchmarks/results/train-bf16.json
+	$(BIN)/morex bench decode smollm2-135m --set 'model.schedule={sharing: middle_cycle, layers: 30, recursions: 4}' \
+	  --depth-mix 1,1,1,1 --mode depthwise --mode lockstep --concurrency 8 --requests 16 --rounds 2 --new-tokens 32 \
+	  --prompt-tokens 64:96 --threads 1 --precision bf16 --json benchmarks/results/decode-8.json
+	$(BIN)/python benchmarks/engine_memory.py benchmarks/results/engine-memory.json
 	$(BIN)/python benchmarks/startup.py benchmarks/results/startup.json
 	$(BIN)/python benchmarks/bf16_flips.py benchmarks/results/bf16-flips.json
 

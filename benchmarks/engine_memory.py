@@ -18,7 +18,7 @@ import morex
 from morex.infer import Engine, Params
 from morex.study.bench import write_json
 
-PAGE, RUNNING = 4, 16
+PAGE, PAGES, RUNNING = 4, 300, 16
 
 
 def resident_bytes() -> int:
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = morex.build_model(morex.load_config("mor-expert", tiny=True).model)
     entry = model.new_store(2**20, PAGE).entry_bytes
-    engine = Engine(model, cache_bytes=500 * PAGE * entry, page_size=PAGE, most_requests=RUNNING, prefixes=8)
+    engine = Engine(model, cache_bytes=PAGES * PAGE * entry, page_size=PAGE, most_requests=RUNNING, prefixes=8)
     returned, preempt = 0, engine.scheduler.preempt
 
     def noted(request: Any) -> None:
@@ -52,6 +52,8 @@ def main() -> None:
         preempt(request)
 
     engine.scheduler.preempt = noted  # type: ignore[method-assign]
+    # Nothing is foreseen, so that pages run out and requests are sent back.
+    engine.admission._fits = lambda request: engine.store.pool.num_free > PAGES // 3  # type: ignore[method-assign]
     rng = random.Random(0)
     going: list[int] = []
     started = cancelled = tokens = 0
