@@ -6,6 +6,7 @@ They see the model from outside, so that a fault can be planted in any part of i
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,16 @@ def _watched(cache: Any) -> tuple[dict[Any, int], set[Any]]:
     """Entries written to each slot of a cache, and the slots read, from now on."""
     written: dict[Any, int] = {}
     seen: set[Any] = set()
-    append, read = cache.append, cache.read
+    append, read, view = cache.append, cache.read, cache.view
 
     def noted_append(slot: Any, k: Tensor, v: Tensor, packing: Any) -> bool:
         written[slot] = written.get(slot, 0) + k.shape[0]
         fresh: bool = append(slot, k, v, packing)
         return fresh
 
-    def noted_read(slot: Any) -> Any:
+    def noted(how: Any, slot: Any) -> Any:
         seen.add(slot)
-        return read(slot)
+        return how(slot)
 
-    cache.append, cache.read = noted_append, noted_read
+    cache.append, cache.read, cache.view = noted_append, partial(noted, read), partial(noted, view)
     return written, seen

@@ -101,8 +101,8 @@ def test_dead_parameters_are_found_where_a_router_only_compares(monkeypatch: Pat
 def test_dead_parameters_are_found_where_one_expert_weighs_one(monkeypatch: Patch) -> None:
     own = ExpertRouter.route
 
-    def renormalised(router: ExpertRouter, logits: Tensor) -> Any:
-        chosen, weights, signals = own(router, logits)
+    def renormalised(router: ExpertRouter, logits: Tensor, *rest: Any) -> Any:
+        chosen, weights, signals = own(router, logits, *rest)
         return chosen, weights / weights.sum(-1, keepdim=True), signals
 
     monkeypatch.setattr(ExpertRouter, "route", renormalised)
@@ -257,9 +257,9 @@ def test_graph_growth(preset: str) -> None:
 def test_graph_growth_is_found_in_a_running_mean(monkeypatch: Patch) -> None:
     own = ExpertRouter.route
 
-    def averaged(router: ExpertRouter, logits: Tensor) -> Any:
+    def averaged(router: ExpertRouter, logits: Tensor, *rest: Any) -> Any:
         router.mean = 0.9 * getattr(router, "mean", 0.0) + 0.1 * logits.mean(0)
-        return own(router, logits)
+        return own(router, logits, *rest)
 
     monkeypatch.setattr(ExpertRouter, "route", averaged)
     assert growth(fresh_model("more-tuned"), SHAPES) == ["graphs kept on modules"]
@@ -268,9 +268,9 @@ def test_graph_growth_is_found_in_a_running_mean(monkeypatch: Patch) -> None:
 def test_graph_growth_is_found_in_a_history(monkeypatch: Patch) -> None:
     own = ExpertRouter.route
 
-    def remembered(router: ExpertRouter, logits: Tensor) -> Any:
+    def remembered(router: ExpertRouter, logits: Tensor, *rest: Any) -> Any:
         router.past = torch.cat((getattr(router, "past", logits[:0]), logits)).detach()
-        return own(router, logits)
+        return own(router, logits, *rest)
 
     monkeypatch.setattr(ExpertRouter, "route", remembered)
     assert growth(fresh_model("more-tuned"), SHAPES) == ["tensors kept on modules"]
@@ -328,7 +328,7 @@ def test_caches_never_read_are_found_where_only_zeros_are(monkeypatch: Patch) ->
         keys = own(cache, slot)
         return Keys(torch.zeros_like(keys.k), torch.zeros_like(keys.v), keys.time)
 
-    monkeypatch.setattr(KVCache, "read", empty)
+    monkeypatch.setattr(KVCache, "view", empty)
     assert unread_cache(eval_model("vanilla"), random_tokens("vanilla")) == ["another past changes nothing"]
 
 
