@@ -8,6 +8,7 @@ continuous batching, on prompts of 64 to 256 tokens. A round runs each side once
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,7 @@ def main() -> None:
             row |= {**medians, "ratio": ratio}
         print(row)
         rows.append(row)
-    write_json(Path(options.file), rows)
+    write_json(Path(options.file), rows, ["python", *sys.argv])
 
 
 if __name__ == "__main__":

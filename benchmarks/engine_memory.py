@@ -8,6 +8,7 @@ The tiny form of mor-expert. Memory, pages and what the engine remembers are wri
 import argparse
 import random
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def main() -> None:
     while engine.prefixes.drop_oldest():
         pass
     assert engine.store.pool.num_free == engine.store.pool.size, "pages are lost"
-    write_json(Path(options.file), rows)
+    write_json(Path(options.file), rows, ["python", *sys.argv])
 
 
 if __name__ == "__main__":

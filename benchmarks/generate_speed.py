@@ -58,7 +58,7 @@ def main(path: str = "benchmarks/results/generate-speed.json") -> None:
     ]
     for row in rows:
         print(row)
-    write_json(Path(path), rows)
+    write_json(Path(path), rows, ["python", *sys.argv])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Clockwork:
             self.left[number] -= 1
             if not self.left[number]:
                 del self.left[number]
-            events.append(Event(number, 0, None if number in self.left else "length"))
+            events.append(Event(number, 0, reason=None if number in self.left else "length"))
         return events
 
     def take(self, number: int) -> None:
