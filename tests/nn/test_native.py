@@ -105,3 +105,13 @@ def test_without_kernels_everything_takes_its_plain_path(variables: dict[str, st
     environment = {**os.environ, "MOREX_CACHE": str(tmp_path), **variables}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_seen_is_that_of_each_packing() -> None:
+    """Packings come and go, and one may stand where another stood."""
+    k, v = torch.zeros(2, 2, 5, 1, 4)
+    keys = PagedKeys(k, v, torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(10)[None])
+    for time in range(10):
+        now = torch.tensor([time])
+        row, start, end = keys.seen_by(pack_rows([1], now, now, 1), 3)
+        assert (row.tolist(), start.tolist(), end.tolist()) == ([0], [max(0, time - 2)], [time + 1])

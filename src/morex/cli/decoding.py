@@ -1,6 +1,6 @@
 """`bench decode` and `bench kv`: the engine's speed and memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ import typer
 
 from morex.cli.app import Device, Overrides, Tiny, bench, examples
 from morex.cli.studies import PRECISIONS
-from morex.cli.terminal import check_target, console, number, print_table
+from morex.cli.terminal import check_choice, check_counts, check_target, console, number, print_table
 from morex.loading import ConfigError
 
 MODES = ("depthwise", "lockstep", "continuous")
@@ -111,12 +111,12 @@ def bench_decode(
         raise ConfigError(f"--own-router and --depth-mix {depth_mix} both say how deep tokens go; give one of them")
     if concurrency and cache_requests:
         raise ConfigError("--concurrency and --cache-requests both say how many run at a time; give one of them")
-    _check_counts(("--concurrency", *(concurrency or ())), ("--cache-requests", *(cache_requests or ())))
-    _check_counts(("--cache-bytes", cache_bytes), ("--requests", requests), ("--new-tokens", new_tokens))
-    _check_counts(("--threads", threads), ("--rounds", rounds))
-    _check_choice("--mode", modes or (), MODES)
-    _check_choice("--precision", [precision], PRECISIONS)
-    _check_choice("--arrivals", [arrivals], ("closed", "poisson"))
+    check_counts(("--concurrency", *(concurrency or ())), ("--cache-requests", *(cache_requests or ())))
+    check_counts(("--cache-bytes", cache_bytes), ("--requests", requests), ("--new-tokens", new_tokens))
+    check_counts(("--threads", threads), ("--rounds", rounds))
+    check_choice("--mode", modes or (), MODES)
+    check_choice("--precision", [precision], PRECISIONS)
+    check_choice("--arrivals", [arrivals], ("closed", "poisson"))
     _check_rate(arrivals, rate)
     if seed < 0:
         raise ConfigError(f"--seed {seed} must be 0 or more")
@@ -177,9 +177,9 @@ def bench_kv(
     overrides: Overrides = None,
 ) -> None:
     """Measure what keys and values take in memory, by KV rule, beside the closed form."""
-    _check_counts(("--sequences", sequences), ("--tokens", tokens), ("--cache-bytes", cache_bytes))
-    _check_counts(("--page-size", page_size))
-    _check_choice("--precision", [precision], [name for name in PRECISIONS if name != "auto"])
+    check_counts(("--sequences", sequences), ("--tokens", tokens), ("--cache-bytes", cache_bytes))
+    check_counts(("--page-size", page_size))
+    check_choice("--precision", [precision], [name for name in PRECISIONS if name != "auto"])
     if json_file is not None:
         check_target("--json", json_file)
     from morex.study.bench_kv import bench_kv as measure
@@ -230,19 +230,6 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if isinstance(value, float) and key not in ("tokens_per_s", "kv_bytes_per_token", "closed_form", "full"):
         return f"{value:.2f}"
     return number(value) if not isinstance(value, str) else value
-
-
-def _check_counts(*options: tuple[str, *tuple[int | None, ...]]) -> None:
-    for name, *values in options:
-        for value in values:
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} {value} must be 1 or more")
-
-
-def _check_choice(option: str, given: Iterable[str], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"{option} '{name}' is unknown; use {', '.join(known)}")
 
 
 def _check_rate(arrivals: str, rate: float | None) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from morex.cli.app import AsJson, Depth, Device, RunFolder, app, examples
 from morex.cli.prompts import Prompt, all_prompts
-from morex.cli.terminal import check_target, console
+from morex.cli.terminal import check_counts, check_target, console
 from morex.loading import ConfigError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def generate(
     refused has an error in place of a text, the others go on, and the exit code is 1. Ctrl-C keeps what --out has.
     """
     found = all_prompts(prompt or [], prompts)
-    _check_counts(("--concurrency", concurrency), ("--threads", threads))
+    check_counts(("--concurrency", concurrency), ("--threads", threads))
     size = None if cache_bytes is None else parse_size("--cache-bytes", cache_bytes)
     if out is not None:
         check_target("--out", out)
@@ -197,7 +197,7 @@ def chat(
     These models continue text; there is no template of questions and answers. /help lists the commands. Ctrl-C stops
     an answer, Ctrl-D leaves. Where stdin is no terminal each line is a turn, and stdout gets the answers alone.
     """
-    _check_counts(("--threads", threads))
+    check_counts(("--threads", threads))
     size = None if cache_bytes is None else parse_size("--cache-bytes", cache_bytes)
     with _opened(run, device, precision, threads) as (model, tokenizer):
         filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -339,9 +339,3 @@ def parse_size(option: str, text: str) -> int:
     if found is None or found[2].lower() not in units or not (size := int(float(found[1]) * units[found[2].lower()])):
         raise ConfigError(f"{option} '{text}' must be a size above 0, such as 512MB, 2GiB or a number of bytes")
     return size
-
-
-def _check_counts(*counts: tuple[str, int | None]) -> None:
-    for option, value in counts:
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} {value} must be 1 or more")

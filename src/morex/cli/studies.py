@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from morex.cli.app import Device, Overrides, app, bench, examples
-from morex.cli.terminal import check_target, console, number, print_table
+from morex.cli.terminal import check_choice, check_counts, check_target, console, number, print_table
 from morex.loading import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp64", "auto")
@@ -93,13 +93,9 @@ def bench_train(
     Models take turns in one process, and rows are medians: the FLOP ratio and the time ratio to the twin, how much of
     the time the FLOPs explain, the time ratio to the same model without its router, and peak memory.
     """
-    sizes = {"--batch-size": batch_size, "--seq-len": seq_len, "--steps": steps, "--rounds": rounds}
-    for name, value in {**sizes, "--threads": threads}.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value} must be 1 or more")
-    for name in precision or []:
-        if name not in PRECISIONS:
-            raise ConfigError(f"--precision '{name}' is unknown; use {', '.join(PRECISIONS)}")
+    check_counts(("--batch-size", batch_size), ("--seq-len", seq_len), ("--steps", steps), ("--rounds", rounds))
+    check_counts(("--threads", threads))
+    check_choice("--precision", precision or [], PRECISIONS)
     if json_file is not None:
         check_target("--json", json_file)
     from morex.study.bench import bench_train as measure

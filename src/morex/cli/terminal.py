@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,21 @@ def number(value: Any, short: bool = False) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def check_counts(*options: tuple[str, *tuple[int | None, ...]]) -> None:
+    """Raises ConfigError where an option has a number below 1; None is no number."""
+    for name, *values in options:
+        for value in values:
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value} must be 1 or more")
+
+
+def check_choice(option: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigError where an option has a name that is not known."""
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{option} '{name}' is unknown; use {', '.join(known)}")
 
 
 def check_folder(option: str, path: Path) -> None:

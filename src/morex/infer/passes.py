@@ -252,6 +252,7 @@ class Passes:
             policy = part.segments[0].policy
             injected = own.prepare(part.x)
             h, routing = own.router.begin(part.x, part.packing, policy)
+            routing.with_stats = False
             if policy.kind == "exit":
                 schedule = replace(self.schedule, recursions=policy.recursions)
                 once = Pass(schedule, self.stack.windows, "per_recursion", None, CallStore(), Record(), part.packing)

@@ -26,13 +26,17 @@ def default_cache_bytes(model: LanguageModel, texts: Iterable[tuple[int, int]], 
         texts: tokens of each at last, and the recursions that its tokens take at most.
         page_size: entries of a page.
     """
-    demand, shape = Demand(model.config, page_size), attention_shape(model.config)
-    weight = model.embedding.weight
-    page_bytes = page_size * 2 * shape.kv_heads * shape.head_dim * weight.element_size()
-    most = max(1, _memory(weight.device) // SHARE // page_bytes)
+    demand, size = Demand(model.config, page_size), page_bytes(model, page_size)
+    most = max(1, _memory(model.embedding.weight.device) // SHARE // size)
     needed = (demand.pages(tokens, recursions) for tokens, recursions in texts)
     pages = sum(pages for pages in needed if pages <= most)
-    return min(most, max(1, int(SPARE * pages))) * page_bytes
+    return min(most, max(1, int(SPARE * pages))) * size
+
+
+def page_bytes(model: LanguageModel, page_size: int) -> int:
+    """Bytes of a page of keys and values, in the number format of the weights."""
+    shape = attention_shape(model.config)
+    return page_size * 2 * shape.kv_heads * shape.head_dim * model.embedding.weight.element_size()
 
 
 def _memory(device: torch.device) -> int:

@@ -36,8 +36,8 @@ class PagedKeys:
     """Pages of each list, right-padded with any page [B, L], int32."""
     time: Tensor
     """Time of each entry of the lists [B, S], NEVER behind the last."""
-    _seen: dict[tuple[int, int | None], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """Shared by the slots of a stream, whose entries have the same times."""
+    _seen: dict[tuple[Packing, int | None], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """By packing and window; shared by the slots of a stream, whose entries have the same times."""
 
     def padded(self) -> Keys:
         """A copy of all entries."""
@@ -54,7 +54,7 @@ class PagedKeys:
 
     def seen_by(self, packing: Packing, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """List of each token of the packing, and the entries that it sees: row, start and end [N], int32."""
-        key = id(packing), window
+        key = packing, window
         if key not in self._seen:
             now, time = packing.time[:, None], self.time[packing.row]
             end = (time <= now).sum(1, dtype=torch.int32)

@@ -20,13 +20,15 @@ from morex.config import ModelConfig
 from morex.data.encoding import Tokenizer
 from morex.infer.clock import Clock
 from morex.infer.engine import Engine
+from morex.infer.room import page_bytes
 from morex.loading import ConfigError, load_config
 from morex.model.checks import check_decodes
 from morex.model.count import count, expected_shares
 from morex.model.lm import LanguageModel, build_model
+from morex.nn import fast
 from morex.study.bench import Row, paired_ratio
 from morex.study.bench_kv import DTYPES, expected_pages
-from morex.study.ceiling import PAGE_SIZE, PassCosts, cache_bytes_for, ceiling, measure_passes, page_bytes, sizes_for
+from morex.study.ceiling import PAGE_SIZE, PassCosts, cache_bytes_for, ceiling, measure_passes, sizes_for
 from morex.study.depth_mix import with_depths
 from morex.study.overhead import measure_overhead
 from morex.study.twins import bench_twin
@@ -130,7 +132,7 @@ class Contender:
     def bytes_of(self, tokens: int) -> int:
         """Bytes in the pages of one request of so many tokens, on average."""
         shares = expected_shares(self.config, tokens)
-        return expected_pages(self.config, shares, tokens, PAGE_SIZE) * page_bytes(self.model)
+        return expected_pages(self.config, shares, tokens, PAGE_SIZE) * page_bytes(self.model, PAGE_SIZE)
 
     def engine(self) -> Engine:
         """A new engine of this model."""
@@ -180,7 +182,7 @@ def bench_decode(plan: DecodePlan, console: Console | None = None) -> Iterator[R
     with cpu_threads(plan.threads):
         contenders, reference, precision = _contenders(plan, console)
         tokenizer = made_up_tokenizer(min(own.config.vocab_size for own in contenders))
-        told = {"precision": precision, "tokenizer": tokenizer.kind}
+        told = {"precision": precision, "tokenizer": tokenizer.kind, "native": fast.is_native()}
         for number in plan.cache_requests or plan.concurrencies:
             budget = number if plan.cache_requests else None
             for own in contenders:
@@ -295,6 +297,7 @@ def _row(
     those that ran in a step; tokens_per_s, the median over rounds; mean_depth and shares at recursion r = 1..R, prompts
     included; ttft_s and tpot_s, seconds to the first token and for each further one; overhead_share;
     kv_bytes_per_token, measured, and kv_closed_form; seconds by part of all rounds, `scheduling` being what is left.
+    With them go the precision, the tokenizer, and whether the native kernels were there.
     """
     shares, context = own.shares(), sum(plan.prompt_tokens) // 2 + plan.new_tokens // 2
     size = own.model.embedding.weight.element_size()

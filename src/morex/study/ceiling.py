@@ -32,6 +32,7 @@ from morex.cache.store import KVStore
 from morex.depth.schedule import Step
 from morex.infer.demand import Demand
 from morex.infer.passes import Passes, Segment
+from morex.infer.room import page_bytes
 from morex.model.lm import LanguageModel, attention_shape
 from morex.model.sampling import Sampling, sample
 from morex.nn.packing import pack_rows
@@ -255,12 +256,6 @@ def cache_bytes_for(model: LanguageModel, requests: int, tokens: int, page_size:
     """Bytes of a cache in which so many requests of so many tokens fit, however deep they go."""
     pages = Demand(model.config, page_size).pages(tokens, model.config.schedule.recursions)
     return requests * pages * page_bytes(model, page_size)
-
-
-def page_bytes(model: LanguageModel, page_size: int = PAGE_SIZE) -> int:
-    """Bytes of a page of keys and values, in the number format of the weights."""
-    shape = attention_shape(model.config)
-    return page_size * 2 * shape.kv_heads * shape.head_dim * model.embedding.weight.element_size()
 
 
 def _store_for(model: LanguageModel, requests: int, tokens: int) -> KVStore:

@@ -45,12 +45,10 @@ def takes_rows(x: Tensor, weight: Tensor) -> bool:
 
     Where the CPU has no arithmetic in bf16, torch widens every weight again for every row: there any number of rows.
     """
-    dtype, rows = x.dtype, x.shape[0]
-    if dtype == torch.bfloat16:
-        fits = rows > 1 and not _has_bfloat16()
-    else:
-        fits = dtype == torch.float32 and 1 < rows <= FEW_ROWS
-    return fits and x.dim() == 2 and weight.dtype == dtype and _may_run(x, weight) and weight.is_contiguous()
+    rows, is_half = x.shape[0], x.dtype == torch.bfloat16
+    fits = rows > 1 and (is_half or (x.dtype == torch.float32 and rows <= FEW_ROWS))
+    is_plain = fits and x.dim() == 2 and weight.dtype == x.dtype and weight.is_contiguous()
+    return is_plain and _may_run(x, weight) and not (is_half and _has_bfloat16())
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
