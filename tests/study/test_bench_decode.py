@@ -10,13 +10,13 @@ import torch
 
 from morex.depth.random_choice import uniform_hash
 from morex.infer.clock import PARTS
+from morex.infer.room import page_bytes
 from morex.loading import ConfigError
 from morex.model.count import count
 from morex.study import bench_decode as module
 from morex.study.bench import Row, write_json
 from morex.study.bench_decode import DecodePlan, bench_decode
 from morex.study.bench_kv import RULES, bench_kv, expected_pages
-from morex.study.ceiling import page_bytes
 from morex.study.depth_mix import nearest_seed, shares_of, weights_of_positions, with_depths
 from morex.study.overhead import covered
 
@@ -125,7 +125,7 @@ def test_a_budget_holds_more_requests_of_a_model_that_keeps_less(monkeypatch: py
     # Prelude, core and coda once for a token, five blocks in the twin, and half a page of each list.
     assert pages == [-(-(3 * 14 + 3 * 8) // 16), -(-(5 * 14 + 5 * 8) // 16)]
     assert dense.concurrency == 3
-    assert routed.cache_bytes == dense.cache_bytes == 3 * pages[1] * page_bytes(dense.model)
+    assert routed.cache_bytes == dense.cache_bytes == 3 * pages[1] * page_bytes(dense.model, 16)
     assert routed.concurrency == 3 * pages[1] // pages[0] == 4
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from morex.cache.pages import PagePool
 from morex.cache.store import KVStore, Lists, Row
 from morex.depth.schedule import Slot, Stream
-from morex.nn.keys import NEVER, Keys, PagedKeys
+from morex.nn.keys import NEVER, Keys, PagedKeys, PagedSlot
 from morex.nn.packing import Packing
 
 
@@ -193,19 +193,25 @@ class _PagedLists(Lists):
 
     @torch.no_grad()
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
+        store, fresh = self.store, not any(own.lengths[place] for own in self.own)
+        where = self._take(place)
+        store.k.flatten(0, 1).index_copy_(0, where, k.to(store.k.dtype))
+        store.v.flatten(0, 1).index_copy_(0, where, v.to(store.v.dtype))
+        return fresh
+
+    def reserve(self, place: int, dtype: torch.dtype) -> PagedSlot | None:
+        return PagedSlot(self._take(place), self.read(place)) if dtype == self.store.k.dtype else None
+
+    def _take(self, place: int) -> Tensor:
+        """Counts the packing's tokens as entries of a slot; where these go [N], an index into all of the pool."""
         assert self.packing is not None, "these lists are only read"
         if self._where is None:
             self._where = self._places()
-        where, store = self._where[place], self.store
-        store.k.flatten(0, 1).index_copy_(0, where, k.to(store.k.dtype))
-        store.v.flatten(0, 1).index_copy_(0, where, v.to(store.v.dtype))
         if not place:
-            store.time.flatten().index_copy_(0, where, self.packing.time)
-        fresh = True
+            self.store.time.flatten().index_copy_(0, self._where[0], self.packing.time)
         for own, count in zip(self.own, self.packing.counts, strict=True):
-            fresh &= not own.lengths[place]
             own.lengths[place] += count
-        return fresh
+        return self._where[place]
 
     def gather(self, place: int) -> Keys:
         return self.read(place).padded()
@@ -234,7 +240,7 @@ class _PagedLists(Lists):
                 entry = np.arange(own.lengths[0], own.lengths[0] + count)
                 pages = np.array([pages[entry[0] // size :] for pages in own.pages])
                 found.append(pages[:, entry // size - entry[0] // size] * size + entry % size)
-        return torch.from_numpy(np.concatenate(found, 1)).to(self.store.device)
+        return torch.from_numpy(np.ascontiguousarray(np.concatenate(found, 1))).to(self.store.device)
 
     def _page_table(self) -> Tensor:
         """Pages of each list, right-padded with the page that nobody holds [width, B, P]."""

@@ -8,10 +8,11 @@ tokens go: `lists` gives the lists of some rows in one stream, and attention wri
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from morex.depth.schedule import Slot, Stream
-from morex.nn.keys import Keys, PagedKeys
+from morex.nn.keys import Keys, PagedKeys, PagedSlot
 from morex.nn.packing import Packing
 
 Row = tuple[int, Slot]
@@ -32,6 +33,10 @@ class Lists(ABC):
         Returns:
             Whether the lists of all rows were empty before.
         """
+
+    def reserve(self, place: int, dtype: torch.dtype) -> PagedSlot | None:
+        """In place of `append`: room for the packing's tokens, which the caller fills; None without pages of it."""
+        return None
 
     @abstractmethod
     def gather(self, place: int) -> Keys:

@@ -9,7 +9,7 @@ from torch import Tensor
 from morex.cache.slots import KVRule
 from morex.cache.store import KVStore, Lists
 from morex.depth.schedule import Slot
-from morex.nn.keys import NEVER, Keys, PagedKeys
+from morex.nn.keys import NEVER, Keys, PagedKeys, PagedSlot
 from morex.nn.packing import Packing
 
 if TYPE_CHECKING:
@@ -51,17 +51,38 @@ class PassLists:
 
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
         """Adds the keys and values of the rows that write; True if no row has anything else to read."""
-        everyone = len(self.writers) == len(self.sequences)
+        own = self._writing()
+        if self._index is not None:
+            k, v = k[self._index], v[self._index]
+        fresh = own.append(place, k, v)
+        return fresh and self._index is None and (self.rule != "refresh" or set(self.recursions) == {1})
+
+    def reserve(self, place: int, dtype: torch.dtype) -> PagedSlot | None:
+        """In place of `append` and `read`, for a caller that fills the pages; None where there are none to read."""
+        if self.rule == "refresh" and max(self.recursions) > 1:
+            return None
+        slot = self._writing().reserve(place, dtype) if self.writers else None
+        if slot is None and self.writers:
+            return None
+        if slot is not None and self._index is None and self.rule != "shared_first":
+            return slot
+        keys = self.read(place)
+        if not isinstance(keys, PagedKeys):
+            return None
+        where = None if slot is None else slot.where
+        if where is not None and self._index is not None:
+            where = where.new_full((self.packing.num_tokens,), -1).index_copy_(0, self._index, where)
+        return PagedSlot(where, keys)
+
+    def _writing(self) -> Lists:
+        """Lists of the rows that write, with room for their tokens."""
         if self._own is None:
             packing = self.packing
-            if not everyone:
+            if len(self.writers) < len(self.sequences):
                 self._index, packing = packing.of_rows(self.writers)
             rows = [(self.sequences[row], Slot(self.block, self.recursions[row])) for row in self.writers]
             self._own = self.store.lists(rows, self.width, packing)
-        if self._index is not None:
-            k, v = k[self._index], v[self._index]
-        fresh = self._own.append(place, k, v)
-        return fresh and everyone and (self.rule != "refresh" or set(self.recursions) == {1})
+        return self._own
 
     def read(self, place: int) -> Keys | PagedKeys:
         """All that the queries of each row may see."""
@@ -123,6 +144,9 @@ class AttentionView:
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         return self.lists.append(self.place, k, v)
 
+    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
+        return self.lists.reserve(self.place, dtype)
+
     def read(self) -> Keys | PagedKeys:
         return self.lists.read(self.place)
 
@@ -141,6 +165,9 @@ class ExpertView:
         rows = [(s, self.slot._replace(recursion=r)) for s, r in zip(of.sequences, of.recursions, strict=True)]
         self._own = of.store.lists(rows, 1, packing)
         return self._own.append(0, k, v)
+
+    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
+        return None
 
     def read(self) -> Keys | PagedKeys:
         return self._own.read(0)

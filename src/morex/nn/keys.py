@@ -63,6 +63,15 @@ class PagedKeys:
         return self._seen[key]
 
 
+@dataclass(frozen=True)
+class PagedSlot:
+    """Where a kernel writes the keys and values of its tokens itself, and what it reads then."""
+
+    where: Tensor | None
+    """Entry of each token in the pool [N], -1 for one that writes nothing; None: none does."""
+    keys: PagedKeys
+
+
 class KeyView(Protocol):
     """One slot of a KV cache, as an attention sees it."""
 
@@ -71,6 +80,12 @@ class KeyView(Protocol):
 
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         """Adds keys and values [N, KV, dim] of the tokens; True if the slot was empty before."""
+
+    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
+        """In place of `append` and `read`: room for the tokens' keys and values, which the caller must fill.
+
+        None, and nothing is reserved, where they do not stand in pages, in numbers of this kind.
+        """
 
     def read(self) -> "Keys | PagedKeys":
         """All keys of the slot."""

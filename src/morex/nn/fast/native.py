@@ -9,30 +9,36 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.profiler import record_function
 
 from morex import files
 from morex.nn.fast.switch import available
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).with_name("kernels").iterdir())
 # Not -ffast-math: it would round denormal numbers to zero for the whole process.
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fopenmp-simd"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
-POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {
     "linear": [POINTER] * 3 + [INTEGER] * 3,
-    "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [ctypes.c_double],
+    "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [REAL],
+    "block": [POINTER] * 4 + [REAL] + [POINTER] * 9 + [REAL],
 }
-FEW_ROWS = 16
-"""Up to so many rows, and from two, the kernel multiplies fp32 faster than torch does."""
+SMALL = 2**14
+"""Numbers of a weight matrix that is small: one row of it is done before the kernel has been called."""
+BLOCK_TOKENS = 128
+"""Up to so many tokens a whole block in one kernel is as fast as torch's products by themselves."""
 
 
 def is_native() -> bool:
@@ -41,14 +47,24 @@ def is_native() -> bool:
 
 
 def takes_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch.
+    """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch."""
+    fits = x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16) and 0 < x.shape[0] <= most_rows(x.dtype)
+    is_plain = fits and weight.dtype == x.dtype and weight.is_contiguous()
+    return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL) and _may_run(x, weight)
 
-    Where the CPU has no arithmetic in bf16, torch widens every weight again for every row: there any number of rows.
+
+@cache
+def most_rows(dtype: torch.dtype) -> int:
+    """Up to so many rows the kernel is faster than torch.
+
+    Measured: fp32, and bf16 where the CPU has arithmetic in it. Where it has none, torch widens every weight again for
+    every row. Where it multiplies bf16 by tiles (AMX), 16 is a guess on the safe side.
     """
-    rows, is_half = x.shape[0], x.dtype == torch.bfloat16
-    fits = rows > 1 and (is_half or (x.dtype == torch.float32 and rows <= FEW_ROWS))
-    is_plain = fits and x.dim() == 2 and weight.dtype == x.dtype and weight.is_contiguous()
-    return is_plain and _may_run(x, weight) and not (is_half and _has_bfloat16())
+    if dtype == torch.float32:
+        return 32
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 2**31
+    return 16 if torch.cpu._is_amx_tile_supported() else 64
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -90,12 +106,64 @@ def attend_pages(
     return y
 
 
+def takes_block(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether `block` may take x [N, D] and a block's weights, and is faster than torch."""
+    dtype = x.dtype
+    fits = dtype in (torch.float32, torch.bfloat16) and 0 < x.shape[0] <= min(BLOCK_TOKENS, 2 * most_rows(dtype))
+    return fits and all(w.dtype == dtype and w.is_contiguous() for w in weights) and _may_run(x, *weights)
+
+
+def block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    epsilon: float,
+    k: Tensor,
+    v: Tensor,
+    where: Tensor | None,
+    pages: Tensor,
+    seen: tuple[Tensor, Tensor, Tensor],
+    turns: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> Tensor:
+    """A whole block with a gated feed-forward net: as `Block.forward`, keys and values written to their pages.
+
+    Args:
+        x: [N, D].
+        weights: norm 1, q, k, v, o, norm 2, gate, up, down.
+        epsilon: of both norms.
+        k, v: pages of a pool [P, size, KV, dim].
+        where: entry of each token in the pool [N], -1 for one that writes nothing; None: none does.
+        pages, seen, scale: as for `attend_pages`; `seen` are its row, start and end.
+        turns: cosines and sines of the rotation [N, 1, dim], fp32; None: no rotation.
+
+    Returns:
+        [N, D].
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    (tokens, channels), (size, kv_heads, dim) = x.shape, k.shape[1:]
+    group, hidden = weights[1].shape[0] // (kv_heads * dim), weights[6].shape[0]
+    sizes = (INTEGER * 8)(tokens, channels, hidden, kv_heads, group, dim, pages.stride(0), size)
+    pointers = (POINTER * len(weights))(*[weight.data_ptr() for weight in weights])
+    rest = pages, *seen, *([] if where is None else [where]), *([] if turns is None else turns)
+    assert all(part.is_contiguous() for part in rest), "the kernel takes no steps between numbers"
+    entry = None if where is None else where.data_ptr()
+    lists = [part.data_ptr() for part in (pages, *seen)]
+    cos_sin = [None, None] if turns is None else [part.data_ptr() for part in turns]
+    ends = k.data_ptr(), v.data_ptr(), entry, *lists, *cos_sin, scale
+    _run("block", x.dtype, x.data_ptr(), y.data_ptr(), pointers, sizes, epsilon, *ends)
+    return y
+
+
 def _may_run(*tensors: Tensor) -> bool:
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not needs_gradient and not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
+    is_plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    return (
+        is_plain and not needs_gradient and not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
+    )
 
 
-def _run(name: str, dtype: torch.dtype, *arguments: float) -> None:
+def _run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """A kernel; a profiler sees it as one of torch's operators."""
     kernel = _kernel(name, dtype)
     if torch.autograd._profiler_enabled():
@@ -103,11 +171,6 @@ def _run(name: str, dtype: torch.dtype, *arguments: float) -> None:
             kernel(*arguments)
     else:
         kernel(*arguments)
-
-
-@cache
-def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
@@ -125,7 +188,8 @@ def _library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None or os.environ.get("MOREX_NATIVE") == "0":
         return None
-    parts = [SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, platform.machine(), _processor()]
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    parts = [*sources, compiler, *FLAGS, platform.machine(), _processor()]
     path = files.cache_folder() / f"kernels-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
     try:
         if not path.is_file():
@@ -141,7 +205,7 @@ def _compile(compiler: str, path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         for threads in (["-fopenmp"], []):
-            command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(unfinished)]
+            command = [compiler, *FLAGS, *threads, str(SOURCES[0].with_name("kernels.cpp")), "-o", str(unfinished)]
             done = subprocess.run(command, capture_output=True, check=False, timeout=120)
             if done.returncode == 0:
                 unfinished.replace(path)
