@@ -14,7 +14,7 @@ from torch import Tensor
 from morex.nn import fast
 from morex.nn.attention import attend_to
 from morex.nn.fast import native
-from morex.nn.keys import NEVER, PagedKeys
+from morex.nn.keys import NEVER, Entries, PagedKeys
 from morex.nn.linear import Linear, linear
 from morex.nn.packing import Packing, pack_rows
 
@@ -80,7 +80,7 @@ def pages_and_queries(draw: st.DrawFn) -> tuple[Tensor, Packing, PagedKeys, int 
         times.append(time[row, length - count : length])
     packing = pack_rows(counts, torch.cat(times), torch.cat(times), max(counts))
     q = torch.randn(sum(counts), kv_heads * group, dim, dtype=dtype)
-    return q, packing, PagedKeys(k, v, pages, time), window
+    return q, packing, PagedKeys(k, v, pages, Entries(lambda: time)), window
 
 
 @needs_compiler
@@ -110,8 +110,8 @@ def test_without_kernels_everything_takes_its_plain_path(variables: dict[str, st
 def test_what_is_seen_is_that_of_each_packing() -> None:
     """Packings come and go, and one may stand where another stood."""
     k, v = torch.zeros(2, 2, 5, 1, 4)
-    keys = PagedKeys(k, v, torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(10)[None])
+    keys = PagedKeys(k, v, torch.tensor([[0, 1]], dtype=torch.int32), Entries(lambda: torch.arange(10)[None]))
     for time in range(10):
         now = torch.tensor([time])
-        row, start, end = keys.seen_by(pack_rows([1], now, now, 1), 3)
+        row, start, end = keys.entries.seen_by(pack_rows([1], now, now, 1), 3)
         assert (row.tolist(), start.tolist(), end.tolist()) == ([0], [max(0, time - 2)], [time + 1])

@@ -6,6 +6,7 @@ copies first: so prompts that begin alike are stored once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from morex.cache.pages import PagePool
 from morex.cache.store import KVStore, Lists, Row
 from morex.depth.schedule import Slot, Stream
-from morex.nn.keys import NEVER, Keys, PagedKeys, PagedSlot
+from morex.nn.keys import NEVER, Entries, Keys, PagedKeys, PagedSlots
 from morex.nn.packing import Packing
 
 
@@ -26,6 +27,18 @@ class _List:
     """By place, in the order of time; as many at each."""
     lengths: list[int]
     """Entries at each place."""
+    _table: np.ndarray | None = None
+
+    @property
+    def table(self) -> np.ndarray:
+        """`pages` as an array [width, pages]."""
+        if self._table is None:
+            self._table = np.array(self.pages, dtype=np.int32)
+        return self._table
+
+    def have_moved(self) -> None:
+        """The pages are others than before."""
+        self._table = None
 
     @property
     def width(self) -> int:
@@ -87,7 +100,7 @@ class PagedStore(KVStore):
             found.append(own[first])
         if packing is not None:
             self._reserve(found, packing.counts)
-        return _PagedLists(self, found, packing)
+        return PagedLists(self, found, packing)
 
     def num_pages(self, sequence: int) -> int:
         """Pages that a sequence holds, alone or with others."""
@@ -105,6 +118,7 @@ class PagedStore(KVStore):
             for pages in own.pages:
                 self.pool.drop(pages[needed:])
                 del pages[needed:]
+            own.have_moved()
             own.lengths = [kept] * own.width
 
     def fork(self, sequence: int) -> int:
@@ -178,14 +192,18 @@ class PagedStore(KVStore):
                 part[copies] = part[shared]
             for pages, copy in zip(own.pages, copies, strict=True):
                 pages[-1] = copy
+            own.have_moved()
             self.pool.drop(shared)
         for own, more in grown:
             for pages in own.pages:
                 pages += [fresh.pop() for _ in range(more)]
+            own.have_moved()
         assert not fresh
 
 
-class _PagedLists(Lists):
+class PagedLists(Lists):
+    """Lists in pages."""
+
     def __init__(self, store: PagedStore, lists: list[_List], packing: Packing | None) -> None:
         self.store, self.own, self.packing = store, lists, packing
         self._where: Tensor | None = None
@@ -193,38 +211,56 @@ class _PagedLists(Lists):
 
     @torch.no_grad()
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
-        store, fresh = self.store, not any(own.lengths[place] for own in self.own)
-        where = self._take(place)
+        assert self.packing is not None, "these lists are only read"
+        store, where = self.store, self._places_once()[place]
         store.k.flatten(0, 1).index_copy_(0, where, k.to(store.k.dtype))
         store.v.flatten(0, 1).index_copy_(0, where, v.to(store.v.dtype))
+        fresh = True
+        for own, count in zip(self.own, self.packing.counts, strict=True):
+            fresh &= not own.lengths[place]
+            own.lengths[place] += count
         return fresh
 
-    def reserve(self, place: int, dtype: torch.dtype) -> PagedSlot | None:
-        return PagedSlot(self._take(place), self.read(place)) if dtype == self.store.k.dtype else None
+    def reserve(self, dtype: torch.dtype) -> PagedSlots | None:
+        if dtype != self.store.k.dtype:
+            return None
+        assert self.packing is not None, "these lists are only read"
+        where, ends = self._places_once(), list[int]()
+        for own, count in zip(self.own, self.packing.counts, strict=True):
+            length = own.lengths[0]
+            ends += range(length + 1, length + count + 1)
+            own.lengths = [length + count] * own.width
+        pages, keys = self.read_all()
+        keys.entries.set_seen(self.packing, torch.tensor(ends, dtype=torch.int32, device=self.store.device))
+        return PagedSlots(where, pages, keys)
 
-    def _take(self, place: int) -> Tensor:
-        """Counts the packing's tokens as entries of a slot; where these go [N], an index into all of the pool."""
+    def _places_once(self) -> Tensor:
+        """`_places` of the packing's tokens, whose time is written down with them."""
         assert self.packing is not None, "these lists are only read"
         if self._where is None:
             self._where = self._places()
-        if not place:
             self.store.time.flatten().index_copy_(0, self._where[0], self.packing.time)
-        for own, count in zip(self.own, self.packing.counts, strict=True):
-            own.lengths[place] += count
-        return self._where[place]
+        return self._where
 
     def gather(self, place: int) -> Keys:
         return self.read(place).padded()
 
     def read(self, place: int) -> PagedKeys:
-        if self._read is None:
-            table = self._page_table()
-            self._read = table, PagedKeys(self.store.k, self.store.v, table[0], self._times(table[0]))
-        return replace(self._read[1], pages=self._read[0][place])
+        pages, keys = self.read_all()
+        return replace(keys, pages=pages[place])
 
-    def _times(self, table: Tensor) -> Tensor:
+    def read_all(self) -> tuple[Tensor, PagedKeys]:
+        """Pages of the lists at all places [width, B, L], and what stands in those of the first."""
+        if self._read is None:
+            table, lengths = self._page_table(), [own.lengths[0] for own in self.own]
+            self._read = (
+                table,
+                PagedKeys(self.store.k, self.store.v, table[0], Entries(partial(self._times, table[0], lengths))),
+            )
+        return self._read
+
+    def _times(self, table: Tensor, lengths: list[int]) -> Tensor:
         """Time of each entry [B, S], the same at all places; NEVER behind the last."""
-        lengths = [own.lengths[0] for own in self.own]
         longest = max(1, *lengths)
         times = self.store.time[table].flatten(1)[:, :longest]
         end = torch.tensor(lengths, device=times.device)
@@ -233,21 +269,24 @@ class _PagedLists(Lists):
     def _places(self) -> Tensor:
         """Where each token goes, an index into all entries of the pool [width, N]."""
         assert self.packing is not None
-        size = self.store.page_size
-        found = []
+        size, found = self.store.page_size, []
         for own, count in zip(self.own, self.packing.counts, strict=True):
-            if count:
-                entry = np.arange(own.lengths[0], own.lengths[0] + count)
-                pages = np.array([pages[entry[0] // size :] for pages in own.pages])
-                found.append(pages[:, entry // size - entry[0] // size] * size + entry % size)
-        return torch.from_numpy(np.ascontiguousarray(np.concatenate(found, 1))).to(self.store.device)
+            length = own.lengths[0]
+            if count == 1:  # without arrays, which would cost more than they save
+                page, rest = divmod(length, size)
+                found.append([pages[page] * size + rest for pages in own.pages])
+            elif count:
+                entry = np.arange(length, length + count)
+                pages = np.array([pages[length // size :] for pages in own.pages])
+                found += list((pages[:, entry // size - length // size] * size + entry % size).T)
+        return torch.from_numpy(np.array(found, dtype=np.int64).T.copy()).to(self.store.device)
 
     def _page_table(self) -> Tensor:
         """Pages of each list, right-padded with the page that nobody holds [width, B, P]."""
         width, longest = self.own[0].width, max(1, *(own.num_pages for own in self.own))
         table = np.full((width, len(self.own), longest), self.store.pool.size, dtype=np.int32)
         for row, own in enumerate(self.own):
-            table[:, row, : own.num_pages] = own.pages
+            table[:, row, : own.num_pages] = own.table
         return torch.from_numpy(table).to(self.store.device)
 
 

@@ -11,11 +11,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from morex.depth.schedule import Slot, Step
-from morex.nn.keys import NEVER, Keys, KeyView, PagedKeys, PagedSlot
+from morex.nn.keys import NEVER, Keys, KeyView, PagedKeys
 from morex.nn.packing import Packing
 
 KVRule = Literal["per_recursion", "shared_first", "refresh"]
@@ -51,9 +50,6 @@ class SlotView:
 
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         return self.store.append(self.slot, k, v, packing)
-
-    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
-        return None
 
     def read(self) -> Keys | PagedKeys:
         return self.store.view(self.slot)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from morex.depth.schedule import Slot, Stream
-from morex.nn.keys import Keys, PagedKeys, PagedSlot
+from morex.nn.keys import Keys, PagedKeys, PagedSlots
 from morex.nn.packing import Packing
 
 Row = tuple[int, Slot]
@@ -34,8 +34,11 @@ class Lists(ABC):
             Whether the lists of all rows were empty before.
         """
 
-    def reserve(self, place: int, dtype: torch.dtype) -> PagedSlot | None:
-        """In place of `append`: room for the packing's tokens, which the caller fills; None without pages of it."""
+    def reserve(self, dtype: torch.dtype) -> PagedSlots | None:
+        """In place of `append` at every place: room for the packing's tokens, which the caller fills.
+
+        None, and nothing is reserved, where there are no pages of numbers of this kind.
+        """
         return None
 
     @abstractmethod

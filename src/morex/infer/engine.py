@@ -132,6 +132,7 @@ class Engine:
         self._draws[request.number] = generator_of(params.seed, params.row)
         self.requests[request.number] = request
         self._count += 1
+        self.passes.walks.look_again()
         self.scheduler.add(request)
         return request.number
 

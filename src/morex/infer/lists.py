@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from morex.cache.paged import PagedLists
 from morex.cache.slots import KVRule
 from morex.cache.store import KVStore, Lists
 from morex.depth.schedule import Slot
-from morex.nn.keys import NEVER, Keys, PagedKeys, PagedSlot
+from morex.nn.keys import NEVER, Keys, PagedKeys, PagedSlots
 from morex.nn.packing import Packing
 
 if TYPE_CHECKING:
@@ -57,22 +58,31 @@ class PassLists:
         fresh = own.append(place, k, v)
         return fresh and self._index is None and (self.rule != "refresh" or set(self.recursions) == {1})
 
-    def reserve(self, place: int, dtype: torch.dtype) -> PagedSlot | None:
-        """In place of `append` and `read`, for a caller that fills the pages; None where there are none to read."""
+    def reserve(self, dtype: torch.dtype) -> PagedSlots | None:
+        """In place of `append` and `read`: room at every place, which the caller fills.
+
+        None, and nothing is reserved, where there are no pages of numbers of this kind, or rows that read otherwise.
+        """
         if self.rule == "refresh" and max(self.recursions) > 1:
             return None
-        slot = self._writing().reserve(place, dtype) if self.writers else None
-        if slot is None and self.writers:
+        own = self._writing().reserve(dtype) if self.writers else None
+        if self.rule != "shared_first" or (self.writers and own is None):
+            return own
+        read = self._first()
+        if not isinstance(read, PagedLists):
             return None
-        if slot is not None and self._index is None and self.rule != "shared_first":
-            return slot
-        keys = self.read(place)
-        if not isinstance(keys, PagedKeys):
-            return None
-        where = None if slot is None else slot.where
+        where = None if own is None else own.where
         if where is not None and self._index is not None:
-            where = where.new_full((self.packing.num_tokens,), -1).index_copy_(0, self._index, where)
-        return PagedSlot(where, keys)
+            everyone = where.new_full((self.width, self.packing.num_tokens), -1)
+            where = everyone.index_copy_(1, self._index, where)
+        return PagedSlots(where, *read.read_all())
+
+    def _first(self) -> Lists:
+        """Lists of recursion 1, which all recursions read."""
+        if self._read is None:
+            rows = [(sequence, Slot(self.block, 1)) for sequence in self.sequences]
+            self._read = self.store.lists(rows, self.width, None)
+        return self._read
 
     def _writing(self) -> Lists:
         """Lists of the rows that write, with room for their tokens."""
@@ -89,10 +99,7 @@ class PassLists:
         if self.rule == "refresh" and max(self.recursions) > 1:
             return self._latest(place)
         if self.rule == "shared_first":
-            if self._read is None:
-                rows = [(sequence, Slot(self.block, 1)) for sequence in self.sequences]
-                self._read = self.store.lists(rows, self.width, None)
-            return self._read.read(place)
+            return self._first().read(place)
         assert self._own is not None
         return self._own.read(place)
 
@@ -144,9 +151,6 @@ class AttentionView:
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         return self.lists.append(self.place, k, v)
 
-    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
-        return self.lists.reserve(self.place, dtype)
-
     def read(self) -> Keys | PagedKeys:
         return self.lists.read(self.place)
 
@@ -165,9 +169,6 @@ class ExpertView:
         rows = [(s, self.slot._replace(recursion=r)) for s, r in zip(of.sequences, of.recursions, strict=True)]
         self._own = of.store.lists(rows, 1, packing)
         return self._own.append(0, k, v)
-
-    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
-        return None
 
     def read(self) -> Keys | PagedKeys:
         return self._own.read(0)

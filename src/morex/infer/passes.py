@@ -5,13 +5,13 @@ routed group through its blocks once, `leave` takes those whose router let them 
 tokens travel in flights. What a token computes is what the model's own forward computes for it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from morex.cache.slots import CallStore
 from morex.cache.store import KVStore
@@ -21,10 +21,11 @@ from morex.depth.schedule import Step
 from morex.infer.clock import Clock
 from morex.infer.lists import PassLists
 from morex.infer.trace import RequestTrace
+from morex.infer.walk import Walks
 from morex.model.lm import LanguageModel
 from morex.model.stack import Pass, Record, RoutedGroup
 from morex.nn.attention import Local
-from morex.nn.block import WHOLE, StepParts
+from morex.nn.block import WHOLE
 from morex.nn.packing import Packing, pack_rows
 
 
@@ -124,6 +125,7 @@ class Passes:
         self.mixes = not config.recursion_norms and config.lora is None and config.attention.global_every is None
         """Whether a block does the same at every recursion, so that tokens at different ones can share a pass."""
         self.parts_by_depth = config.windows_move
+        self.walks = Walks()
 
     def enter(self, segments: Sequence[Segment]) -> tuple[list[Flight], list[Arrived]]:
         """Tokens through the prelude and up to the first recursion that somebody takes."""
@@ -195,12 +197,14 @@ class Passes:
         time, positions = (torch.cat([getattr(v.packing, name) for _, v in visits]) for name in ("time", "positions"))
         packing = pack_rows(counts, time, positions, max(visit.packing.span for _, visit in visits))
         steps, r = self.schedule.groups[group].recursions[0], recursions[0]
-        blocks = [self.stack.core.blocks[step.block - self.schedule.prelude] for step in steps]
+        blocks: list[Any] = [self.stack.core.blocks[step.block - self.schedule.prelude] for step in steps]
         names = [f"core.blocks.{step.block - self.schedule.prelude}" for step in steps]
         lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing)
         parts = [own.parts(r, place) for place in range(len(steps))]
         here = [step._replace(recursion=r) for step in steps]
-        y = self._walk(zip(names, blocks, here, parts, strict=True), torch.cat(states), lists)
+        key = "core", group, 0 if self.mixes else r
+        walked = list(zip(names, blocks, here, parts, strict=True))
+        y = self.walks(key, walked, torch.cat(states), lists, self._windows(rows[0].policy))
         for (flight, visit), part in zip(visits, y.split([len(s) for s in states]), strict=True):
             flight.h = own.router.bring_back(flight.h, part, flight.routing, visit)
 
@@ -213,27 +217,8 @@ class Passes:
             self.store, "per_recursion", steps[0].block, len(steps), segments, [1] * len(segments), packing
         )
         names = [f"{name}.{i}" for i in range(len(steps))]
-        return self._walk(zip(names, blocks, steps, [WHOLE] * len(steps), strict=True), x, lists)
-
-    def _walk(self, steps: Iterable[tuple[str, nn.Module, Step, StepParts]], x: Tensor, lists: PassLists) -> Tensor:
-        """Blocks one after another, for rows that are segments: name, block, step and what the step brings."""
-        local = self._windows(lists.segments[0].policy)
-        traces = any(segment.trace is not None for segment in lists.segments)
-        for place, (name, block, step, parts) in enumerate(steps):
-            parts = replace(parts, traces=True) if traces else parts
-            x, reports = block(x, lists.packing, lists.view(place), local(step), parts)
-            for router, signals in reports.items() if traces else ():
-                for choice in signals.choices:
-                    self._note_choice(f"stack.{name}.mixer.{router}", choice.experts, lists)
-        return x
-
-    def _note_choice(self, name: str, experts: Tensor, lists: PassLists) -> None:
-        counts = lists.packing.counts
-        for segment, times, own in zip(
-            lists.segments, lists.packing.time.split(counts), experts.split(counts), strict=True
-        ):
-            if segment.trace is not None:
-                segment.trace.note_choice(name, times.tolist(), own)
+        walked = list(zip(names, blocks, steps, [WHOLE] * len(steps), strict=True))
+        return self.walks((name, 0, 0), walked, x, lists, self._windows(segments[0].policy))
 
     def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None]:
         """What the attention of a step does otherwise, in a pass under this policy."""

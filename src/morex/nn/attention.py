@@ -80,12 +80,12 @@ def _attend_to_pages(q: Tensor, packing: Packing, keys: PagedKeys, scale: float,
     """`attend_to` where the keys stand: short rows read them in their pages, long ones from a copy."""
     short, long = packing.by_length
     if long is None:
-        return fast.attend_pages(q, keys.k, keys.v, keys.pages, *keys.seen_by(packing, window), scale)
+        return fast.attend_pages(q, keys.k, keys.v, keys.pages, *keys.entries.seen_by(packing, window), scale)
     y = torch.empty_like(q)
     rows, index, part = long
     y[index] = attend_to(q[index], part, keys.of_rows(rows).padded(), scale, window)
     if short.shape[0]:
-        row, start, end = (of_query[short] for of_query in keys.seen_by(packing, window))
+        row, start, end = (of_query[short] for of_query in keys.entries.seen_by(packing, window))
         y[short] = fast.attend_pages(q[short], keys.k, keys.v, keys.pages, row, start, end, scale)
     return y
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from morex.nn import fast
 from morex.nn.attention import Attention, Local
 from morex.nn.dropout import dropped
 from morex.nn.keys import KeyView
@@ -87,49 +85,29 @@ class Block(nn.Module):
             local: of a step with a sliding window.
             parts: what the step brings.
         """
-        view = None if views is None else views.attention
-        if view is not None and (whole := self._whole(x, packing, view, local, parts)) is not None:
-            return whole, {}
         changes = (parts.changes,) if parts.changes else ()  # which expert layers do not know
+        view = None if views is None else views.attention
         branch = self.attention(self._norm("norm1", parts, x), packing, view, local, *changes)
         x = self._join(x, branch, "norm1_after", parts)
         branch, reports = self.mixer(self._norm("norm2", parts, x), packing, views, *changes, traces=parts.traces)
         return self._join(x, branch, "norm2_after", parts), reports
 
-    def _whole(
-        self, x: Tensor, packing: Packing, view: KeyView, local: Local | None, parts: StepParts
-    ) -> Tensor | None:
-        """`forward` in one kernel, for a few tokens in sequences whose keys stand in pages; None where it is not so."""
-        is_short = packing.documents is None and packing.by_length[1] is None
-        known = self._known_weights(parts) if is_short else None
-        if known is None or not fast.takes_block(x, known[0]):
-            return None
-        slot = view.reserve(packing, x.dtype)
-        if slot is None:
-            return None
-        shape, keys = self.attention.shape, slot.keys
-        rope, window = (shape.rope, None) if local is None else (local.rope, local.window)
-        turns = None if rope is None else packing.turns(shape.head_dim, rope, torch.float32)
-        seen = keys.seen_by(packing, window)
-        return fast.block(x, *known, keys.k, keys.v, slot.where, keys.pages, seen, turns, shape.scale)
-
-    def _known_weights(self, parts: StepParts) -> tuple[list[Tensor], float] | None:
-        """Weights and epsilon as `fast.block` takes them, where it knows such blocks and nobody looks inside."""
-        # Past nn.Module's attributes, which would cost as much as the rest of the call.
-        own: dict[str, Any] = self._modules
-        attention, mixer = own["attention"], own["mixer"]
-        norm1, norm2 = (parts.norms.get(name, own.get(name)) for name in ("norm1", "norm2"))
+    def plain_weights(self, parts: StepParts) -> tuple[list[Tensor], float] | None:
+        """Weights as `fast.Walk` takes them and the norms' epsilon; None where `forward` does anything else besides."""
+        attention: Any = self.attention
+        mixer: Any = self.mixer
+        norms: list[Any] = [parts.norms.get(name) or getattr(self, name) for name in ("norm1", "norm2")]
+        norm1, norm2 = norms
         kinds = [type(module) for module in (norm1, norm2, attention, mixer)]
-        is_known = kinds == [RMSNorm, RMSNorm, Attention, GatedFeedForward] and norm1.eps == norm2.eps
-        is_plain = self.placement == "pre" and parts.scale == 1 and not parts.changes
-        if not (is_known and is_plain and mixer.function is swiglu and attention.norm_q is None):
+        if kinds != [RMSNorm, RMSNorm, Attention, GatedFeedForward] or norm1.eps != norm2.eps:
             return None
-        maps = [attention._modules[name] for name in "qkvo"] + [mixer._modules[name] for name in ("gate", "up", "down")]
+        is_plain = self.placement == "pre" and parts.scale == 1 and not parts.changes
+        if not (is_plain and mixer.function is swiglu and attention.norm_q is None):
+            return None
+        maps = [attention.q, attention.k, attention.v, attention.o, mixer.gate, mixer.up, mixer.down]
         if any(type(linear) is not Linear or linear.bias is not None for linear in maps):
             return None
-        if any(
-            module._forward_hooks or module._forward_pre_hooks for module in (norm1, norm2, attention, mixer, *maps)
-        ):
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (self, *self.modules(), norm1, norm2)):
             return None
         q, k, v, o, gate, up, down = [linear.weight for linear in maps]
         return [norm1.weight, q, k, v, o, norm2.weight, gate, up, down], norm1.eps

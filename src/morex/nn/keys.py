@@ -1,7 +1,8 @@
 """Keys and values that attention reads, and where a block finds them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -25,32 +26,21 @@ class Keys:
     """Whether all rows are known to have S keys, none of them later than the tokens in hand."""
 
 
-@dataclass(frozen=True)
-class PagedKeys:
-    """Keys and values of B lists in the pages of a pool, each list in the order of time."""
+class Entries:
+    """The entries of B lists: when they were, and which of them a query sees. The same in all slots of a stream."""
 
-    k: Tensor
-    """[P, size, KV, dim], as `v`."""
-    v: Tensor
-    pages: Tensor
-    """Pages of each list, right-padded with any page [B, L], int32."""
-    time: Tensor
-    """Time of each entry of the lists [B, S], NEVER behind the last."""
-    _seen: dict[tuple[Packing, int | None], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    """By packing and window; shared by the slots of a stream, whose entries have the same times."""
+    def __init__(self, time: Callable[[], Tensor]) -> None:
+        """`time`: that of each entry [B, S], NEVER behind the last; asked for once, if anybody needs it."""
+        self._time = time
+        self._seen: dict[tuple[Packing, int | None], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def padded(self) -> Keys:
-        """A copy of all entries."""
-        width = self.time.shape[1]
-        k, v = (pool[self.pages].flatten(1, 2)[:, :width] for pool in (self.k, self.v))
-        return Keys(k, v, self.time)
+    @cached_property
+    def time(self) -> Tensor:
+        return self._time()
 
-    def of_rows(self, rows: Sequence[int]) -> "PagedKeys":
-        """Some lists alone."""
-        time = self.time[rows]
-        longest = max(1, int((time != NEVER).sum(1).max()))
-        pages = self.pages[rows][:, : -(-longest // self.k.shape[1])]
-        return replace(self, pages=pages, time=time[:, :longest], _seen={})
+    def set_seen(self, packing: Packing, end: Tensor) -> None:
+        """What is known without asking: how many entries each token of the packing sees without a window [N], int32."""
+        self._seen[packing, None] = packing.row.int(), torch.zeros_like(end), end
 
     def seen_by(self, packing: Packing, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """List of each token of the packing, and the entries that it sees: row, start and end [N], int32."""
@@ -64,12 +54,40 @@ class PagedKeys:
 
 
 @dataclass(frozen=True)
-class PagedSlot:
-    """Where a kernel writes the keys and values of its tokens itself, and what it reads then."""
+class PagedKeys:
+    """Keys and values of B lists in the pages of a pool, each list in the order of time."""
+
+    k: Tensor
+    """[P, size, KV, dim], as `v`."""
+    v: Tensor
+    pages: Tensor
+    """Pages of each list, right-padded with any page [B, L], int32."""
+    entries: Entries
+
+    def padded(self) -> Keys:
+        """A copy of all entries."""
+        time = self.entries.time
+        k, v = (pool[self.pages].flatten(1, 2)[:, : time.shape[1]] for pool in (self.k, self.v))
+        return Keys(k, v, time)
+
+    def of_rows(self, rows: Sequence[int]) -> "PagedKeys":
+        """Some lists alone."""
+        time = self.entries.time[rows]
+        longest = max(1, int((time != NEVER).sum(1).max()))
+        pages = self.pages[rows][:, : -(-longest // self.k.shape[1])]
+        return replace(self, pages=pages, entries=Entries(lambda: time[:, :longest]))
+
+
+@dataclass(frozen=True)
+class PagedSlots:
+    """Where a kernel writes its tokens' keys and values itself, in S slots of a stream, and what it reads then."""
 
     where: Tensor | None
-    """Entry of each token in the pool [N], -1 for one that writes nothing; None: none does."""
+    """Entry of each token in the pool [S, N], -1 for one that writes nothing; None: none does."""
+    pages: Tensor
+    """Of the lists of each slot [S, B, L], int32."""
     keys: PagedKeys
+    """Of the first slot; the others differ in their pages."""
 
 
 class KeyView(Protocol):
@@ -80,12 +98,6 @@ class KeyView(Protocol):
 
     def append(self, k: Tensor, v: Tensor, packing: Packing) -> bool:
         """Adds keys and values [N, KV, dim] of the tokens; True if the slot was empty before."""
-
-    def reserve(self, packing: Packing, dtype: torch.dtype) -> PagedSlot | None:
-        """In place of `append` and `read`: room for the tokens' keys and values, which the caller must fill.
-
-        None, and nothing is reserved, where they do not stand in pages, in numbers of this kind.
-        """
 
     def read(self) -> "Keys | PagedKeys":
         """All keys of the slot."""

@@ -235,9 +235,10 @@ def pack_rows(counts: Sequence[int], time: Tensor, positions: Tensor, span: int)
         span: as of a packing.
     """
     rows, width = len(counts), max(counts)
-    row = torch.arange(rows).repeat_interleave(torch.tensor(counts)).to(time.device)
+    is_full = min(counts) == width
+    row = torch.arange(rows).repeat_interleave(torch.tensor(counts) if not is_full else width).to(time.device)
     packing = Packing(rows, width, span, row, time, positions)
-    if min(counts) == width:
+    if is_full:
         return packing
     return replace(packing, place=row * width + _ranks(row, rows)[0])
 

@@ -11,21 +11,22 @@ from morex.nn.fast.experts import recursive_experts
 from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.grouped import expert_linear
-from morex.nn.fast.native import attend_pages, block, few_rows, is_native, reads_pages, takes_block, takes_rows
+from morex.nn.fast.native import attend_pages, few_rows, is_native, reads_pages, takes_rows
 from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.plan import Plan
 from morex.nn.fast.recurrent import recurrent_experts
 from morex.nn.fast.rows import combine_rows, gather_rows
 from morex.nn.fast.single import single_token
 from morex.nn.fast.switch import available, enabled, usable
+from morex.nn.fast.walk import Walk
 
 __all__ = [
     "Frames",
     "Plan",
+    "Walk",
     "attend",
     "attend_pages",
     "available",
-    "block",
     "combine_rows",
     "enabled",
     "expert_linear",
@@ -41,7 +42,6 @@ __all__ = [
     "rms_norm",
     "single_token",
     "swiglu",
-    "takes_block",
     "takes_rows",
     "usable",
 ]

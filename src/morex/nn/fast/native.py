@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,10 @@ POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {
     "linear": [POINTER] * 3 + [INTEGER] * 3,
     "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [REAL],
-    "block": [POINTER] * 4 + [REAL] + [POINTER] * 9 + [REAL],
+    "blocks": [POINTER] * 4,
 }
 SMALL = 2**14
 """Numbers of a weight matrix that is small: one row of it is done before the kernel has been called."""
-BLOCK_TOKENS = 128
-"""Up to so many tokens a whole block in one kernel is as fast as torch's products by themselves."""
 
 
 def is_native() -> bool:
@@ -50,7 +47,7 @@ def takes_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch."""
     fits = x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16) and 0 < x.shape[0] <= most_rows(x.dtype)
     is_plain = fits and weight.dtype == x.dtype and weight.is_contiguous()
-    return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL) and _may_run(x, weight)
+    return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL) and may_run(x, weight)
 
 
 @cache
@@ -71,13 +68,13 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, D] and a weight [O, D] -> [N, O]."""
     x = x.contiguous()
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _run("linear", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, weight.shape[0])
+    run_kernel("linear", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, weight.shape[0])
     return y
 
 
 def reads_pages(q: Tensor, k: Tensor) -> bool:
     """Whether `attend_pages` may take queries and keys like these."""
-    return q.dtype in NAMES and k.dtype == q.dtype and _may_run(q, k)
+    return q.dtype in NAMES and k.dtype == q.dtype and may_run(q, k)
 
 
 def attend_pages(
@@ -102,60 +99,12 @@ def attend_pages(
     pointers = [part.data_ptr() for part in (q, k, v, y, pages)]
     spans = [part.data_ptr() for part in (row, start, end)]
     shape = queries, kv_heads, heads // kv_heads, dim
-    _run("attend", q.dtype, *pointers, pages.stride(0), size, *spans, *shape, scale)
+    run_kernel("attend", q.dtype, *pointers, pages.stride(0), size, *spans, *shape, scale)
     return y
 
 
-def takes_block(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `block` may take x [N, D] and a block's weights, and is faster than torch."""
-    dtype = x.dtype
-    fits = dtype in (torch.float32, torch.bfloat16) and 0 < x.shape[0] <= min(BLOCK_TOKENS, 2 * most_rows(dtype))
-    return fits and all(w.dtype == dtype and w.is_contiguous() for w in weights) and _may_run(x, *weights)
-
-
-def block(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    epsilon: float,
-    k: Tensor,
-    v: Tensor,
-    where: Tensor | None,
-    pages: Tensor,
-    seen: tuple[Tensor, Tensor, Tensor],
-    turns: tuple[Tensor, Tensor] | None,
-    scale: float,
-) -> Tensor:
-    """A whole block with a gated feed-forward net: as `Block.forward`, keys and values written to their pages.
-
-    Args:
-        x: [N, D].
-        weights: norm 1, q, k, v, o, norm 2, gate, up, down.
-        epsilon: of both norms.
-        k, v: pages of a pool [P, size, KV, dim].
-        where: entry of each token in the pool [N], -1 for one that writes nothing; None: none does.
-        pages, seen, scale: as for `attend_pages`; `seen` are its row, start and end.
-        turns: cosines and sines of the rotation [N, 1, dim], fp32; None: no rotation.
-
-    Returns:
-        [N, D].
-    """
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    (tokens, channels), (size, kv_heads, dim) = x.shape, k.shape[1:]
-    group, hidden = weights[1].shape[0] // (kv_heads * dim), weights[6].shape[0]
-    sizes = (INTEGER * 8)(tokens, channels, hidden, kv_heads, group, dim, pages.stride(0), size)
-    pointers = (POINTER * len(weights))(*[weight.data_ptr() for weight in weights])
-    rest = pages, *seen, *([] if where is None else [where]), *([] if turns is None else turns)
-    assert all(part.is_contiguous() for part in rest), "the kernel takes no steps between numbers"
-    entry = None if where is None else where.data_ptr()
-    lists = [part.data_ptr() for part in (pages, *seen)]
-    cos_sin = [None, None] if turns is None else [part.data_ptr() for part in turns]
-    ends = k.data_ptr(), v.data_ptr(), entry, *lists, *cos_sin, scale
-    _run("block", x.dtype, x.data_ptr(), y.data_ptr(), pointers, sizes, epsilon, *ends)
-    return y
-
-
-def _may_run(*tensors: Tensor) -> bool:
+def may_run(*tensors: Tensor) -> bool:
+    """Whether kernels may run on these."""
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     is_plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
     return (
@@ -163,7 +112,7 @@ def _may_run(*tensors: Tensor) -> bool:
     )
 
 
-def _run(name: str, dtype: torch.dtype, *arguments: Any) -> None:
+def run_kernel(name: str, dtype: torch.dtype, *arguments: Any) -> None:
     """A kernel; a profiler sees it as one of torch's operators."""
     kernel = _kernel(name, dtype)
     if torch.autograd._profiler_enabled():

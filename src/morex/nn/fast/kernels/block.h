@@ -1,24 +1,22 @@
-// A whole block for a few tokens: norm, attention over pages, norm, gated feed-forward net.
+// Whole blocks, one after another, for a few tokens: norm, attention over pages, norm, gated feed-forward net.
 
 #pragma once
 
 #include "attention.h"
 
+struct Shape {
+    int64_t tokens, channels, hidden;
+    Heads heads;
+    float scale;
+};
+
+// What a block brings: weights, where its keys and values stand, and how its attention sees them.
 template <class W>
 struct Block {
     const W *norm1, *q, *k, *v, *o, *norm2, *gate, *up, *down;
-    int64_t channels, hidden;
     float epsilon;
-};
-
-template <class W>
-struct Pages {
-    W *k, *v;
     const int64_t* where;  // entry of each token, -1 for one that writes nothing; null: none does
     Lists lists;
-};
-
-struct Turns {
     const float *cos, *sin;  // of each token [tokens, dim], the sine of the first half with a minus; null: no rotation
 };
 
@@ -32,12 +30,12 @@ static inline void normed(const X* x, const W* weight, F* y, int64_t channels, f
 }
 
 template <class W>
-static inline void turned(const float* x, W* y, int64_t dim, const Turns& turns, int64_t token) {
-    if (turns.cos == nullptr) {
+static inline void turned(const float* x, W* y, int64_t dim, const Block<W>& own, int64_t token) {
+    if (own.cos == nullptr) {
         for (int64_t i = 0; i < dim; i++) narrow(x[i], y + i);
         return;
     }
-    const float *cos = turns.cos + token * dim, *sin = turns.sin + token * dim;
+    const float *cos = own.cos + token * dim, *sin = own.sin + token * dim;
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i++) {
         narrow(x[i] * cos[i] + x[i + half] * sin[i], y + i);
@@ -63,59 +61,76 @@ static inline void product(const Factor<W>* x, const W* w, int64_t rows, int64_t
     }
 }
 
-// x [tokens, channels] -> y; keys and values go to the pages.
 template <class W>
-static void block(const W* x, W* y, int64_t tokens, const Block<W>& own, const Pages<W>& pages, const Heads& heads,
-                  const Turns& turns, float scale) {
-    using F = Factor<W>;
-    const int64_t channels = own.channels, dim = heads.dim, hidden = own.hidden;
-    const int64_t queries = heads.kv_heads * heads.group * dim, keys = heads.kv_heads * dim;
-    const int64_t made = queries + (pages.where == nullptr ? 0 : 2 * keys);
-    std::vector<F> inputs(tokens * std::max(channels, queries)), inner(tokens * hidden);
-    std::vector<float> heads_of(tokens * made), stream(tokens * channels);
-    std::vector<W> turned_queries(tokens * queries);
+struct Scratch {
+    std::vector<float> stream, made;    // the residual stream; queries, keys and values before they turn
+    std::vector<W> queries;
+    std::vector<Factor<W>> inputs, inner;  // of the products
+};
+
+// Within a parallel region: a block on the residual stream; keys and values go to the pages.
+template <class W>
+static void block(const Block<W>& own, const Shape& shape, W* k, W* v, Scratch<W>& at, Room& room) {
+    const int64_t tokens = shape.tokens, channels = shape.channels, hidden = shape.hidden, dim = shape.heads.dim;
+    const int64_t keys = shape.heads.kv_heads * dim, queries = keys * shape.heads.group, width = queries + 2 * keys;
+    float* stream = at.stream.data();
+    Factor<W>*inputs = at.inputs.data(), *inner = at.inner.data();
+    auto norm = [&](const W* weight) {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            normed(stream + t * channels, weight, inputs + t * channels, channels, own.epsilon);
+    };
+    auto add = [&](int64_t t, int64_t o, float sum) { stream[t * channels + o] += sum; };
+    auto make = [&](const W* weight, int64_t outer, int64_t start) {
+        product<W>(inputs, weight, tokens, channels, outer, room,
+                   [&](int64_t t, int64_t o, float sum) { at.made[t * width + start + o] = sum; });
+    };
+    norm(own.norm1);
+    make(own.q, queries, 0);
+    if (own.where != nullptr) {
+        make(own.k, keys, queries);
+        make(own.v, keys, queries + keys);
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* made = at.made.data() + t * width;
+        for (int64_t i = 0; i < queries; i += dim) turned(made + i, at.queries.data() + t * queries + i, dim, own, t);
+        if (own.where == nullptr || own.where[t] < 0) continue;
+        W *key = k + own.where[t] * keys, *value = v + own.where[t] * keys;
+        for (int64_t i = 0; i < keys; i += dim) turned(made + queries + i, key + i, dim, own, t);
+        for (int64_t i = 0; i < keys; i++) narrow(made[queries + keys + i], value + i);
+    }
+    attend<W, float>(at.queries.data(), k, v, inputs, own.lists, tokens, shape.heads, shape.scale);
+    product<W>(inputs, own.o, tokens, queries, channels, room, add);
+    norm(own.norm2);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks_of(hidden); block++) {
+        const float* gate = outputs(inputs, own.gate, tokens, channels, hidden, block, room.weights, room.totals);
+        const float* up = outputs(inputs, own.up, tokens, channels, hidden, block, room.weights, room.more);
+        int64_t first = block * OUTPUTS, count = std::min<int64_t>(OUTPUTS, hidden - first);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t o = 0; o < count; o++)
+                narrow(silu(gate[t * OUTPUTS + o]) * up[t * OUTPUTS + o], inner + t * hidden + first + o);
+    }
+    product<W>(inner, own.down, tokens, hidden, channels, room, add);
+}
+
+// x [tokens, channels] through some blocks -> y. Between blocks nothing is rounded.
+template <class W>
+static void blocks(const W* x, W* y, const std::vector<Block<W>>& all, const Shape& shape, W* k, W* v) {
+    const int64_t tokens = shape.tokens, numbers = tokens * shape.channels;
+    const int64_t keys = shape.heads.kv_heads * shape.heads.dim, queries = keys * shape.heads.group;
+    Scratch<W> at;
+    at.stream.resize(numbers);
+    at.made.resize(tokens * (queries + 2 * keys));
+    at.queries.resize(tokens * queries);
+    at.inputs.resize(tokens * std::max(shape.channels, queries));
+    at.inner.resize(tokens * shape.hidden);
+    for (int64_t i = 0; i < numbers; i++) at.stream[i] = widen(x[i]);
 #pragma omp parallel
     {
         Room room;
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            normed(x + t * channels, own.norm1, inputs.data() + t * channels, channels, own.epsilon);
-        auto keep = [&](int64_t start) {
-            return [&, start](int64_t t, int64_t o, float sum) { heads_of[t * made + start + o] = sum; };
-        };
-        product<W>(inputs.data(), own.q, tokens, channels, queries, room, keep(0));
-        if (pages.where != nullptr) {
-            product<W>(inputs.data(), own.k, tokens, channels, keys, room, keep(queries));
-            product<W>(inputs.data(), own.v, tokens, channels, keys, room, keep(queries + keys));
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            const float* made_of = heads_of.data() + t * made;
-            for (int64_t at = 0; at < queries; at += dim)
-                turned(made_of + at, turned_queries.data() + t * queries + at, dim, turns, t);
-            if (pages.where == nullptr || pages.where[t] < 0) continue;
-            for (int64_t at = 0; at < keys; at += dim)
-                turned(made_of + queries + at, pages.k + pages.where[t] * keys + at, dim, turns, t);
-            for (int64_t i = 0; i < keys; i++) narrow(made_of[queries + keys + i], pages.v + pages.where[t] * keys + i);
-        }
-        attend<W, float>(turned_queries.data(), pages.k, pages.v, inputs.data(), pages.lists, tokens, heads, scale);
-        product<W>(inputs.data(), own.o, tokens, queries, channels, room, [&](int64_t t, int64_t o, float sum) {
-            stream[t * channels + o] = widen(x[t * channels + o]) + sum;
-        });
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            normed(stream.data() + t * channels, own.norm2, inputs.data() + t * channels, channels, own.epsilon);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks_of(hidden); block++) {
-            const float* gate = outputs(inputs.data(), own.gate, tokens, channels, hidden, block, room.weights, room.totals);
-            const float* up = outputs(inputs.data(), own.up, tokens, channels, hidden, block, room.weights, room.more);
-            int64_t first = block * OUTPUTS, count = std::min<int64_t>(OUTPUTS, hidden - first);
-            for (int64_t t = 0; t < tokens; t++)
-                for (int64_t o = 0; o < count; o++)
-                    narrow(silu(gate[t * OUTPUTS + o]) * up[t * OUTPUTS + o], inner.data() + t * hidden + first + o);
-        }
-        product<W>(inner.data(), own.down, tokens, hidden, channels, room, [&](int64_t t, int64_t o, float sum) {
-            narrow(stream[t * channels + o] + sum, y + t * channels + o);
-        });
+        for (const Block<W>& own : all) block(own, shape, k, v, at, room);
     }
+    for (int64_t i = 0; i < numbers; i++) narrow(at.stream[i], y + i);
 }

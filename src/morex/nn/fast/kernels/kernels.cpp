@@ -3,20 +3,43 @@
 
 #include "block.h"
 
+// As `Step` and `Walk` in native.py.
+struct Step {
+    const void* weights[9];
+    double epsilon;
+    const int64_t* where;
+    const int32_t *table, *start, *end;
+    const float *cos, *sin;
+};
+
+struct Walk {
+    int64_t steps, tokens, channels, hidden, kv_heads, group, dim, stride, page;
+    double scale;
+    const int32_t* row;
+    void *k, *v;
+};
+
+template <class W>
+static void walk(const void* x, void* y, const Walk& walk, const Step* steps) {
+    std::vector<Block<W>> all;
+    for (int64_t i = 0; i < walk.steps; i++) {
+        const Step& own = steps[i];
+        const W* const* w = (const W* const*)own.weights;
+        Lists lists{own.table, walk.stride, walk.page, walk.row, own.start, own.end};
+        all.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], float(own.epsilon), own.where, lists,
+                       own.cos, own.sin});
+    }
+    Heads heads{walk.kv_heads, walk.group, walk.dim};
+    Shape shape{walk.tokens, walk.channels, walk.hidden, heads, float(walk.scale)};
+    blocks((const W*)x, (W*)y, all, shape, (W*)walk.k, (W*)walk.v);
+}
+
 extern "C" {
 #define KERNELS(name, T)                                                                                               \
     void linear_##name(const void* x, const void* w, void* y, int64_t rows, int64_t inner, int64_t outer) {            \
         linear((const T*)x, (const T*)w, (T*)y, rows, inner, outer);                                                   \
     }                                                                                                                  \
-    void block_##name(const void* x, void* y, const void* const* weights, const int64_t* sizes, double epsilon,        \
-                      void* k, void* v, const int64_t* where, const int32_t* table, const int32_t* row,                \
-                      const int32_t* start, const int32_t* end, const float* cos, const float* sin, double scale) {    \
-        auto [tokens, channels, hidden, kv_heads, group, dim, stride, page] = *(const int64_t(*)[8])sizes;             \
-        const T* const* w = (const T* const*)weights;                                                                  \
-        Block<T> own{w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], channels, hidden, float(epsilon)};          \
-        Pages<T> pages{(T*)k, (T*)v, where, {table, stride, page, row, start, end}};                                   \
-        block((const T*)x, (T*)y, tokens, own, pages, {kv_heads, group, dim}, {cos, sin}, float(scale));               \
-    }
+    void blocks_##name(const void* x, void* y, const Walk* own, const Step* steps) { walk<T>(x, y, *own, steps); }
 KERNELS(f32, float)
 KERNELS(bf16, Bfloat)
 

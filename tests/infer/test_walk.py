@@ -1,7 +1,7 @@
-"""A block for a few tokens in one kernel, against the same block step by step; keys and values in pages."""
+"""Blocks for a few tokens in one kernel, against the same blocks one by one; keys and values in pages."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from morex.cache.paged import PagedStore
 from morex.cache.slots import KVRule
-from morex.depth.schedule import Slot
+from morex.depth.schedule import Slot, Step
 from morex.infer.lists import PassLists
 from morex.infer.passes import Segment
+from morex.infer.walk import Walks
 from morex.nn import fast
 from morex.nn.attention import Attention, AttentionShape, Local
 from morex.nn.block import WHOLE, Block, StepParts
@@ -62,22 +63,20 @@ class Run:
         self.packing = pack_rows(counts, time, time, max(counts))
 
     def once(
-        self, block: Block, x: Tensor, local: Local | None, parts: StepParts, on: bool
+        self, blocks: Sequence[Block], x: Tensor, locals_: Sequence[Local | None], parts: StepParts, on: bool
     ) -> tuple[Tensor, PagedStore]:
         """Two blocks one after another; what comes out, and the store after them."""
         store = copy.deepcopy(self.store)
         recursions = [recursion for _, recursion in self.rows]
-        packing = replace(self.packing)
-        lists = PassLists(store, self.rule, 0, 2, self.segments, recursions, packing)
+        lists = PassLists(store, self.rule, 0, 2, self.segments, recursions, replace(self.packing))
+        steps = [("block", block, Step(place, 1), parts) for place, block in enumerate(blocks)]
         with fast.enabled(on), torch.no_grad():
-            for place in range(2):
-                x, reports = block(x, packing, lists.view(place), local, parts)
-                assert not reports
-        return x, store
+            y = Walks()(("core", 0, 0), steps, x, lists, lambda step: locals_[step.block])
+        return y, store
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[Run, Block, Tensor, Local | None, StepParts]:
+def runs(draw: st.DrawFn) -> tuple[Run, list[Block], Tensor, list[Local | None], StepParts]:
     dtype = draw(st.sampled_from(list(TOLERANCES)))
     rule: KVRule = draw(st.sampled_from(["per_recursion", "shared_first"]))
     torch.manual_seed(draw(st.integers(0, 99)))
@@ -85,28 +84,43 @@ def runs(draw: st.DrawFn) -> tuple[Run, Block, Tensor, Local | None, StepParts]:
     run = Run(draw(st.sampled_from(SHAPES)), dtype, rule, rows)
     d_model, d_ff = draw(st.sampled_from([(32, 48), (17, 30), (64, 7)]))
     shape = run.shape if draw(st.booleans()) else replace(run.shape, rope=None)
-    block = block_of(shape, d_model, d_ff).to(dtype)
-    local = draw(st.sampled_from([None, Local(3, Rope(7.0)), Local(100, None)]))
+    blocks = [block_of(shape, d_model, d_ff).to(dtype) for _ in range(2)]
+    local = st.sampled_from([None, Local(3, Rope(7.0)), Local(100, None)])
+    locals_ = draw(st.lists(local, min_size=2, max_size=2))
     norm = RMSNorm(d_model, 1e-5).to(dtype)
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     parts = draw(st.sampled_from([WHOLE, StepParts(norms={"norm1": norm, "norm2": norm})]))
-    return run, block, torch.randn(run.packing.num_tokens, d_model).to(dtype), local, parts
+    return run, blocks, torch.randn(run.packing.num_tokens, d_model).to(dtype), locals_, parts
+
+
+@pytest.fixture(scope="module")
+def calls() -> Iterator[list[int]]:
+    """Blocks of each call of the kernel."""
+    found: list[int] = []
+    known = fast.Walk.__call__
+
+    def noted(walk: fast.Walk, *given: Any) -> Tensor:
+        found.append(len(walk.steps))
+        return known(walk, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast.Walk, "__call__", noted)
+        yield found
 
 
 @needs_compiler
 @settings(max_examples=80, deadline=None)
 @given(runs())
-def test_one_kernel_is_the_block(case: tuple[Run, Block, Tensor, Local | None, StepParts]) -> None:
+def test_one_kernel_is_the_blocks(
+    calls: list[int], case: tuple[Run, list[Block], Tensor, list[Local | None], StepParts]
+) -> None:
     """What comes out, and every key, value and time that has been written."""
-    run, block, x, local, parts = case
-    calls: list[int] = []
-    known, fast.block = fast.block, lambda *given: (calls.append(1), known(*given))[1]
-    try:
-        found, store = run.once(block, x, local, parts, on=True)
-    finally:
-        fast.block = known
-    assert len(calls) == 2
-    wanted, plain = run.once(block, x, local, parts, on=False)
+    run, blocks, x, locals_, parts = case
+    calls.clear()
+    found, store = run.once(blocks, x, locals_, parts, on=True)
+    assert calls == [2]
+    wanted, plain = run.once(blocks, x, locals_, parts, on=False)
+    assert calls == [2]
     limit = TOLERANCES[run.dtype]
     assert found.dtype == run.dtype and (found - wanted).abs().max() <= limit * max(1, wanted.abs().max())
     assert torch.equal(store.time, plain.time)
@@ -121,16 +135,16 @@ def test_a_token_is_what_it_is_alone() -> None:
     torch.manual_seed(0)
     for dtype in TOLERANCES:
         run = Run((3, 3, 64), dtype, "per_recursion", [(1, 1), (2, 3), (1, 2)] * 4)
-        block, x = block_of(run.shape, 96, 200).to(dtype), torch.randn(16, 96).to(dtype)
-        whole, _ = run.once(block, x, None, WHOLE, on=True)
+        blocks, x = [block_of(run.shape, 96, 200).to(dtype)] * 2, torch.randn(16, 96).to(dtype)
+        whole, _ = run.once(blocks, x, [None, None], WHOLE, on=True)
         threads = torch.get_num_threads()
         torch.set_num_threads(2)
-        again, _ = run.once(block, x, None, WHOLE, on=True)
+        again, _ = run.once(blocks, x, [None, None], WHOLE, on=True)
         torch.set_num_threads(threads)
         assert torch.equal(whole, again)
         index, run.packing = run.packing.of_rows([4])
         run.segments, run.rows = [run.segments[4]], [run.rows[4]]
-        alone, _ = run.once(block, x[index], None, WHOLE, on=True)
+        alone, _ = run.once(blocks, x[index], [None, None], WHOLE, on=True)
         assert torch.equal(alone, whole[index])
 
 
@@ -154,9 +168,8 @@ def unknown_blocks() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", unknown_blocks())
-def test_other_blocks_go_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_blocks_go_one_by_one(name: str, calls: list[int]) -> None:
     what = unknown_blocks()[name]
-    monkeypatch.setattr(fast, "block", lambda *given: pytest.fail("the kernel does not know this block"))
     run = Run((2, 2, 6), torch.float32, "per_recursion", [(1, 1), (2, 2)])
     options = dict(what) if isinstance(what, dict) else {}
     if options.get("placement"):
@@ -164,13 +177,39 @@ def test_other_blocks_go_step_by_step(name: str, monkeypatch: pytest.MonkeyPatch
     block = block_of(run.shape, 32, 48, **options)
     if callable(what):
         what(block)
-    lists = PassLists(run.store, "per_recursion", 0, 2, run.segments, [1, 2], run.packing)
+    calls.clear()
+    lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1, 2], run.packing)
     with torch.set_grad_enabled(what is None):
-        y, _ = block(torch.randn(3, 32), run.packing, lists.view(0))
+        y = Walks()(("core", 0, 0), [("block", block, Step(0, 1), WHOLE)], torch.randn(3, 32), lists, lambda step: None)
     assert y.shape == (3, 32) and y.isfinite().all()
+    assert not calls
 
 
-def test_long_rows_go_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "block", lambda *given: pytest.fail("a long row is not for this kernel"))
+def test_long_rows_go_one_by_one(calls: list[int]) -> None:
     run = Run((2, 2, 6), torch.float32, "per_recursion", [(5, 1), (1, 2)])
-    run.once(block_of(run.shape, 32, 48), torch.randn(6, 32), None, WHOLE, on=True)
+    calls.clear()
+    run.once([block_of(run.shape, 32, 48)] * 2, torch.randn(6, 32), [None, None], WHOLE, on=True)
+    assert not calls
+
+
+@needs_compiler
+def test_weights_that_change_are_seen(calls: list[int]) -> None:
+    """At once where they change in place, and after another look where others stand in their stead."""
+    run, walks = Run((2, 2, 6), torch.float32, "per_recursion", [(1, 1), (2, 2)]), Walks()
+    block, x = block_of(run.shape, 32, 48), torch.randn(3, 32)
+
+    def once(walks: Walks) -> Tensor:
+        lists = PassLists(copy.deepcopy(run.store), "per_recursion", 0, 1, run.segments, [1, 2], replace(run.packing))
+        with torch.no_grad():
+            return walks(("core", 0, 0), [("block", block, Step(0, 1), WHOLE)], x, lists, lambda step: None)
+
+    calls.clear()
+    before = once(walks)
+    with torch.no_grad():
+        block.attention.v.weight.mul_(3)
+    changed = once(walks)
+    assert not torch.allclose(changed, before) and torch.equal(changed, once(Walks()))
+    block.attention.v.weight = torch.nn.Parameter(torch.randn(12, 32))
+    walks.look_again()
+    assert torch.equal(once(walks), once(Walks())) and not torch.allclose(once(walks), changed)
+    assert calls == [1] * 6

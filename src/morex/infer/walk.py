@@ -1,0 +1,99 @@
+"""Blocks one after another for the rows of a pass: in one kernel where there is one for them, else one by one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from morex.depth.schedule import Step
+from morex.infer.lists import PassLists
+from morex.nn import fast
+from morex.nn.attention import Local
+from morex.nn.block import Block, StepParts
+from morex.nn.packing import SHORT
+
+Walked = tuple[str, Block, Step, StepParts]
+"""Name of a block, the block, its step, and what the step brings."""
+
+
+class Walks:
+    """Walks through a model's blocks."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int], fast.Walk | None] = {}
+        """By part, group and recursion; None where no kernel takes these blocks."""
+
+    def look_again(self) -> None:
+        """Somebody may have given the model other weights or modules, or have come to look inside."""
+        self._known.clear()
+
+    def __call__(
+        self,
+        key: tuple[str, int, int],
+        steps: Sequence[Walked],
+        x: Tensor,
+        lists: PassLists,
+        local: Callable[[Step], Local | None],
+    ) -> Tensor:
+        """x [N, D] -> [N, D].
+
+        Args:
+            key: part, group and recursion: the same blocks, and what their steps bring.
+            lists: whose rows are segments, and whose places are the steps.
+            local: what the attention of a step does otherwise.
+        """
+        at_once = self._at_once(key, steps, x, lists, local)
+        if at_once is not None:
+            return at_once
+        traces = any(segment.trace is not None for segment in lists.segments)
+        for place, (name, block, step, parts) in enumerate(steps):
+            parts = replace(parts, traces=True) if traces else parts
+            x, reports = block(x, lists.packing, lists.view(place), local(step), parts)
+            for router, signals in reports.items() if traces else ():
+                for choice in signals.choices:
+                    _note_choice(f"stack.{name}.mixer.{router}", choice.experts, lists)
+        return x
+
+    def _at_once(
+        self,
+        key: tuple[str, int, int],
+        steps: Sequence[Walked],
+        x: Tensor,
+        lists: PassLists,
+        local: Callable[[Step], Local | None],
+    ) -> Tensor | None:
+        """In one kernel; None where the blocks or the tokens are not for it."""
+        if key not in self._known:
+            self._known[key] = _kernel_of(steps)
+        walk, packing = self._known[key], lists.packing
+        if walk is None or packing.width > SHORT or packing.documents is not None or not walk.takes(x):
+            return None
+        slots = lists.reserve(x.dtype)
+        if slots is None:
+            return None
+        shape, keys = steps[0][1].attention.shape, slots.keys
+        own = [local(step) for _, _, step, _ in steps]
+        seen = [keys.entries.seen_by(packing, None if here is None else here.window) for here in own]
+        ropes = [shape.rope if here is None else here.rope for here in own]
+        turns = [None if rope is None else packing.turns(shape.head_dim, rope, torch.float32) for rope in ropes]
+        return walk(x, keys.k, keys.v, slots.where, slots.pages, seen, turns, shape.scale)
+
+
+def _kernel_of(steps: Sequence[Walked]) -> fast.Walk | None:
+    """The kernel for some blocks, if it knows all of them."""
+    found = [block.plain_weights(parts) for _, block, _, parts in steps]
+    known = [own for own in found if own is not None]
+    if len(known) < len(found):
+        return None
+    return fast.Walk([weights for weights, _ in known], [epsilon for _, epsilon in known])
+
+
+def _note_choice(name: str, experts: Tensor, lists: PassLists) -> None:
+    """Writes down which experts the tokens of those took who ask for a trace."""
+    counts = lists.packing.counts
+    for segment, times, own in zip(
+        lists.segments, lists.packing.time.split(counts), experts.split(counts), strict=True
+    ):
+        if segment.trace is not None:
+            segment.trace.note_choice(name, times.tolist(), own)

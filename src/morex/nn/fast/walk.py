@@ -1,0 +1,104 @@
+"""Several blocks, one after another, in one kernel: for a few tokens, the calls between them would cost as much."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morex.nn.fast.native import NAMES, may_run, most_rows, run_kernel
+
+MOST_TOKENS = 128
+"""Up to so many tokens the kernel is as fast as torch's products by themselves."""
+COUNTS = "steps", "tokens", "channels", "hidden", "kv_heads", "group", "dim", "stride", "page"
+POINTERS = "where", "table", "start", "end", "cos", "sin"
+STEP = np.dtype([("weights", np.uint64, 9), ("epsilon", np.float64), *((name, np.uint64) for name in POINTERS)])
+"""`Step` in kernels.cpp."""
+WALK = np.dtype(
+    [
+        *((name, np.int64) for name in COUNTS),
+        ("scale", np.float64),
+        *((name, np.uint64) for name in ("row", "k", "v")),
+    ]
+)
+"""`Walk` in kernels.cpp."""
+
+
+class Walk:
+    """Blocks with RMS norms in front, attention over pages, and a gated feed-forward net (SwiGLU), without biases."""
+
+    def __init__(self, weights: Sequence[Sequence[Tensor]], epsilons: Sequence[float]) -> None:
+        """Args:
+        weights: of each block: norm 1, q, k, v, o, norm 2, gate, up, down. They may change, but must stay where they
+            are: whoever gives a model other weights makes another walk.
+        epsilons: of each block's norms.
+        """
+        self.weights = [weight.detach() for own in weights for weight in own]
+        self.steps = np.zeros(len(weights), STEP)
+        self.steps["weights"] = [[weight.data_ptr() for weight in own] for own in weights]
+        self.steps["epsilon"] = epsilons
+        first, needs_gradient = self.weights[0], any(weight.requires_grad for own in weights for weight in own)
+        self.dtype, self.needs_gradient = first.dtype, needs_gradient
+        is_plain = all(w.dtype == self.dtype and w.is_contiguous() and type(w) is Tensor for w in self.weights)
+        self.is_known = is_plain and self.dtype in NAMES and self.dtype != torch.float64
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel may take states [N, D], and is faster than torch."""
+        if not self.is_known or x.dtype != self.dtype or (self.needs_gradient and torch.is_grad_enabled()):
+            return False
+        return 0 < x.shape[0] <= min(MOST_TOKENS, 2 * most_rows(self.dtype)) and may_run(x, *self.weights[:1])
+
+    def __call__(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        where: Tensor | None,
+        pages: Tensor,
+        seen: Sequence[tuple[Tensor, Tensor, Tensor]],
+        turns: Sequence[tuple[Tensor, Tensor] | None],
+        scale: float,
+    ) -> Tensor:
+        """As `Block.forward` of S blocks, keys and values written to their pages; between blocks nothing is rounded.
+
+        Args:
+            x: [N, D].
+            k, v: pages of a pool [P, size, KV, dim].
+            where: entry of each token in the pool, by block [S, N], -1 for one that writes nothing; None: none does.
+            pages: of each list, in order, by block [S, B, L], int32.
+            seen: list of each token and the entries that it sees, of each block: row, start, end [N], int32.
+            turns: cosines and sines of the rotation [N, 1, dim], fp32, of each block; None: no rotation.
+            scale: factor on the scores of attention.
+
+        Returns:
+            [N, D].
+        """
+        x = x.contiguous()
+        y, steps = torch.empty_like(x), self.steps
+        steps["table"] = _each(pages, len(steps))
+        steps["where"] = 0 if where is None else _each(where, len(steps))
+        steps["start"], steps["end"] = _pointers(seen)[:, 1:].T
+        steps["cos"], steps["sin"] = _pointers(turns).T
+        (size, kv_heads, dim) = k.shape[1:]
+        queries, hidden = self.weights[1].shape[0], self.weights[6].shape[0]
+        shape = len(steps), *x.shape, hidden, kv_heads, queries // (kv_heads * dim), dim, pages.stride(1), size
+        walk = np.array((*shape, scale, seen[0][0].data_ptr(), k.data_ptr(), v.data_ptr()), WALK)
+        run_kernel("blocks", x.dtype, x.data_ptr(), y.data_ptr(), walk.ctypes.data, steps.ctypes.data)
+        return y
+
+
+def _each(x: Tensor, count: int) -> np.ndarray:
+    """Where the first dimension of a tensor puts each of its parts, uint64."""
+    assert x.is_contiguous(), "the kernel takes no steps between numbers"
+    step = x.stride(0) * x.element_size()
+    return np.arange(x.data_ptr(), x.data_ptr() + count * step, step, dtype=np.uint64)
+
+
+def _pointers(each: Sequence[tuple[Tensor, ...] | None]) -> np.ndarray:
+    """Where the tensors of each step stand; one row where all steps have the same."""
+    distinct = each[:1] if all(own is each[0] for own in each) else each
+    found = []
+    for own in distinct:
+        assert own is None or all(part.is_contiguous() for part in own), "the kernel takes no steps between numbers"
+        found.append([0, 0] if own is None else [part.data_ptr() for part in own])
+    return np.array(found, dtype=np.uint64)
