@@ -20,7 +20,9 @@ def prompts_of(case: str, lengths: list[int] = LENGTHS) -> list[list[int]]:
 
 
 def engine_of(model: Any, cache_bytes: int = FULL, **options: Any) -> Engine:
-    return Engine(model, cache_bytes=cache_bytes, **{"page_size": 3, "most_requests": 3, "chunk": 4} | options)
+    return Engine(
+        model, cache_bytes=cache_bytes, **{"page_size": 3, "most_requests": 3, "chunk": 4, "patience": 1} | options
+    )
 
 
 def assert_nothing_is_left(engine: Engine) -> None:

@@ -80,7 +80,7 @@ def runs(draw: st.DrawFn) -> tuple[Run, list[Block], Tensor, list[Local | None],
     dtype = draw(st.sampled_from(list(TOLERANCES)))
     rule: KVRule = draw(st.sampled_from(["per_recursion", "shared_first"]))
     torch.manual_seed(draw(st.integers(0, 99)))
-    rows = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=6))
+    rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=6))
     run = Run(draw(st.sampled_from(SHAPES)), dtype, rule, rows)
     d_model, d_ff = draw(st.sampled_from([(32, 48), (17, 30), (64, 7)]))
     shape = run.shape if draw(st.booleans()) else replace(run.shape, rope=None)
@@ -185,11 +185,19 @@ def test_other_blocks_go_one_by_one(name: str, calls: list[int]) -> None:
     assert not calls
 
 
-def test_long_rows_go_one_by_one(calls: list[int]) -> None:
-    run = Run((2, 2, 6), torch.float32, "per_recursion", [(5, 1), (1, 2)])
+@pytest.mark.parametrize(("count", "start", "kernel_calls"), [(4, 600, [1]), (5, 500, [1]), (5, 600, []), (65, 0, [])])
+def test_long_pieces_of_long_texts_go_one_by_one(
+    count: int, start: int, kernel_calls: list[int], calls: list[int]
+) -> None:
+    """And so do more tokens than the kernel is faster for."""
+    run = Run((2, 2, 6), torch.float32, "per_recursion", [(count, 1)])
+    run.segments[0].start = start
     calls.clear()
-    run.once([block_of(run.shape, 32, 48)] * 2, torch.randn(6, 32), [None, None], WHOLE, on=True)
-    assert not calls
+    lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1], run.packing)
+    steps = [("block", block_of(run.shape, 32, 48), Step(0, 1), WHOLE)]
+    with torch.no_grad():
+        Walks()(("core", 0, 0), steps, torch.randn(count, 32), lists, lambda step: None)
+    assert calls == (kernel_calls if fast.is_native() else [])
 
 
 @needs_compiler

@@ -59,7 +59,7 @@ class Engine:
         most_requests: int = 64,
         chunk: int = 128,
         prefixes: int = 64,
-        patience: int = 1,
+        patience: int = 3,
         lockstep: bool = False,
     ) -> None:
         """Args:

@@ -58,7 +58,7 @@ class Scheduler:
             waiting: requests that are done with the core.
             others: whether anybody else is on the way.
         """
-        is_full = 2 * waiting >= len(self.running)
+        is_full = waiting == len(self.running)
         if not waiting or is_full or not others or self.waited >= self.patience:
             self.waited = 0
             return bool(waiting)

@@ -13,6 +13,8 @@ from morex.nn.attention import Local
 from morex.nn.block import Block, StepParts
 from morex.nn.packing import SHORT
 
+LONG = 512
+"""Tokens of a text behind which a long piece of it is worth the copy of all keys that torch's attention needs."""
 Walked = tuple[str, Block, Step, StepParts]
 """Name of a block, the block, its step, and what the step brings."""
 
@@ -67,7 +69,8 @@ class Walks:
         if key not in self._known:
             self._known[key] = _kernel_of(steps)
         walk, packing = self._known[key], lists.packing
-        if walk is None or packing.width > SHORT or packing.documents is not None or not walk.takes(x):
+        is_near = packing.width <= SHORT or max(segment.start for segment in lists.segments) < LONG
+        if walk is None or packing.documents is not None or not is_near or not walk.takes(x):
             return None
         slots = lists.reserve(x.dtype)
         if slots is None:

@@ -55,13 +55,19 @@ def most_rows(dtype: torch.dtype) -> int:
     """Up to so many rows the kernel is faster than torch.
 
     Measured: fp32, and bf16 where the CPU has arithmetic in it. Where it has none, torch widens every weight again for
-    every row. Where it multiplies bf16 by tiles (AMX), 16 is a guess on the safe side.
+    every row. Where it multiplies bf16 by tiles, 16 is a guess on the safe side.
     """
     if dtype == torch.float32:
         return 32
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return 2**31
-    return 16 if torch.cpu._is_amx_tile_supported() else 64
+    return 16 if has_tiles() else 64
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the CPU multiplies bf16 by tiles (AMX), of which torch makes use and these kernels do not."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morex.nn.fast.native import NAMES, may_run, most_rows, run_kernel
+from morex.nn.fast.native import NAMES, has_tiles, may_run, run_kernel
 
-MOST_TOKENS = 128
-"""Up to so many tokens the kernel is as fast as torch's products by themselves."""
 COUNTS = "steps", "tokens", "channels", "hidden", "kv_heads", "group", "dim", "stride", "page"
 POINTERS = "where", "table", "start", "end", "cos", "sin"
 STEP = np.dtype([("weights", np.uint64, 9), ("epsilon", np.float64), *((name, np.uint64) for name in POINTERS)])
@@ -46,7 +44,7 @@ class Walk:
         """Whether the kernel may take states [N, D], and is faster than torch."""
         if not self.is_known or x.dtype != self.dtype or (self.needs_gradient and torch.is_grad_enabled()):
             return False
-        return 0 < x.shape[0] <= min(MOST_TOKENS, 2 * most_rows(self.dtype)) and may_run(x, *self.weights[:1])
+        return 0 < x.shape[0] <= _most_tokens(self.dtype) and may_run(x, *self.weights[:1])
 
     def __call__(
         self,
@@ -85,6 +83,13 @@ class Walk:
         walk = np.array((*shape, scale, seen[0][0].data_ptr(), k.data_ptr(), v.data_ptr()), WALK)
         run_kernel("blocks", x.dtype, x.data_ptr(), y.data_ptr(), walk.ctypes.data, steps.ctypes.data)
         return y
+
+
+def _most_tokens(dtype: torch.dtype) -> int:
+    """Up to so many tokens the kernel is faster than torch's products with all that stands between them. Measured."""
+    if dtype == torch.float32:
+        return 64
+    return 32 if has_tiles() else 512
 
 
 def _each(x: Tensor, count: int) -> np.ndarray:
