@@ -71,7 +71,7 @@ class Run:
         lists = PassLists(store, self.rule, 0, 2, self.segments, recursions, replace(self.packing))
         steps = [("block", block, Step(place, 1), parts) for place, block in enumerate(blocks)]
         with fast.enabled(on), torch.no_grad():
-            y = Walks()(("core", 0, 0), steps, x, lists, lambda step: locals_[step.block])
+            y = Walks()(("core", 0, 0), lambda: steps, x, lists, lambda step: locals_[step.block])
         return y, store
 
 
@@ -180,7 +180,9 @@ def test_other_blocks_go_one_by_one(name: str, calls: list[int]) -> None:
     calls.clear()
     lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1, 2], run.packing)
     with torch.set_grad_enabled(what is None):
-        y = Walks()(("core", 0, 0), [("block", block, Step(0, 1), WHOLE)], torch.randn(3, 32), lists, lambda step: None)
+        y = Walks()(
+            ("core", 0, 0), lambda: [("block", block, Step(0, 1), WHOLE)], torch.randn(3, 32), lists, lambda step: None
+        )
     assert y.shape == (3, 32) and y.isfinite().all()
     assert not calls
 
@@ -196,7 +198,7 @@ def test_long_pieces_of_long_texts_go_one_by_one(
     lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1], run.packing)
     steps = [("block", block_of(run.shape, 32, 48), Step(0, 1), WHOLE)]
     with torch.no_grad():
-        Walks()(("core", 0, 0), steps, torch.randn(count, 32), lists, lambda step: None)
+        Walks()(("core", 0, 0), lambda: steps, torch.randn(count, 32), lists, lambda step: None)
     assert calls == (kernel_calls if fast.is_native() else [])
 
 
@@ -209,7 +211,7 @@ def test_weights_that_change_are_seen(calls: list[int]) -> None:
     def once(walks: Walks) -> Tensor:
         lists = PassLists(copy.deepcopy(run.store), "per_recursion", 0, 1, run.segments, [1, 2], replace(run.packing))
         with torch.no_grad():
-            return walks(("core", 0, 0), [("block", block, Step(0, 1), WHOLE)], x, lists, lambda step: None)
+            return walks(("core", 0, 0), lambda: [("block", block, Step(0, 1), WHOLE)], x, lists, lambda step: None)
 
     calls.clear()
     before = once(walks)

@@ -21,7 +21,7 @@ from morex.depth.schedule import Step
 from morex.infer.clock import Clock
 from morex.infer.lists import PassLists
 from morex.infer.trace import RequestTrace
-from morex.infer.walk import Walks
+from morex.infer.walk import Walked, Walks
 from morex.model.lm import LanguageModel
 from morex.model.stack import Pass, Record, RoutedGroup
 from morex.nn.attention import Local
@@ -94,9 +94,7 @@ def join_packings(packings: Sequence[Packing]) -> Packing:
     """The rows of several packings, one after another."""
     if len(packings) == 1:
         return packings[0].root()
-    counts = [count for packing in packings for count in packing.counts]
-    time, positions = (torch.cat([getattr(p, name) for p in packings]) for name in ("time", "positions"))
-    return pack_rows(counts, time, positions, max(packing.span for packing in packings))
+    return _packed_together(packings, [count for packing in packings for count in packing.counts])
 
 
 def join(flights: Sequence[Flight]) -> Flight:
@@ -179,7 +177,8 @@ class Passes:
         for segment, count in zip(arrived.segments, packing.counts, strict=True):
             end += count
             asked += range(end - segment.reads, end)
-        return self.model.read(x[torch.tensor(asked, dtype=torch.int64, device=self.device)])
+        everyone = len(asked) == packing.num_tokens
+        return self.model.read(x if everyone else x[torch.tensor(asked, dtype=torch.int64, device=self.device)])
 
     def _visit(self, group: int, own: RoutedGroup, visits: Sequence[tuple[Flight, Visit]]) -> None:
         """The blocks of a group for the visiting tokens of some flights, brought back into these."""
@@ -194,36 +193,48 @@ class Passes:
                     rows.append(segment)
                     recursions.append(flight.recursion)
                     counts.append(count)
-        time, positions = (torch.cat([getattr(v.packing, name) for _, v in visits]) for name in ("time", "positions"))
-        packing = pack_rows(counts, time, positions, max(visit.packing.span for _, visit in visits))
+        packing = _packed_together([visit.packing for _, visit in visits], counts)
         steps, r = self.schedule.groups[group].recursions[0], recursions[0]
-        blocks: list[Any] = [self.stack.core.blocks[step.block - self.schedule.prelude] for step in steps]
-        names = [f"core.blocks.{step.block - self.schedule.prelude}" for step in steps]
         lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing)
-        parts = [own.parts(r, place) for place in range(len(steps))]
-        here = [step._replace(recursion=r) for step in steps]
-        key = "core", group, 0 if self.mixes else r
-        walked = list(zip(names, blocks, here, parts, strict=True))
+        key, walked = ("core", group, 0 if self.mixes else r), partial(self._core_steps, group, r)
         y = self.walks(key, walked, torch.cat(states), lists, self._windows(rows[0].policy))
         for (flight, visit), part in zip(visits, y.split([len(s) for s in states]), strict=True):
             flight.h = own.router.bring_back(flight.h, part, flight.routing, visit)
 
     def _once(self, name: str, x: Tensor, packing: Packing, segments: list[Segment]) -> Tensor:
         """The blocks of `prelude` or `coda`."""
-        blocks, steps = getattr(self.stack, name), getattr(self.schedule, f"{name}_steps")
+        steps = getattr(self.schedule, f"{name}_steps")
         if not steps:
             return x
         lists = PassLists(
             self.store, "per_recursion", steps[0].block, len(steps), segments, [1] * len(segments), packing
         )
-        names = [f"{name}.{i}" for i in range(len(steps))]
-        walked = list(zip(names, blocks, steps, [WHOLE] * len(steps), strict=True))
-        return self.walks((name, 0, 0), walked, x, lists, self._windows(segments[0].policy))
+        key, walked = (name, 0, 0), partial(self._once_steps, name)
+        return self.walks(key, walked, x, lists, self._windows(segments[0].policy))
+
+    def _core_steps(self, group: int, r: int) -> list[Walked]:
+        """What a group's tokens walk through at recursion r."""
+        own: Any = self.stack.core.groups[group]
+        steps, prelude = self.schedule.groups[group].recursions[0], self.schedule.prelude
+        found: list[Walked] = []
+        for place, step in enumerate(steps):
+            i = step.block - prelude
+            block: Any = self.stack.core.blocks[i]
+            found.append((f"core.blocks.{i}", block, step._replace(recursion=r), own.parts(r, place)))
+        return found
+
+    def _once_steps(self, name: str) -> list[Walked]:
+        """What `prelude` or `coda` is made of."""
+        blocks, steps = getattr(self.stack, name), getattr(self.schedule, f"{name}_steps")
+        return [(f"{name}.{i}", block, step, WHOLE) for i, (block, step) in enumerate(zip(blocks, steps, strict=True))]
 
     def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None]:
         """What the attention of a step does otherwise, in a pass under this policy."""
-        windows, schedule = self.stack.windows, replace(self.schedule, recursions=policy.recursions)
-        return lambda step: None if windows is None else windows.at(schedule.place(step))
+        windows = self.stack.windows
+        if windows is None:
+            return _sees_everything
+        schedule = replace(self.schedule, recursions=policy.recursions)
+        return lambda step: windows.at(schedule.place(step))
 
     def _begin(self, group: int, arrived: Arrived) -> tuple[list[Flight], list[Arrived]]:
         """Segments at the door of a group, by policy; past the last group they have arrived."""
@@ -252,7 +263,7 @@ class Passes:
             if flight.routing.is_full:
                 going.append(flight)
                 return
-            active = flight.packing.row[flight.routing.active].unique().tolist()
+            active = flight.packing.row[flight.routing.active].unique_consecutive().tolist()
             if len(active) == len(flight.segments):
                 going.append(flight)
                 return
@@ -280,6 +291,19 @@ class Passes:
             return going, done
         more, arrived = self._begin(group + 1, _joined(done))
         return going + more, arrived
+
+
+def _sees_everything(step: Step) -> Local | None:
+    """A step without a window."""
+    return None
+
+
+def _packed_together(packings: Sequence[Packing], counts: list[int]) -> Packing:
+    """The tokens of several packings, one after another, without rows that have none; counts: of those that have."""
+    if len(packings) == 1 and len(counts) == packings[0].rows:
+        return packings[0].root()
+    time, positions = (torch.cat([getattr(packing, name) for packing in packings]) for name in ("time", "positions"))
+    return pack_rows(counts, time, positions, max(packing.span for packing in packings))
 
 
 def _joined(parts: Sequence[Arrived]) -> Arrived:

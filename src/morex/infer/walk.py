@@ -9,7 +9,7 @@ from torch import Tensor
 from morex.depth.schedule import Step
 from morex.infer.lists import PassLists
 from morex.nn import fast
-from morex.nn.attention import Local
+from morex.nn.attention import AttentionShape, Local
 from morex.nn.block import Block, StepParts
 from morex.nn.packing import SHORT
 
@@ -19,12 +19,16 @@ Walked = tuple[str, Block, Step, StepParts]
 """Name of a block, the block, its step, and what the step brings."""
 
 
+Key = tuple[str, int, int]
+"""Part of the model, routed group and recursion: the same blocks, and what their steps bring."""
+
+
 class Walks:
     """Walks through a model's blocks."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int, int], fast.Walk | None] = {}
-        """By part, group and recursion; None where no kernel takes these blocks."""
+        self._known: dict[Key, tuple[list[Walked], fast.Walk | None]] = {}
+        """The steps, and the kernel that takes them, if any."""
 
     def look_again(self) -> None:
         """Somebody may have given the model other weights or modules, or have come to look inside."""
@@ -32,8 +36,8 @@ class Walks:
 
     def __call__(
         self,
-        key: tuple[str, int, int],
-        steps: Sequence[Walked],
+        key: Key,
+        steps: Callable[[], list[Walked]],
         x: Tensor,
         lists: PassLists,
         local: Callable[[Step], Local | None],
@@ -41,15 +45,21 @@ class Walks:
         """x [N, D] -> [N, D].
 
         Args:
-            key: part, group and recursion: the same blocks, and what their steps bring.
+            steps: asked for when the key is new.
             lists: whose rows are segments, and whose places are the steps.
             local: what the attention of a step does otherwise.
         """
-        at_once = self._at_once(key, steps, x, lists, local)
-        if at_once is not None:
-            return at_once
+        if key not in self._known:
+            found = steps()
+            self._known[key] = found, _kernel_of(found)
+        walked, kernel = self._known[key]
+        if kernel is not None:
+            shape = walked[0][1].attention.shape
+            y = _at_once(kernel, shape, x, lists, [local(step) for _, _, step, _ in walked])
+            if y is not None:
+                return y
         traces = any(segment.trace is not None for segment in lists.segments)
-        for place, (name, block, step, parts) in enumerate(steps):
+        for place, (name, block, step, parts) in enumerate(walked):
             parts = replace(parts, traces=True) if traces else parts
             x, reports = block(x, lists.packing, lists.view(place), local(step), parts)
             for router, signals in reports.items() if traces else ():
@@ -57,30 +67,28 @@ class Walks:
                     _note_choice(f"stack.{name}.mixer.{router}", choice.experts, lists)
         return x
 
-    def _at_once(
-        self,
-        key: tuple[str, int, int],
-        steps: Sequence[Walked],
-        x: Tensor,
-        lists: PassLists,
-        local: Callable[[Step], Local | None],
-    ) -> Tensor | None:
-        """In one kernel; None where the blocks or the tokens are not for it."""
-        if key not in self._known:
-            self._known[key] = _kernel_of(steps)
-        walk, packing = self._known[key], lists.packing
-        is_near = packing.width <= SHORT or max(segment.start for segment in lists.segments) < LONG
-        if walk is None or packing.documents is not None or not is_near or not walk.takes(x):
-            return None
-        slots = lists.reserve(x.dtype)
-        if slots is None:
-            return None
-        shape, keys = steps[0][1].attention.shape, slots.keys
-        own = [local(step) for _, _, step, _ in steps]
-        seen = [keys.entries.seen_by(packing, None if here is None else here.window) for here in own]
-        ropes = [shape.rope if here is None else here.rope for here in own]
-        turns = [None if rope is None else packing.turns(shape.head_dim, rope, torch.float32) for rope in ropes]
-        return walk(x, keys.k, keys.v, slots.where, slots.pages, seen, turns, shape.scale)
+
+def _at_once(
+    kernel: fast.Walk, shape: AttentionShape, x: Tensor, lists: PassLists, local: Sequence[Local | None]
+) -> Tensor | None:
+    """In one kernel; None where the tokens are not for it."""
+    packing = lists.packing
+    is_near = packing.width <= SHORT or max(segment.start for segment in lists.segments) < LONG
+    if packing.documents is not None or not is_near or not kernel.takes(x):
+        return None
+    slots = lists.reserve(x.dtype)
+    if slots is None:
+        return None
+    keys = slots.keys
+
+    def of(here: Local | None) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        rope, window = (shape.rope, None) if here is None else (here.rope, here.window)
+        turns = None if rope is None else packing.turns(shape.head_dim, rope, torch.float32)
+        return keys.entries.seen_by(packing, window), turns
+
+    alike = all(here is local[0] for here in local)
+    seen, turns = zip(*([of(local[0])] * len(local) if alike else map(of, local)), strict=True)
+    return kernel(x, keys.k, keys.v, slots.where, slots.pages, seen, turns, shape.scale)
 
 
 def _kernel_of(steps: Sequence[Walked]) -> fast.Walk | None:

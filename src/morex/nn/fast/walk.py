@@ -35,6 +35,8 @@ class Walk:
         self.steps = np.zeros(len(weights), STEP)
         self.steps["weights"] = [[weight.data_ptr() for weight in own] for own in weights]
         self.steps["epsilon"] = epsilons
+        self.walk = np.zeros(1, WALK)
+        self.addresses = self.walk.ctypes.data, self.steps.ctypes.data
         first, needs_gradient = self.weights[0], any(weight.requires_grad for own in weights for weight in own)
         self.dtype, self.needs_gradient = first.dtype, needs_gradient
         is_plain = all(w.dtype == self.dtype and w.is_contiguous() and type(w) is Tensor for w in self.weights)
@@ -75,13 +77,13 @@ class Walk:
         y, steps = torch.empty_like(x), self.steps
         steps["table"] = _each(pages, len(steps))
         steps["where"] = 0 if where is None else _each(where, len(steps))
-        steps["start"], steps["end"] = _pointers(seen)[:, 1:].T
-        steps["cos"], steps["sin"] = _pointers(turns).T
+        steps["start"], steps["end"] = _pointers(seen, 3)[1:]
+        steps["cos"], steps["sin"] = _pointers(turns, 2)
         (size, kv_heads, dim) = k.shape[1:]
         queries, hidden = self.weights[1].shape[0], self.weights[6].shape[0]
         shape = len(steps), *x.shape, hidden, kv_heads, queries // (kv_heads * dim), dim, pages.stride(1), size
-        walk = np.array((*shape, scale, seen[0][0].data_ptr(), k.data_ptr(), v.data_ptr()), WALK)
-        run_kernel("blocks", x.dtype, x.data_ptr(), y.data_ptr(), walk.ctypes.data, steps.ctypes.data)
+        self.walk[0] = *shape, scale, seen[0][0].data_ptr(), k.data_ptr(), v.data_ptr()
+        run_kernel("blocks", x.dtype, x.data_ptr(), y.data_ptr(), *self.addresses)
         return y
 
 
@@ -99,11 +101,11 @@ def _each(x: Tensor, count: int) -> np.ndarray:
     return np.arange(x.data_ptr(), x.data_ptr() + count * step, step, dtype=np.uint64)
 
 
-def _pointers(each: Sequence[tuple[Tensor, ...] | None]) -> np.ndarray:
-    """Where the tensors of each step stand; one row where all steps have the same."""
+def _pointers(each: Sequence[tuple[Tensor, ...] | None], count: int) -> np.ndarray:
+    """Where the `count` tensors of each step stand [count, steps]; [count, 1] where all steps have the same."""
     distinct = each[:1] if all(own is each[0] for own in each) else each
     found = []
     for own in distinct:
         assert own is None or all(part.is_contiguous() for part in own), "the kernel takes no steps between numbers"
-        found.append([0, 0] if own is None else [part.data_ptr() for part in own])
-    return np.array(found, dtype=np.uint64)
+        found.append([0] * count if own is None else [part.data_ptr() for part in own])
+    return np.array(found, dtype=np.uint64).T
