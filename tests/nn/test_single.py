@@ -41,6 +41,29 @@ def test_a_token_alone_in_its_experts(overrides: list[str]) -> None:
             assert plain.abs().max() > 1e-3
 
 
+@pytest.mark.skipif(not fast.is_native(), reason="there is no C++ compiler on this machine")
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.attention.kv_heads=2"], ["model.mixer.branch=change"], ["model.mixer.d_ff=37"]]
+)
+def test_a_few_tokens_in_their_experts(
+    overrides: list[str], dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = model_of("more", *overrides).stack.core.blocks[0].mixer.to(dtype)
+    x = torch.randn(17, layer.gate.shape[-1], dtype=dtype, generator=torch.Generator().manual_seed(1))
+    calls: list[int] = []
+    kernel = fast.few_tokens
+    monkeypatch.setattr(fast, "few_tokens", lambda x, *rest: (calls.append(x.shape[0]), kernel(x, *rest))[1])
+    with torch.no_grad():
+        for count in (1, 2, 5, 16, 17):
+            rows, packing = x[:count], pack_batch((1, count), torch.device("cpu"))
+            few, _ = layer(rows, packing)
+            with fast.enabled(False):
+                plain, _ = layer(rows, packing)
+            assert few.dtype == dtype and (few - plain).abs().max() <= limit * plain.abs().max()
+    assert calls == [1, 2, 5, 16]
+
+
 def test_a_token_alone_keeps_its_gradient() -> None:
     layer = model_of("more").stack.core.blocks[0].mixer
     y, _ = layer(torch.ones(1, layer.gate.shape[-1], dtype=torch.float64), pack_batch((1, 1), torch.device("cpu")))

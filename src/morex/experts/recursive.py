@@ -91,9 +91,8 @@ class RecursiveExperts(nn.Module):
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and what the routers report."""
         chosen, weights, signals = self.router(x, not outlives(views))
-        if self._goes_alone(x):
-            [experts], [shares] = chosen.tolist(), weights.tolist()
-            y = fast.single_token(x, experts, shares, self._used(), self.eps, self.shape.head_dim)
+        y = self._alone(x, chosen, weights)
+        if y is not None:
             return y, {"router": signals}
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self._compiled(x, packing, chosen, weights), {"router": signals}
@@ -113,10 +112,17 @@ class RecursiveExperts(nn.Module):
             signals.choices = [replace(choice, steps=taken) for choice in signals.choices]
         return sent.combine(y, weights), reports
 
-    def _goes_alone(self, x: Tensor) -> bool:
-        """Whether x [N, D] is one token that needs nobody else, and no gradient."""
-        is_alone = x.shape[0] == 1 and self.scope == "token" and isinstance(self.depth, FixedRouter)
-        return is_alone and not torch.is_grad_enabled() and fast.usable(x, self.gate)
+    def _alone(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor | None:
+        """The layer for few tokens x [N, D] that need nobody else, and no gradient; None where it is not so."""
+        if self.scope != "token" or torch.is_grad_enabled() or not isinstance(self.depth, FixedRouter):
+            return None
+        stacks = self._used()
+        if fast.takes_tokens(x, stacks, self.router.top_k):
+            return fast.few_tokens(x, chosen, weights, stacks, self.eps, self.shape.head_dim)
+        if x.shape[0] > 1 or not fast.usable(x, self.gate):
+            return None
+        [experts], [shares] = chosen.tolist(), weights.tolist()
+        return fast.single_token(x, experts, shares, stacks, self.eps, self.shape.head_dim)
 
     def _used(self) -> dict[str, Tensor]:
         """The stacked weights that are computed with."""

@@ -263,7 +263,9 @@ class Passes:
             if flight.routing.is_full:
                 going.append(flight)
                 return
-            active = flight.packing.row[flight.routing.active].unique_consecutive().tolist()
+            active = flight.packing.row[flight.routing.active].tolist()
+            if flight.packing.width > 1:
+                active = sorted(set(active))
             if len(active) == len(flight.segments):
                 going.append(flight)
                 return

@@ -95,7 +95,11 @@ class Packing:
 
     def _of_rows(self, index: Tensor, row: Tensor, rows: int) -> "Packing":
         """The tokens at `index`, each in this one of so many rows."""
-        rank, width = _ranks(row, rows)
+        place = row  # of rows with one token at most
+        width = 1
+        if self.width > 1 or rows != self.rows or not index.shape[0]:
+            rank, width = _ranks(row, rows)
+            place = row * width + rank
         full = width * rows == index.shape[0]
         return replace(
             self,
@@ -105,7 +109,7 @@ class Packing:
             time=self.time[index],
             positions=self.positions[index],
             documents=None if self.documents is None else self.documents[index],
-            place=None if full else row * width + rank,
+            place=None if full else place,
             index=index if self.index is None else self.index[index],
             _tables={key: (cos[index], sin[index]) for key, (cos, sin) in self._tables.items()},
             _turns={key: (cos[index], sin[index]) for key, (cos, sin) in self._turns.items()},
@@ -113,10 +117,13 @@ class Packing:
         )
 
     def of_rows(self, rows: Sequence[int]) -> tuple[Tensor, "Packing"]:
-        """Some rows alone, none of them empty: their tokens [N'], an index into this packing's own, and the packing."""
-        wanted = torch.zeros(self.rows, dtype=torch.bool)
-        wanted[list(rows)] = True
-        index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
+        """Some rows alone, ascending, none of them empty: their tokens [N'], an index into these, and their packing."""
+        if self.width == 1 and self.is_full:
+            index = torch.tensor(rows, device=self.row.device)
+        else:
+            wanted = torch.zeros(self.rows, dtype=torch.bool)
+            wanted[list(rows)] = True
+            index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
         counts = [self.counts[row] for row in rows]
         return index, pack_rows(counts, self.time[index], self.positions[index], self.span)
 

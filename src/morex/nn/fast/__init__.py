@@ -16,7 +16,7 @@ from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.plan import Plan
 from morex.nn.fast.recurrent import recurrent_experts
 from morex.nn.fast.rows import combine_rows, gather_rows
-from morex.nn.fast.single import single_token
+from morex.nn.fast.single import few_tokens, single_token, takes_tokens
 from morex.nn.fast.switch import available, enabled, usable
 from morex.nn.fast.walk import Walk
 
@@ -32,6 +32,7 @@ __all__ = [
     "expert_linear",
     "feed_forward_experts",
     "few_rows",
+    "few_tokens",
     "fits",
     "gather_rows",
     "is_native",
@@ -43,5 +44,6 @@ __all__ = [
     "single_token",
     "swiglu",
     "takes_rows",
+    "takes_tokens",
     "usable",
 ]

@@ -33,6 +33,7 @@ ARGUMENTS = {
     "linear": [POINTER] * 3 + [INTEGER] * 3,
     "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [REAL],
     "blocks": [POINTER] * 4,
+    "experts": [POINTER] * 6 + [REAL],
 }
 SMALL = 2**14
 """Numbers of a weight matrix that is small: one row of it is done before the kernel has been called."""
@@ -45,9 +46,11 @@ def is_native() -> bool:
 
 def takes_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch."""
+    if not may_run(x, weight):
+        return False
     fits = x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16) and 0 < x.shape[0] <= most_rows(x.dtype)
     is_plain = fits and weight.dtype == x.dtype and weight.is_contiguous()
-    return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL) and may_run(x, weight)
+    return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL)
 
 
 @cache

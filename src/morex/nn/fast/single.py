@@ -1,13 +1,51 @@
-"""One token through its recursive experts without a backward pass: vectors, and weights where they stand.
+"""A few tokens, each of which sees only itself, through their recursive experts; without a backward pass.
 
-With a single row no time goes into arithmetic, all of it into the number of calls.
+With so few rows hardly any time goes into arithmetic and most of it into the number of calls: one kernel, or for a
+single token without kernels, products of vectors, with the weights where they stand.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from morex.nn.fast.native import INTEGER, POINTER, may_run, run_kernel
 from morex.nn.fast.plan import Weights
+
+ORDER = "step_embedding", "norm_attention", "v", "o", "norm_mixer", "gate", "up", "down", "norm_out"
+MOST_BYTES = 2**20
+"""Of one expert, where tokens that share an expert read its weights from a cache, each for itself."""
+FEW_TOKENS = 16
+
+
+def takes_tokens(x: Tensor, stacks: Weights, top_k: int) -> bool:
+    """Whether `few_tokens` may take x [N, D], and is faster than rows by expert."""
+    gate = stacks["gate"]
+    is_plain = x.dtype in (torch.float32, torch.bfloat16) and all(w.is_contiguous() for w in stacks.values())
+    own = sum(weight[0].numel() for weight in stacks.values()) * x.element_size()
+    is_small = x.shape[0] * top_k <= gate.shape[0] or (x.shape[0] <= FEW_TOKENS and own <= MOST_BYTES)
+    return is_plain and x.shape[0] > 0 and is_small and x.dtype == gate.dtype and may_run(x, *stacks.values())
+
+
+def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, stacks: Weights, eps: float, dim: int) -> Tensor:
+    """What `morex.experts.recursive` does behind its router, for tokens each of which sees only itself.
+
+    Args:
+        x: [N, D].
+        chosen: experts of each token [N, K].
+        weights: of these experts [N, K].
+        stacks, eps, dim: as for `single_token`.
+
+    Returns:
+        The branch [N, D].
+    """
+    x, chosen, shares = x.contiguous(), chosen.contiguous(), weights.float().contiguous()
+    y, (loops, channels) = torch.empty_like(x), stacks["step_embedding"].shape[1:]
+    values, queries, hidden = stacks["v"].shape[1], stacks["o"].shape[2], stacks["gate"].shape[1]
+    pointers = (POINTER * len(ORDER))(*[stacks[name].data_ptr() if name in stacks else None for name in ORDER])
+    sizes = (INTEGER * 8)(*chosen.shape, channels, values, queries, hidden, dim, loops)
+    ends = chosen.data_ptr(), shares.data_ptr(), pointers, sizes, eps
+    run_kernel("experts", x.dtype, x.data_ptr(), y.data_ptr(), *ends)
+    return y
 
 
 def single_token(x: Tensor, chosen: list[int], weights: list[float], stacks: Weights, eps: float, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 // Kernels for decoding on a CPU, called through ctypes by `native.py`. What they compute stands in torch in
-// `morex/nn/linear.py`, `morex/nn/attention.py` and `morex/nn/block.py`.
+// `morex/nn/linear.py`, `morex/nn/attention.py`, `morex/nn/block.py` and `morex/experts/recursive.py`.
 
-#include "block.h"
+#include "experts.h"
 
 // As `Step` and `Walk` in native.py.
 struct Step {
@@ -40,6 +40,19 @@ extern "C" {
         linear((const T*)x, (const T*)w, (T*)y, rows, inner, outer);                                                   \
     }                                                                                                                  \
     void blocks_##name(const void* x, void* y, const Walk* own, const Step* steps) { walk<T>(x, y, *own, steps); }
+
+#define EXPERTS(name, T)                                                                                               \
+    void experts_##name(const void* x, void* y, const int64_t* chosen, const float* shares, const void* const* w,      \
+                        const int64_t* sizes, double epsilon) {                                                        \
+        auto [tokens, each, channels, values, queries, hidden, dim, loops] = *(const int64_t(*)[8])sizes;              \
+        const T* const* s = (const T* const*)w;                                                                        \
+        Experts<T> all{s[0], s[1],     s[2],   s[3],    s[4],   s[5], s[6],  s[7],                                     \
+                       s[8], channels, values, queries, hidden, dim,  loops, float(epsilon)};                          \
+        experts((const T*)x, (T*)y, chosen, shares, tokens, each, all);                                                \
+    }
+EXPERTS(f32, float)
+EXPERTS(bf16, Bfloat)
+
 KERNELS(f32, float)
 KERNELS(bf16, Bfloat)
 
