@@ -31,6 +31,9 @@ check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py
 
+DECODE := $(BIN)/morex bench decode smollm2-135m --set 'model.schedule={sharing: middle_cycle, layers: 30, recursions: 4}' \
+  --depth-mix 1,1,1,1 --threads 2 --precision bf16
+
 bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the dense twins, memory, start-up and bf16 flips; writes benchmarks/results
 	@mkdir -p benchmarks/results
 	$(BIN)/morex bench train recursive mor-expert mor-token mor-threshold mor-random --rounds 5 \
@@ -65,9 +68,20 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
 	  --threads 2 --precision fp32 --precision bf16 --rounds 3 --no-twins --no-memory \
 	  --json benchmarks/results/train-bf16.json
-	$(BIN)/morex bench decode smollm2-135m --set 'model.schedule={sharing: middle_cycle, layers: 30, recursions: 4}' \
-	  --depth-mix 1,1,1,1 --mode depthwise --mode lockstep --concurrency 8 --requests 16 --rounds 2 --new-tokens 32 \
-	  --prompt-tokens 64:96 --threads 1 --precision bf16 --json benchmarks/results/decode-8.json
+	$(DECODE) --mode depthwise --mode lockstep --concurrency 8 --requests 48 --rounds 3 \
+	  --json benchmarks/results/decode-8.json
+	$(DECODE) --mode depthwise --mode lockstep --concurrency 32 --requests 96 --rounds 3 \
+	  --json benchmarks/results/decode-32.json
+	$(DECODE) --mode depthwise --mode lockstep --concurrency 128 --requests 256 --rounds 2 \
+	  --json benchmarks/results/decode-128.json
+	$(DECODE) --cache-requests 8 --requests 72 --rounds 3 \
+	  --json benchmarks/results/decode-memory-8.json
+	$(DECODE) --cache-requests 32 --requests 152 --rounds 3 \
+	  --json benchmarks/results/decode-memory-32.json
+	$(DECODE) --cache-requests 128 --requests 400 --rounds 2 \
+	  --json benchmarks/results/decode-memory-128.json
+	$(BIN)/python benchmarks/generate_speed.py benchmarks/results/generate-speed.json
+	$(BIN)/python benchmarks/against_transformers.py benchmarks/results/decode-transformers.json --precision bf16
 	$(BIN)/python benchmarks/engine_memory.py benchmarks/results/engine-memory.json
 	$(BIN)/python benchmarks/startup.py benchmarks/results/startup.json
 	$(BIN)/python benchmarks/bf16_flips.py benchmarks/results/bf16-flips.json

@@ -255,6 +255,7 @@ def test_a_lost_page_is_found() -> None:
     store = PagedStore(8, PAGE_SIZE, KV, DIM)
     told = Told(store)
     told.step([(told.open(), 0, 6)])
-    store._lists[0][STREAMS[0]].pages[1].pop()
+    tables, number = store._lists[0][STREAMS[0]]
+    tables.counts[number] -= 1
     with pytest.raises(AssertionError, match="held by others"):
         store.check()

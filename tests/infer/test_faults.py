@@ -10,6 +10,7 @@ import torch
 from infer.helpers import TEXT, WORDS, assert_nothing_is_left, engine_of, prompts_of
 from morex.data.characters import CharTokenizer
 from morex.infer import Engine, Event, Params
+from morex.nn import fast
 from parity.helpers import eval_model, fresh_model
 
 NEW = 8
@@ -115,6 +116,23 @@ def test_keys_that_are_not_finite_stay_with_their_request(case: str) -> None:
     assert [completion.reason for completion in (found[0], found[6])] == ["error", "error"]
     assert [completion.tokens for completion in found[1:6]] == expected
     assert [completion.tokens for completion in found[7:]] == expected
+
+
+def test_keys_that_are_not_finite_go_with_a_cancelled_request() -> None:
+    """Before anybody has seen a logit of it; who gets its pages reads their padding, where no kernel spares it that."""
+    model: Any = fresh_model("mor-expert")
+    embed, prompts = model.embed, prompts_of("mor-expert")
+    expected = [model.eval().generate([prompt], max_new_tokens=NEW)[0] for prompt in prompts]
+    engine = engine_of(model)
+    with fast.enabled(False):
+        model.embed = lambda tokens, packing: embed(tokens, packing) * torch.nan
+        number = engine.add([*range(30)], Params())
+        for _ in range(6):
+            engine.step()
+        engine.cancel(number)
+        model.embed = embed
+        found = engine.generate(prompts, Params(max_new_tokens=NEW))
+    assert [completion.tokens for completion in found] == expected
 
 
 @pytest.mark.parametrize(("name", "call"), [("enter", 1), ("enter", 5), ("core", 4), ("leave", 4)])

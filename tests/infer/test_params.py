@@ -22,6 +22,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "true tokens": ({"max_new_tokens": True}, "max_new_tokens True"),
     "no temperature": ({"temperature": float("nan")}, "temperature nan must be 0"),
     "an infinite temperature": ({"temperature": float("inf")}, "temperature inf"),
+    "a temperature too large for a float": ({"temperature": 10**400}, "temperature 1000"),
     "half a choice": ({"temperature": 1.0, "top_k": 2.5}, "top_k 2.5 must be an integer"),
     "a true choice": ({"temperature": 1.0, "top_k": True}, "top_k True must be an integer"),
     "no probability": ({"temperature": 1.0, "top_p": float("nan")}, "top_p nan"),

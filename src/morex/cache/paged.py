@@ -5,7 +5,7 @@ copies first: so prompts that begin alike are stored once.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,44 +14,13 @@ from torch import Tensor
 
 from morex.cache.pages import PagePool
 from morex.cache.store import KVStore, Lists, Row
+from morex.cache.tables import PageTables
 from morex.depth.schedule import Slot, Stream
 from morex.nn.keys import NEVER, Entries, Keys, PagedKeys, PagedSlots
 from morex.nn.packing import Packing
 
-
-@dataclass
-class _List:
-    """The pages of one sequence in one stream."""
-
-    pages: list[list[int]]
-    """By place, in the order of time; as many at each."""
-    lengths: list[int]
-    """Entries at each place."""
-    _table: np.ndarray | None = None
-
-    @property
-    def table(self) -> np.ndarray:
-        """`pages` as an array [width, pages]."""
-        if self._table is None:
-            self._table = np.array(self.pages, dtype=np.int32)
-        return self._table
-
-    def have_moved(self) -> None:
-        """The pages are others than before."""
-        self._table = None
-
-    @property
-    def width(self) -> int:
-        return len(self.pages)
-
-    @property
-    def num_pages(self) -> int:
-        """Pages at each place."""
-        return len(self.pages[0])
-
-    def all_pages(self) -> Iterator[int]:
-        for pages in self.pages:
-            yield from pages
+List = tuple[PageTables, int]
+"""The pages of one sequence in one stream: a list of the tables for streams of its width, by number."""
 
 
 class PagedStore(KVStore):
@@ -78,7 +47,9 @@ class PagedStore(KVStore):
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.time = torch.full(shape[:2], NEVER, device=device)
         """Of the entries at the first place of each stream; the others have the same."""
-        self._lists: dict[int, dict[Slot, _List]] = {}
+        self._tables: dict[int, PageTables] = {}
+        """By width of a stream."""
+        self._lists: dict[int, dict[Slot, List]] = {}
         self._next = 0
 
     @property
@@ -92,201 +63,201 @@ class PagedStore(KVStore):
         return sequence
 
     def lists(self, rows: Sequence[Row], width: int, packing: Packing | None) -> Lists:
-        found = []
+        if width not in self._tables:
+            self._tables[width] = PageTables(width)
+        tables, numbers = self._tables[width], []
         for sequence, first in rows:
             own = self._lists[sequence]
             if first not in own:
-                own[first] = _List([[] for _ in range(width)], [0] * width)
-            found.append(own[first])
+                own[first] = tables, tables.open()
+            numbers.append(own[first][1])
+        found = PagedLists(self, tables, np.array(numbers), packing)
         if packing is not None:
-            self._reserve(found, packing.counts)
-        return PagedLists(self, found, packing)
+            self._reserve(tables, found.numbers, np.array(packing.counts))
+        return found
 
     def num_pages(self, sequence: int) -> int:
         """Pages that a sequence holds, alone or with others."""
-        return sum(own.width * own.num_pages for own in self._lists[sequence].values())
+        return sum(tables.width * int(tables.counts[number]) for tables, number in self._lists[sequence].values())
 
     def num_entries(self, sequence: int, stream: Stream) -> int:
         own = self._lists[sequence].get(stream.first)
-        return 0 if own is None else own.lengths[stream.place]
+        return 0 if own is None else int(own[0].lengths[own[1]])
 
     def _cut(self, sequence: int, tokens: int) -> None:
-        for own in self._lists[sequence].values():
-            length = own.lengths[0]
-            kept = int((self.time[own.pages[0]].flatten()[:length] < tokens).sum())
-            needed = self._pages_for(kept)
-            for pages in own.pages:
-                self.pool.drop(pages[needed:])
-                del pages[needed:]
-            own.have_moved()
-            own.lengths = [kept] * own.width
+        for tables, number in self._lists[sequence].values():
+            kept = int((self._times_of(tables, number) < tokens).sum())
+            self.pool.drop(tables.cut(number, kept, self._pages_for(kept)))
 
     def fork(self, sequence: int) -> int:
         new = self.open()
         self._tokens[new] = self._tokens[sequence]
-        for first, own in self._lists[sequence].items():
-            self.pool.share(own.all_pages())
-            self._lists[new][first] = _List([list(pages) for pages in own.pages], list(own.lengths))
+        for first, (tables, number) in self._lists[sequence].items():
+            self.pool.share(tables.all_pages(number))
+            self._lists[new][first] = tables, tables.copy(number)
         return new
 
     def free(self, sequence: int) -> None:
         del self._tokens[sequence]
-        for own in self._lists.pop(sequence).values():
-            self.pool.drop(own.all_pages())
+        for tables, number in self._lists.pop(sequence).values():
+            self.pool.drop(tables.all_pages(number))
+            tables.close(number)
+
+    def wipe(self, sequence: int) -> None:
+        """Frees a sequence, and what it alone held becomes zero: it may not be a number, and padding must be finite."""
+        pages = [page for tables, number in self._lists[sequence].values() for page in tables.all_pages(number)]
+        alone = [page for page in pages if not self.pool.is_shared(page)]
+        self.k[alone] = 0
+        self.v[alone] = 0
+        self.free(sequence)
 
     def clear(self) -> None:
         """Forgets all sequences, whatever state a broken pass has left them in, and every number in the pages."""
         self._tokens.clear()
         self._lists.clear()
+        self._tables.clear()
         self.pool.clear()
         self.k.zero_()
         self.v.zero_()
 
     def bytes(self) -> int:
         used: dict[int, int] = {}
-        for own in self._all_lists():
-            for pages, length in zip(own.pages, own.lengths, strict=True):
-                for i, page in enumerate(pages):
+        for tables, number in self._all_lists():
+            length = int(tables.lengths[number])
+            for i, pages in enumerate(tables.pages[number, :, : tables.counts[number]].T.tolist()):
+                for page in pages:
                     used[page] = max(used.get(page, 0), min(length - i * self.page_size, self.page_size))
         return sum(used.values()) * self.entry_bytes
 
     def check(self) -> None:
         assert self._tokens.keys() == self._lists.keys(), "a sequence has lists and no tokens, or the other way round"
-        self.pool.check(page for own in self._all_lists() for page in own.all_pages())
-        for own in self._all_lists():
-            assert len(set(own.lengths)) == 1, f"a stream has lists of different lengths {own.lengths}"
-            needed = self._pages_for(own.lengths[0])
-            assert all(len(pages) == needed for pages in own.pages), f"{own.lengths[0]} entries stand in other pages"
-            times = self.time[own.pages[0]].flatten()[: own.lengths[0]]
+        self.pool.check(page for tables, number in self._all_lists() for page in tables.all_pages(number))
+        for width, tables in self._tables.items():
+            tables.check([number for own, number in self._all_lists() if own.width == width])
+        for tables, number in self._all_lists():
+            length, count = int(tables.lengths[number]), int(tables.counts[number])
+            assert count == self._pages_for(length), f"{length} entries stand in {count} pages"
+            times = self._times_of(tables, number)
             assert bool((times[:-1] < times[1:]).all()), "entries are not in the order of time"
 
-    def _all_lists(self) -> Iterator[_List]:
+    def _all_lists(self) -> Iterator[List]:
         for own in self._lists.values():
             yield from own.values()
 
     def _pages_for(self, entries: int) -> int:
         return -(-entries // self.page_size)
 
-    def _reserve(self, lists: list[_List], counts: list[int]) -> None:
+    def _times_of(self, tables: PageTables, number: int) -> Tensor:
+        """Time of each entry of a list."""
+        pages = tables.pages[number, 0, : tables.counts[number]].tolist()
+        return self.time[pages].flatten()[: int(tables.lengths[number])]
+
+    def _reserve(self, tables: PageTables, numbers: np.ndarray, counts: np.ndarray) -> None:
         """Makes room for so many more entries in each list: new pages, and copies of those that others hold too."""
-        grown: list[tuple[_List, int]] = []
-        copied: list[_List] = []
-        needed = 0
-        for own, count in zip(lists, counts, strict=True):
-            if not count:
-                continue
-            length = own.lengths[0]
-            more = self._pages_for(length + count) - own.num_pages
-            if more:
-                grown.append((own, more))
-            if length % self.page_size and self.pool.is_shared(own.pages[0][-1]):
-                copied.append(own)
-        needed = sum(own.width * more for own, more in grown) + sum(own.width for own in copied)
-        if not needed:
+        lengths, size = tables.lengths[numbers], self.page_size
+        more = np.maximum(0, -(-(lengths + counts) // size) - tables.counts[numbers])
+        may_share = tables.is_forked[numbers] & (lengths % size > 0) & (counts > 0)
+        if not more.any() and not may_share.any():
             return
-        fresh = self.pool.take(needed)
-        for own in copied:
-            shared = [pages[-1] for pages in own.pages]
-            copies = [fresh.pop() for _ in own.pages]
+        copied = [
+            (int(number), int(length) // size)
+            for number, length in zip(numbers[may_share], lengths[may_share], strict=True)
+            if self.pool.is_shared(int(tables.pages[number, 0, length // size]))
+        ]
+        fresh = self.pool.take(tables.width * (int(more.sum()) + len(copied)))
+        for number, place in copied:
+            shared = tables.pages[number, :, place].tolist()
+            copies = [fresh.pop() for _ in shared]
             for part in (self.k, self.v, self.time):
                 part[copies] = part[shared]
-            for pages, copy in zip(own.pages, copies, strict=True):
-                pages[-1] = copy
-            own.have_moved()
+            tables.pages[number, :, place] = copies
             self.pool.drop(shared)
-        for own, more in grown:
-            for pages in own.pages:
-                pages += [fresh.pop() for _ in range(more)]
-            own.have_moved()
+        tables.is_forked[numbers[may_share]] = False
+        for row in more.nonzero()[0]:
+            count = int(more[row]) * tables.width
+            tables.extend(int(numbers[row]), fresh[len(fresh) - count :])
+            del fresh[len(fresh) - count :]
         assert not fresh
 
 
 class PagedLists(Lists):
     """Lists in pages."""
 
-    def __init__(self, store: PagedStore, lists: list[_List], packing: Packing | None) -> None:
-        self.store, self.own, self.packing = store, lists, packing
+    def __init__(self, store: PagedStore, tables: PageTables, numbers: np.ndarray, packing: Packing | None) -> None:
+        self.store, self.tables, self.numbers, self.packing = store, tables, numbers, packing
         self._where: Tensor | None = None
+        self._ends: Tensor | None = None
+        self._fresh, self._writers = False, numbers
         self._read: tuple[Tensor, PagedKeys] | None = None
 
     @torch.no_grad()
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
-        assert self.packing is not None, "these lists are only read"
-        store, where = self.store, self._places_once()[place]
+        store, where = self.store, self._places()[place]
         store.k.flatten(0, 1).index_copy_(0, where, k.to(store.k.dtype))
         store.v.flatten(0, 1).index_copy_(0, where, v.to(store.v.dtype))
-        fresh = True
-        for own, count in zip(self.own, self.packing.counts, strict=True):
-            fresh &= not own.lengths[place]
-            own.lengths[place] += count
-        return fresh
+        self.tables.unwritten[self._writers] -= 1
+        return self._fresh
 
     def reserve(self, dtype: torch.dtype) -> PagedSlots | None:
-        if dtype != self.store.k.dtype:
+        if dtype != self.store.k.dtype or self.store.k.device.type != "cpu":
             return None
-        assert self.packing is not None, "these lists are only read"
-        where, ends = self._places_once(), list[int]()
-        for own, count in zip(self.own, self.packing.counts, strict=True):
-            length = own.lengths[0]
-            ends += range(length + 1, length + count + 1)
-            own.lengths = [length + count] * own.width
-        pages, keys = self.read_all()
-        keys.entries.set_seen(self.packing, torch.tensor(ends, dtype=torch.int32, device=self.store.device))
-        return PagedSlots(where, pages, keys)
+        where = self._places()
+        assert self.packing is not None and self._ends is not None
+        self.tables.unwritten[self._writers] = 0
+        slots = replace(self.slots(self.packing), where=where)
+        slots.entries.set_seen(self.packing, self._ends)
+        return slots
 
-    def _places_once(self) -> Tensor:
-        """`_places` of the packing's tokens, whose time is written down with them."""
-        assert self.packing is not None, "these lists are only read"
-        if self._where is None:
-            self._where = self._places()
-            self.store.time.flatten().index_copy_(0, self._where[0], self.packing.time)
-        return self._where
+    def slots(self, packing: Packing) -> PagedSlots:
+        """What stands in all slots, for tokens whose rows are these lists, and which write nothing."""
+        row = torch.from_numpy(self.numbers.astype(np.int32))[packing.row]
+        return PagedSlots(self.store.k, self.store.v, None, row, torch.from_numpy(self.tables.pages), self._entries())
 
     def gather(self, place: int) -> Keys:
         return self.read(place).padded()
 
     def read(self, place: int) -> PagedKeys:
-        pages, keys = self.read_all()
-        return replace(keys, pages=pages[place])
-
-    def read_all(self) -> tuple[Tensor, PagedKeys]:
-        """Pages of the lists at all places [width, B, L], and what stands in those of the first."""
         if self._read is None:
-            table, lengths = self._page_table(), [own.lengths[0] for own in self.own]
-            self._read = (
-                table,
-                PagedKeys(self.store.k, self.store.v, table[0], Entries(partial(self._times, table[0], lengths))),
-            )
-        return self._read
+            table = self._page_table()
+            self._read = table, PagedKeys(self.store.k, self.store.v, table[0], self._entries())
+        return replace(self._read[1], pages=self._read[0][place])
 
-    def _times(self, table: Tensor, lengths: list[int]) -> Tensor:
+    def _entries(self) -> Entries:
+        return Entries(partial(self._times, self.tables.lengths[self.numbers]))
+
+    def _times(self, lengths: np.ndarray) -> Tensor:
         """Time of each entry [B, S], the same at all places; NEVER behind the last."""
-        longest = max(1, *lengths)
-        times = self.store.time[table].flatten(1)[:, :longest]
-        end = torch.tensor(lengths, device=times.device)
+        longest = max(1, int(lengths.max()))
+        times = self.store.time[self._page_table()[0]].flatten(1)[:, :longest]
+        end = torch.from_numpy(lengths).to(times.device)
         return times.masked_fill_(torch.arange(longest, device=times.device) >= end[:, None], NEVER)
 
     def _places(self) -> Tensor:
-        """Where each token goes, an index into all entries of the pool [width, N]."""
-        assert self.packing is not None
-        size, found = self.store.page_size, []
-        for own, count in zip(self.own, self.packing.counts, strict=True):
-            length = own.lengths[0]
-            if count == 1:  # without arrays, which would cost more than they save
-                page, rest = divmod(length, size)
-                found.append([pages[page] * size + rest for pages in own.pages])
-            elif count:
-                entry = np.arange(length, length + count)
-                pages = np.array([pages[length // size :] for pages in own.pages])
-                found += list((pages[:, entry // size - length // size] * size + entry % size).T)
-        return torch.from_numpy(np.array(found, dtype=np.int64).T.copy()).to(self.store.device)
+        """Where each token of the packing goes, an index into all entries of the pool [width, N].
+
+        Counts the tokens as entries, and writes down their time, when asked for the first time.
+        """
+        if self._where is None:
+            assert self.packing is not None, "these lists are only read"
+            size, counts = self.store.page_size, np.array(self.packing.counts)
+            lengths = self.tables.lengths[self.numbers]
+            entry = np.arange(counts.sum()) + np.repeat(lengths + counts - counts.cumsum(), counts)
+            pages = self.tables.pages[np.repeat(self.numbers, counts), :, entry // size]
+            places = (pages.T.astype(np.int64) * size + entry % size).copy()
+            self._where = torch.from_numpy(places).to(self.store.device)
+            self._ends = torch.from_numpy((entry + 1).astype(np.int32))
+            self._fresh, self._writers = not lengths.any(), self.numbers[counts > 0]
+            self.tables.unwritten[self._writers] = self.tables.width
+            self.tables.lengths[self.numbers] = lengths + counts
+            self.store.time.flatten().index_copy_(0, self._where[0], self.packing.time)
+        return self._where
 
     def _page_table(self) -> Tensor:
         """Pages of each list, right-padded with the page that nobody holds [width, B, P]."""
-        width, longest = self.own[0].width, max(1, *(own.num_pages for own in self.own))
-        table = np.full((width, len(self.own), longest), self.store.pool.size, dtype=np.int32)
-        for row, own in enumerate(self.own):
-            table[:, row, : own.num_pages] = own.table
+        counts = self.tables.counts[self.numbers]
+        longest = max(1, int(counts.max()))
+        pages = self.tables.pages[self.numbers, :, :longest].transpose(1, 0, 2)
+        table = np.where(np.arange(longest) < counts[:, None], pages, np.int32(self.store.pool.size))
         return torch.from_numpy(table).to(self.store.device)
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from morex.depth.gated import GatedRouter
+from morex.depth.policy import DepthPolicy
 from morex.depth.router import Routing
+from morex.nn.packing import Packing
 
 
 class RandomRouter(GatedRouter):
@@ -17,13 +19,24 @@ class RandomRouter(GatedRouter):
         self.seed = seed
         before = (1.0, *capacities[:-1])
         self.keep = [now / last for now, last in zip(capacities, before, strict=True)]
+        self.full = next((r for r, share in enumerate(self.keep) if share < 1), recursions)
+        """Recursions that everybody takes."""
+
+    def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
+        h, routing = super().begin(h, packing, policy)
+        if not policy.is_forced and self.full < self.recursions:
+            routing.depths = self._depths(packing.positions)
+        return h, routing
+
+    def _depths(self, positions: Tensor) -> Tensor:
+        """Recursions that the tokens at these positions take [N]."""
+        starts = [_start(self.seed, r) for r in range(1, self.recursions + 1)]
+        keep = positions.new_tensor(self.keep, dtype=torch.float64)
+        kept = _uniform(positions, positions.new_tensor(starts)[:, None]) < keep[:, None]
+        return kept.long().cumprod(0).sum(0)
 
     def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
-        if routing.depths is not None:
-            return routing.depths >= r
-        if routing.policy.is_forced or (self.keep[r - 1] == 1 and bool(routing.active.all())):
-            return None
-        return routing.active & (uniform_hash(self.seed, routing.packing.positions, r) < self.keep[r - 1])
+        return None if not routing.policy.is_forced and r <= self.full else super().decide(h, routing, r)
 
     def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor:
         return h.new_full((h.shape[0],), self.alpha / 2)
@@ -31,8 +44,14 @@ class RandomRouter(GatedRouter):
 
 def uniform_hash(seed: int, position: Tensor, r: int) -> Tensor:
     """Numbers in [0, 1) from (seed, position [N], recursion): splitmix64's mixing in wrapping integer arithmetic."""
-    mask = (1 << 64) - 1
-    start = _signed((seed * 0x9E3779B97F4A7C15 + r * 0xD1B54A32D192ED03) & mask)
+    return _uniform(position, _start(seed, r))
+
+
+def _start(seed: int, r: int) -> int:
+    return _signed((seed * 0x9E3779B97F4A7C15 + r * 0xD1B54A32D192ED03) & ((1 << 64) - 1))
+
+
+def _uniform(position: Tensor, start: int | Tensor) -> Tensor:
     x = position * _signed(0xBF58476D1CE4E5B9) + start
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ _shift(x, shift)) * _signed(factor)

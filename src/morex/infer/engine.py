@@ -416,7 +416,7 @@ class Engine:
         self.traffic.forget(request)
         self.speculation.drop(request)
         if request.sequence is not None:
-            self.store.free(request.sequence)
+            self.store.wipe(request.sequence)
             request.sequence = None
 
     def _keep_text(self, sequence: int, request: Request) -> None:
@@ -440,7 +440,7 @@ class Engine:
         if self.prefixes.drop_oldest():
             return
         assert victim.sequence is not None
-        self.store.free(victim.sequence)
+        self.store.wipe(victim.sequence)
         self.scheduler.preempt(victim)
 
 

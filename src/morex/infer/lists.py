@@ -1,6 +1,7 @@
 """What the attention of a pass sees of a store, where rows may be at different recursions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +76,7 @@ class PassLists:
         if where is not None and self._index is not None:
             everyone = where.new_full((self.width, self.packing.num_tokens), -1)
             where = everyone.index_copy_(1, self._index, where)
-        return PagedSlots(where, *read.read_all())
+        return replace(read.slots(self.packing), where=where)
 
     def _first(self) -> Lists:
         """Lists of recursion 1, which all recursions read."""

@@ -79,16 +79,15 @@ def _at_once(
     slots = lists.reserve(x.dtype)
     if slots is None:
         return None
-    keys = slots.keys
 
     def of(here: Local | None) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
         rope, window = (shape.rope, None) if here is None else (here.rope, here.window)
         turns = None if rope is None else packing.turns(shape.head_dim, rope, torch.float32)
-        return keys.entries.seen_by(packing, window), turns
+        return slots.entries.seen_by(packing, window), turns
 
     alike = all(here is local[0] for here in local)
     seen, turns = zip(*([of(local[0])] * len(local) if alike else map(of, local)), strict=True)
-    return kernel(x, keys.k, keys.v, slots.where, slots.pages, seen, turns, shape.scale)
+    return kernel(x, slots, seen, turns, shape.scale)
 
 
 def _kernel_of(steps: Sequence[Walked]) -> fast.Walk | None:

@@ -4,10 +4,11 @@ All rows of a batch are done together, each with options of its own; what a row 
 its options and its generator.
 """
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether a value is a number, and a finite one."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and bool(-largest <= value <= largest)
 
 
 def check_sampling(own: Sampling) -> None:

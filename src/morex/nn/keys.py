@@ -82,12 +82,16 @@ class PagedKeys:
 class PagedSlots:
     """Where a kernel writes its tokens' keys and values itself, in S slots of a stream, and what it reads then."""
 
+    k: Tensor
+    """[P, size, KV, dim], as `v`."""
+    v: Tensor
     where: Tensor | None
     """Entry of each token in the pool [S, N], -1 for one that writes nothing; None: none does."""
+    row: Tensor
+    """List of each token [N], int32."""
     pages: Tensor
-    """Of the lists of each slot [S, B, L], int32."""
-    keys: PagedKeys
-    """Of the first slot; the others differ in their pages."""
+    """Of all lists, by slot [lists, S, L], int32; behind the last of a list stands any page."""
+    entries: Entries
 
 
 class KeyView(Protocol):

@@ -1,12 +1,16 @@
 """Several blocks, one after another, in one kernel: for a few tokens, the calls between them would cost as much."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from morex.nn.fast.native import NAMES, has_tiles, may_run, run_kernel
+
+if TYPE_CHECKING:
+    from morex.nn.keys import PagedSlots
 
 COUNTS = "steps", "tokens", "channels", "hidden", "kv_heads", "group", "dim", "stride", "page"
 POINTERS = "where", "table", "start", "end", "cos", "sin"
@@ -51,10 +55,7 @@ class Walk:
     def __call__(
         self,
         x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        where: Tensor | None,
-        pages: Tensor,
+        slots: "PagedSlots",
         seen: Sequence[tuple[Tensor, Tensor, Tensor]],
         turns: Sequence[tuple[Tensor, Tensor] | None],
         scale: float,
@@ -63,10 +64,8 @@ class Walk:
 
         Args:
             x: [N, D].
-            k, v: pages of a pool [P, size, KV, dim].
-            where: entry of each token in the pool, by block [S, N], -1 for one that writes nothing; None: none does.
-            pages: of each list, in order, by block [S, B, L], int32.
-            seen: list of each token and the entries that it sees, of each block: row, start, end [N], int32.
+            slots: of the S blocks.
+            seen: of each block, the entries that tokens see, as `Entries.seen_by` says it.
             turns: cosines and sines of the rotation [N, 1, dim], fp32, of each block; None: no rotation.
             scale: factor on the scores of attention.
 
@@ -75,14 +74,15 @@ class Walk:
         """
         x = x.contiguous()
         y, steps = torch.empty_like(x), self.steps
-        steps["table"] = _each(pages, len(steps))
-        steps["where"] = 0 if where is None else _each(where, len(steps))
+        k, v, pages, where = slots.k, slots.v, slots.pages, slots.where
+        steps["table"] = _each(pages, 1)
+        steps["where"] = 0 if where is None else _each(where, 0)
         steps["start"], steps["end"] = _pointers(seen, 3)[1:]
         steps["cos"], steps["sin"] = _pointers(turns, 2)
-        (size, kv_heads, dim) = k.shape[1:]
+        size, kv_heads, dim = k.shape[1:]
         queries, hidden = self.weights[1].shape[0], self.weights[6].shape[0]
-        shape = len(steps), *x.shape, hidden, kv_heads, queries // (kv_heads * dim), dim, pages.stride(1), size
-        self.walk[0] = *shape, scale, seen[0][0].data_ptr(), k.data_ptr(), v.data_ptr()
+        shape = len(steps), *x.shape, hidden, kv_heads, queries // (kv_heads * dim), dim, pages.stride(0), size
+        self.walk[0] = *shape, scale, slots.row.data_ptr(), k.data_ptr(), v.data_ptr()
         run_kernel("blocks", x.dtype, x.data_ptr(), y.data_ptr(), *self.addresses)
         return y
 
@@ -94,11 +94,11 @@ def _most_tokens(dtype: torch.dtype) -> int:
     return 32 if has_tiles() else 512
 
 
-def _each(x: Tensor, count: int) -> np.ndarray:
-    """Where the first dimension of a tensor puts each of its parts, uint64."""
+def _each(x: Tensor, dim: int) -> np.ndarray:
+    """Where each part of a tensor along a dimension begins, uint64."""
     assert x.is_contiguous(), "the kernel takes no steps between numbers"
-    step = x.stride(0) * x.element_size()
-    return np.arange(x.data_ptr(), x.data_ptr() + count * step, step, dtype=np.uint64)
+    step = x.stride(dim) * x.element_size()
+    return x.data_ptr() + step * np.arange(x.shape[dim], dtype=np.uint64)
 
 
 def _pointers(each: Sequence[tuple[Tensor, ...] | None], count: int) -> np.ndarray:
