@@ -78,7 +78,7 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	  --json benchmarks/results/decode-memory-8.json
 	$(DECODE) --cache-requests 32 --requests 152 --rounds 3 \
 	  --json benchmarks/results/decode-memory-32.json
-	$(DECODE) --cache-requests 128 --requests 400 --rounds 2 \
+	$(DECODE) --cache-requests 128 --requests 300 --rounds 1 \
 	  --json benchmarks/results/decode-memory-128.json
 	$(BIN)/python benchmarks/generate_speed.py benchmarks/results/generate-speed.json
 	$(BIN)/python benchmarks/against_transformers.py benchmarks/results/decode-transformers.json --precision bf16
