@@ -106,9 +106,9 @@ static void combine(const T* v, const Heads& heads, int64_t h, HeadRoom<A>& room
     const A* scores = room.scores.data();
     v += h * dim;
     if constexpr (DIM != 0 && std::is_same_v<A, float>) {
-        constexpr int G = 8 * LANES / DIM > 1 ? std::min(4, 8 * LANES / DIM) : 1;
+        constexpr int G = std::clamp(TOTALS * LANES / DIM, 1, 4);
         int64_t g = 0;
-        if constexpr (G == 4)
+        if constexpr (G >= 3)
             if (group == 3) return mix<DIM, 3>(scores, v, out, stride, entries, count, width);
         for (; g + G <= group; g += G) mix<DIM, G>(scores + g * width, v, out + g * dim, stride, entries, count, width);
         for (; g < group; g++) mix<DIM, 1>(scores + g * width, v, out + g * dim, stride, entries, count, width);

@@ -13,12 +13,13 @@
 #include <immintrin.h>
 #endif
 
+// Bytes of a vector; rows of a tile of products, times four outputs, and sums that attention keeps in registers.
 #if defined(__AVX512F__)
-constexpr int BYTES = 64, TOKENS = 6;
+constexpr int BYTES = 64, TOKENS = 6, TOTALS = 20;
 #elif defined(__AVX__)
-constexpr int BYTES = 32, TOKENS = 3;
+constexpr int BYTES = 32, TOKENS = 3, TOTALS = 8;
 #else
-constexpr int BYTES = 16, TOKENS = 3;
+constexpr int BYTES = 16, TOKENS = 3, TOTALS = 8;
 #endif
 constexpr int LANES = BYTES / 4;
 
