@@ -1,13 +1,15 @@
 """How much of an engine's step is neither arithmetic nor memory traffic: Python and the scheduler.
 
 Measured by torch's profiler over some steps in which every request decodes: one minus the time inside operators that no
-other operator called, over the time of the steps. Between them runs Python. The profiler writes down every operator,
-the inner ones too, which makes the time inside longer than it is and hides some of the overhead; the cost of entering
-an operator from Python is outside and counts as overhead. `profiler_slowdown` says how much slower the steps were than
-as many steps before without it. On a GPU, where operators only launch kernels, the share says nothing.
+other operator called, over the time of the steps; of several such measurements the median counts. Between them runs
+Python. The profiler writes down every operator, the inner ones too, which makes the time inside longer than it is and
+hides some of the overhead; the cost of entering an operator from Python is outside and counts as overhead.
+`profiler_slowdown` says how much slower the steps were than as many steps before without it. On a GPU, where operators
+only launch kernels, the share says nothing.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from morex.infer.engine import Engine
 from morex.infer.request import Params
 
-STEPS = 6
+STEPS, PROBES = 6, 5
 
 
 def measure_overhead(
@@ -53,15 +55,21 @@ def measure_overhead(
     # The token drawn last is on its way into the cache.
     stored = sum(len(going[number]) + count - 1 for number, count in drawn.items() if count)
     kv_bytes = engine.store.bytes() / max(1, stored)
-    plain = _timed(step, steps)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        wall = _timed(step, steps)
+    found = [_probe(step, steps) for _ in range(PROBES)]
     for number in list(drawn):
         engine.cancel(number)
         engine.take(number)
+    share, slowdown = (statistics.median(values) for values in zip(*found, strict=True))
+    return {"overhead_share": share, "profiler_slowdown": slowdown, "kv_bytes_per_token": kv_bytes}
+
+
+def _probe(step: Callable[[], None], steps: int) -> tuple[float, float]:
+    """Share of the time outside operators in so many steps, and how much slower the profiler makes them."""
+    plain = _timed(step, steps)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        wall = _timed(step, steps)
     spans = [(event.time_range.start, event.time_range.end) for event in profiler.events() or () if "::" in event.name]
-    share = 1 - covered(spans) / 1e6 / wall
-    return {"overhead_share": share, "profiler_slowdown": wall / plain, "kv_bytes_per_token": kv_bytes}
+    return 1 - covered(spans) / 1e6 / wall, wall / plain
 
 
 def _timed(step: Callable[[], None], steps: int) -> float:
