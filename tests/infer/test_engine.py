@@ -11,6 +11,7 @@ from infer.helpers import assert_nothing_is_left, bytes_of, engine_of, prompts_o
 from morex.infer.engine import Engine
 from morex.infer.lists import PassLists
 from morex.infer.request import Params, Request
+from morex.nn import fast
 from parity.helpers import LM_CASES, PRESETS, cases, eval_model
 
 NEW = 6
@@ -31,6 +32,29 @@ def test_greedy_texts_are_those_of_the_plain_loop(case: str) -> None:
     engine = engine_of(model)
     assert texts_of(engine, prompts, Params(max_new_tokens=NEW)) == model.generate(prompts, max_new_tokens=NEW)
     assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("case", LM_CASES)
+def test_log_probabilities_are_those_of_a_full_pass(case: str) -> None:
+    """In fp32, in which kernels take what they know: of every new token, by the pass over the whole text."""
+    model: Any = eval_model(case, torch.float32)
+    for completion in engine_of(model).generate(prompts_of(case), Params(max_new_tokens=NEW, logprobs=0)):
+        with torch.no_grad():
+            logits = model(torch.tensor([completion.tokens[:-1]])).logits[0, -NEW:]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.new)[:, None]).squeeze(1)
+        assert completion.logprobs is not None
+        found = torch.tensor([own.token for own in completion.logprobs])
+        assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not fast.is_native(), reason="there is no C++ compiler on this machine")
+@pytest.mark.parametrize("case", ["vanilla", "act+norms", "token+shared_first", "recursive+window"])
+def test_the_kernel_has_part_in_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    walk = fast.Walk.__call__
+    monkeypatch.setattr(fast.Walk, "__call__", lambda self, x, *rest: (calls.append(len(x)), walk(self, x, *rest))[1])
+    engine_of(eval_model(case, torch.float32)).generate(prompts_of(case), Params(max_new_tokens=NEW))
+    assert len(calls) > NEW
 
 
 @pytest.mark.parametrize(
