@@ -28,6 +28,8 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+MULTIPLIED = torch.float32, torch.bfloat16
+"""Number formats for whose products there are kernels."""
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {
     "linear": [POINTER] * 3 + [INTEGER] * 3,
@@ -48,7 +50,7 @@ def takes_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch."""
     if not may_run(x, weight):
         return False
-    fits = x.dim() == 2 and x.dtype in (torch.float32, torch.bfloat16) and 0 < x.shape[0] <= most_rows(x.dtype)
+    fits = x.dim() == 2 and x.dtype in MULTIPLIED and 0 < x.shape[0] <= most_rows(x.dtype)
     is_plain = fits and weight.dtype == x.dtype and weight.is_contiguous()
     return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morex.nn.fast.native import INTEGER, POINTER, may_run, run_kernel
+from morex.nn.fast.native import INTEGER, MULTIPLIED, POINTER, may_run, run_kernel
 from morex.nn.fast.plan import Weights
 
 ORDER = "step_embedding", "norm_attention", "v", "o", "norm_mixer", "gate", "up", "down", "norm_out"
@@ -20,7 +20,7 @@ FEW_TOKENS = 16
 def takes_tokens(x: Tensor, stacks: Weights, top_k: int) -> bool:
     """Whether `few_tokens` may take x [N, D], and is faster than rows by expert."""
     gate = stacks["gate"]
-    is_plain = x.dtype in (torch.float32, torch.bfloat16) and all(w.is_contiguous() for w in stacks.values())
+    is_plain = x.dtype in MULTIPLIED and all(w.is_contiguous() for w in stacks.values())
     own = sum(weight[0].numel() for weight in stacks.values()) * x.element_size()
     is_small = x.shape[0] * top_k <= gate.shape[0] or (x.shape[0] <= FEW_TOKENS and own <= MOST_BYTES)
     return is_plain and x.shape[0] > 0 and is_small and x.dtype == gate.dtype and may_run(x, *stacks.values())

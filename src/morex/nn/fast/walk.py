@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morex.nn.fast.native import NAMES, has_tiles, may_run, run_kernel
+from morex.nn.fast.native import MULTIPLIED, has_tiles, may_run, run_kernel
 
 if TYPE_CHECKING:
     from morex.nn.keys import PagedSlots
@@ -44,7 +44,7 @@ class Walk:
         first, needs_gradient = self.weights[0], any(weight.requires_grad for own in weights for weight in own)
         self.dtype, self.needs_gradient = first.dtype, needs_gradient
         is_plain = all(w.dtype == self.dtype and w.is_contiguous() and type(w) is Tensor for w in self.weights)
-        self.is_known = is_plain and self.dtype in NAMES and self.dtype != torch.float64
+        self.is_known = is_plain and self.dtype in MULTIPLIED
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel may take states [N, D], and is faster than torch."""
