@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from morex.nn import fast
-from morex.nn.attention import attend_to
+from morex.nn.attention import attend_to, turn
 from morex.nn.fast import native
 from morex.nn.keys import NEVER, Entries, PagedKeys
 from morex.nn.linear import Linear, linear
 from morex.nn.packing import Packing, pack_rows
+from morex.nn.rope import Rope
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 needs_compiler = pytest.mark.skipif(not fast.is_native(), reason="there is no C++ compiler on this machine")
@@ -51,6 +52,64 @@ def test_infinities_and_nan_come_through() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         y = native.few_rows(x.to(dtype), torch.ones(1, 2, dtype=dtype))[:, 0]
         assert y[0] == torch.inf and y[1].isnan() and y[2] == -torch.inf
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 128), (5, 33), (7, 3, 24)])
+def test_norms_of_few_numbers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[-1], dtype=dtype)
+    assert native.takes_norm(x, weight)
+    y = native.few_norms(x, weight, 0.1)
+    wanted = F.rms_norm(x.double(), shape[-1:], weight.double(), 0.1)
+    assert y.dtype == dtype and y.shape == shape
+    assert (y - wanted).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-8) * wanted.abs().max()
+    turned = x.transpose(0, -2)
+    assert torch.equal(native.few_norms(turned, weight, 0.1), y.transpose(0, -2)), "numbers that stand apart"
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 32), (3, 1, 64), (2, 2, 6)])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("turns", [True, False])
+def test_queries_keys_and_values_in_one_call(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rows: int, turns: bool
+) -> None:
+    rope, time = Rope(100.0) if turns else None, torch.arange(rows) * 3 + 2
+    packing = pack_rows([1] * rows, time, time, 1)
+    x = torch.randn(rows, 48, dtype=dtype)
+    maps = [torch.randn(count * dim, 48, dtype=dtype) for count in (heads, kv_heads, kv_heads)]
+    table = None if rope is None else packing.turns(dim, rope, torch.float32)
+    found = native.project(x, maps, table, dim)
+    q, k, v = [(x.double() @ weight.double().t()).view(rows, -1, dim) for weight in maps]
+    wanted = [turn(q, packing, rope), turn(k, packing, rope), v]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-8) * theirs.abs().max()
+    [alone] = native.project(x, maps[:1], table, dim)
+    assert torch.equal(alone, found[0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("apart", ["room", "heads", "odd"])
+def test_one_query_a_row_to_all_its_keys(dtype: torch.dtype, rows: int, apart: str) -> None:
+    """Keys in a buffer with room behind them, with heads outermost, and rows with a gap that no entry fills."""
+    if apart == "room":
+        k, v = torch.randn(2, rows, 20, 2, 24, dtype=dtype)[:, :, :13]
+    elif apart == "heads":
+        k, v = torch.randn(2, rows, 2, 13, 24, dtype=dtype).transpose(2, 3)
+    else:
+        k, v = torch.randn(2, rows, 13 * 48 + 5, dtype=dtype)[:, :, :-5].unflatten(2, (13, 2, 24))
+    q = torch.randn(rows, 6, 24, dtype=dtype)
+    found = native.attend_rows(q, k, v, 0.3)
+    wanted = F.scaled_dot_product_attention(
+        q.double()[:, :, None], k.double().transpose(1, 2), v.double().transpose(1, 2), scale=0.3, enable_gqa=True
+    )
+    assert (found - wanted[:, :, 0]).abs().max() <= TOLERANCES[dtype]
 
 
 def test_linear_takes_the_plain_path_where_there_are_gradients() -> None:

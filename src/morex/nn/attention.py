@@ -97,6 +97,8 @@ def attend_cached(
     is_newest = packing.span == 1 and packing.is_full
     if not (is_newest and isinstance(keys, Keys) and keys.is_full and (window is None or keys.k.shape[1] <= window)):
         return attend_to(q, packing, keys, scale, window, dropout)
+    if fast.reads_pages(q, keys.k) and not dropout:
+        return fast.attend_rows(q, keys.k, keys.v, scale)
     k, v = keys.k.transpose(1, 2), keys.v.transpose(1, 2)
     gqa = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, dropout_p=dropout, scale=scale, enable_gqa=gqa)
@@ -195,20 +197,34 @@ class Attention(nn.Module):
         rope, window = (self.shape.rope, None) if local is None else (local.rope, local.window)
         if view is None and not changes and self._has_fast_path(x, packing, window):
             return self._fast(x, packing, rope)
-        n, dim, own = x.shape[0], self.shape.head_dim, changes or {}
-        q = turn(_normed(changed(self.q, x, own.get("q")).view(n, -1, dim), self.norm_q), packing, rope)
-        fresh, dropout = view is None, self.dropout if self.training else 0.0
-        if view is None or view.writes:
-            k = turn(_normed(changed(self.k, x, own.get("k")).view(n, -1, dim), self.norm_k), packing, rope)
-            v = changed(self.v, x, own.get("v")).view(n, -1, dim)
-            if view is not None:
-                fresh = view.append(k, v, packing)
-        if fresh:
-            y = attend(q, k, v, packing, self.shape.scale, window, dropout)
-        else:
+        own, dropout, writes = changes or {}, self.dropout if self.training else 0.0, view is None or view.writes
+        q, *written = self._heads(x, packing, rope, writes, own)
+        y = None
+        if writes:
+            k, v = written
+            if view is None or view.append(k, v, packing):
+                y = attend(q, k, v, packing, self.shape.scale, window, dropout)
+        if y is None:
             assert view is not None
             y = attend_cached(q, packing, view.read(), self.shape.scale, window, dropout)
-        return changed(self.o, y.reshape(n, -1), own.get("o"))
+        return changed(self.o, y.reshape(x.shape[0], -1), own.get("o"))
+
+    def _heads(self, x: Tensor, packing: Packing, rope: Rope | None, writes: bool, own: Changes) -> list[Tensor]:
+        """Queries [N, H, dim] of x [N, D], and if it `writes`, keys and values [N, KV, dim]."""
+        dim, maps = self.shape.head_dim, (self.q, self.k, self.v) if writes else (self.q,)
+        is_known = not own and not self.shape.bias and self.norm_q is None
+        if is_known and fast.takes_rows(x, *[linear.weight for linear in maps]):
+            turns = None if rope is None else packing.turns(dim, rope, torch.float32)
+            return fast.project(x, [linear.weight for linear in maps], turns, dim)
+        made = [
+            changed(linear, x, own.get(name)).view(x.shape[0], -1, dim)
+            for name, linear in zip("qkv", maps, strict=False)
+        ]
+        turned = [
+            turn(_normed(heads, norm), packing, rope)
+            for heads, norm in zip(made, (self.norm_q, self.norm_k), strict=False)
+        ]
+        return turned + made[2:]
 
     def _has_fast_path(self, x: Tensor, packing: Packing, window: int | None) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.

@@ -9,6 +9,8 @@ from morex.nn.costs import Costs
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, eq. 4)."""
+    if fast.takes_norm(x, weight):
+        return fast.few_norms(x, weight, eps)
     if fast.usable(x, weight, under_autocast=True):
         return fast.rms_norm(x, weight, eps)
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight

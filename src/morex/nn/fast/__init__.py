@@ -11,7 +11,17 @@ from morex.nn.fast.experts import recursive_experts
 from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
 from morex.nn.fast.grouped import expert_linear
-from morex.nn.fast.native import attend_pages, few_rows, is_native, reads_pages, takes_rows
+from morex.nn.fast.native import (
+    attend_pages,
+    attend_rows,
+    few_norms,
+    few_rows,
+    is_native,
+    project,
+    reads_pages,
+    takes_norm,
+    takes_rows,
+)
 from morex.nn.fast.norm import rms_norm
 from morex.nn.fast.plan import Plan
 from morex.nn.fast.recurrent import recurrent_experts
@@ -26,23 +36,27 @@ __all__ = [
     "Walk",
     "attend",
     "attend_pages",
+    "attend_rows",
     "available",
     "combine_rows",
     "enabled",
     "expert_linear",
     "feed_forward_experts",
+    "few_norms",
     "few_rows",
     "few_tokens",
     "fits",
     "gather_rows",
     "is_native",
     "joint_weight",
+    "project",
     "reads_pages",
     "recurrent_experts",
     "recursive_experts",
     "rms_norm",
     "single_token",
     "swiglu",
+    "takes_norm",
     "takes_rows",
     "takes_tokens",
     "usable",

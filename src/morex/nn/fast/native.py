@@ -9,7 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,18 @@ FLAGS = (
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
 MULTIPLIED = torch.float32, torch.bfloat16
 """Number formats for whose products there are kernels."""
+PLAIN = Tensor, Parameter
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {
     "linear": [POINTER] * 3 + [INTEGER] * 3,
+    "norm": [POINTER] * 3 + [INTEGER] * 2 + [REAL],
+    "project": [POINTER] * 6,
     "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [REAL],
     "blocks": [POINTER] * 4,
     "experts": [POINTER] * 6 + [REAL],
 }
+FEW_NUMBERS = 2**15
+"""Up to so many numbers a norm is faster in one call of one thread. Measured."""
 SMALL = 2**14
 """Numbers of a weight matrix that is small: one row of it is done before the kernel has been called."""
 
@@ -46,13 +52,13 @@ def is_native() -> bool:
     return _library() is not None
 
 
-def takes_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows` may take x [N, D] and a weight [O, D], and is faster than torch."""
-    if not may_run(x, weight):
+def takes_rows(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `few_rows` or `project` may take x [N, D] and weights [O, D], and is faster than torch."""
+    if not may_run(x, *weights):
         return False
     fits = x.dim() == 2 and x.dtype in MULTIPLIED and 0 < x.shape[0] <= most_rows(x.dtype)
-    is_plain = fits and weight.dtype == x.dtype and weight.is_contiguous()
-    return is_plain and (x.shape[0] > 1 or weight.numel() >= SMALL)
+    is_plain = fits and all(weight.dtype == x.dtype and weight.is_contiguous() for weight in weights)
+    return is_plain and (x.shape[0] > 1 or weights[0].numel() >= SMALL)
 
 
 @cache
@@ -81,6 +87,44 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[0])
     run_kernel("linear", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, weight.shape[0])
     return y
+
+
+def takes_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `few_norms` may take x [..., D] and a weight [D], and is faster than torch."""
+    fits = x.dtype in MULTIPLIED and 0 < x.numel() <= FEW_NUMBERS and weight.dim() == 1
+    return fits and weight.dtype == x.dtype and weight.is_contiguous() and may_run(x, weight)
+
+
+def few_norms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] and a weight [D] -> the root-mean-square norm over the last dimension."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    channels = weight.shape[0]
+    run_kernel("norm", x.dtype, x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // channels, channels, eps)
+    return y
+
+
+def project(x: Tensor, maps: Sequence[Tensor], turns: tuple[Tensor, Tensor] | None, dim: int) -> list[Tensor]:
+    """Queries of some tokens, turned, and where there are maps for them keys, turned, and values.
+
+    Args:
+        x: [N, D].
+        maps: weights [H * dim, D] of queries, and maybe [KV * dim, D] of keys and of values.
+        turns: cosines and sines as `rotate` takes them, fp32; None: no rotation.
+        dim: channels of a head.
+
+    Returns:
+        [N, H, dim], and maybe [N, KV, dim] twice.
+    """
+    x, rows = x.contiguous(), x.shape[0]
+    outer = [weight.shape[0] for weight in maps]
+    y = x.new_empty(rows * sum(outer))
+    missing = 3 - len(maps)
+    pointers = (POINTER * 3)(*[weight.data_ptr() for weight in maps], *[None] * missing)
+    sizes = (INTEGER * 6)(*x.shape, *outer, *[0] * missing, dim)
+    cos, sin = (None, None) if turns is None else (part.data_ptr() for part in turns)
+    run_kernel("project", x.dtype, x.data_ptr(), y.data_ptr(), pointers, cos, sin, sizes)
+    return [part.view(rows, -1, dim) for part in y.split([rows * size for size in outer])]
 
 
 def reads_pages(q: Tensor, k: Tensor) -> bool:
@@ -114,13 +158,45 @@ def attend_pages(
     return y
 
 
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one query a row to all its keys.
+
+    Args:
+        q: [B, H, dim].
+        k, v: [B, S, KV, dim].
+        scale: factor on the scores.
+
+    Returns:
+        [B, H, dim].
+    """
+    (rows, entries, kv_heads, dim), heads = k.shape, q.shape[1]
+    if k.stride()[1:] != (kv_heads * dim, dim, 1) or k.stride() != v.stride() or k.stride(0) % k.stride(1):
+        k, v = k.contiguous(), v.contiguous()
+    # Every row is a list of one page.
+    row, start = _rows(rows)
+    end = torch.full_like(row, entries)
+    y, q = torch.empty_like(q, memory_format=torch.contiguous_format), q.contiguous()
+    pointers = [part.data_ptr() for part in (q, k, v, y, row)]
+    spans = [part.data_ptr() for part in (row, start, end)]
+    page = entries if rows == 1 else k.stride(0) // k.stride(1)
+    run_kernel("attend", q.dtype, *pointers, 1, page, *spans, rows, kv_heads, heads // kv_heads, dim, scale)
+    return y
+
+
+@lru_cache(maxsize=16)
+def _rows(count: int) -> tuple[Tensor, Tensor]:
+    """The numbers from 0 up to `count`, and as many zeros, int32."""
+    return torch.arange(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
+
+
 def may_run(*tensors: Tensor) -> bool:
     """Whether kernels may run on these."""
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    is_plain = all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
-    return (
-        is_plain and not needs_gradient and not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
-    )
+    # Asked several times for every block and token: a loop, which takes a third of the time of generators.
+    with_gradient = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or (with_gradient and tensor.requires_grad):
+            return False
+    return not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
 
 
 def run_kernel(name: str, dtype: torch.dtype, *arguments: Any) -> None:

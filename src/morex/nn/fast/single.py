@@ -19,11 +19,14 @@ FEW_TOKENS = 16
 
 def takes_tokens(x: Tensor, stacks: Weights, top_k: int) -> bool:
     """Whether `few_tokens` may take x [N, D], and is faster than rows by expert."""
-    gate = stacks["gate"]
-    is_plain = x.dtype in MULTIPLIED and all(w.is_contiguous() for w in stacks.values())
-    own = sum(weight[0].numel() for weight in stacks.values()) * x.element_size()
-    is_small = x.shape[0] * top_k <= gate.shape[0] or (x.shape[0] <= FEW_TOKENS and own <= MOST_BYTES)
-    return is_plain and x.shape[0] > 0 and is_small and x.dtype == gate.dtype and may_run(x, *stacks.values())
+    gate, tokens, weights = stacks["gate"], x.shape[0], stacks.values()
+    if x.dtype not in MULTIPLIED or gate.dtype != x.dtype or tokens == 0:
+        return False
+    if tokens * top_k > gate.shape[0]:
+        own = sum(weight.numel() for weight in weights) * x.element_size() // gate.shape[0]
+        if tokens > FEW_TOKENS or own > MOST_BYTES:
+            return False
+    return may_run(x, *weights) and all(weight.is_contiguous() for weight in weights)
 
 
 def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, stacks: Weights, eps: float, dim: int) -> Tensor:

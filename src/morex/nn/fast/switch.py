@@ -54,12 +54,12 @@ def available(*tensors: Tensor) -> bool:
     Not under torch.compile, which fuses the plain path itself, nor under a dispatch mode such as a FLOP counter, which
     would not see into products that are written in place.
     """
-    return (
-        _is_enabled
-        and all(tensor.is_cpu for tensor in tensors)
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
+    if not _is_enabled or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator takes three times as long
+        if not tensor.is_cpu:
+            return False
+    return True
 
 
 def usable(*tensors: Tensor, under_autocast: bool = False) -> bool:

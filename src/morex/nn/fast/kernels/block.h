@@ -10,6 +10,11 @@ struct Shape {
     float scale;
 };
 
+// Rotation of each token [tokens, dim], the sine of the first half with a minus; null: none.
+struct Turns {
+    const float *cos, *sin;
+};
+
 // What a block brings: weights, where its keys and values stand, and how its attention sees them.
 template <class W>
 struct Block {
@@ -17,7 +22,7 @@ struct Block {
     float epsilon;
     const int64_t* where;  // entry of each token, -1 for one that writes nothing; null: none does
     Lists lists;
-    const float *cos, *sin;  // of each token [tokens, dim], the sine of the first half with a minus; null: no rotation
+    Turns turns;
 };
 
 template <class X, class W, class F>
@@ -30,12 +35,12 @@ static inline void normed(const X* x, const W* weight, F* y, int64_t channels, f
 }
 
 template <class W>
-static inline void turned(const float* x, W* y, int64_t dim, const Block<W>& own, int64_t token) {
-    if (own.cos == nullptr) {
+static inline void turned(const float* x, W* y, int64_t dim, const Turns& turns, int64_t token) {
+    if (turns.cos == nullptr) {
         for (int64_t i = 0; i < dim; i++) narrow(x[i], y + i);
         return;
     }
-    const float *cos = own.cos + token * dim, *sin = own.sin + token * dim;
+    const float *cos = turns.cos + token * dim, *sin = turns.sin + token * dim;
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i++) {
         narrow(x[i] * cos[i] + x[i + half] * sin[i], y + i);
@@ -58,6 +63,35 @@ static inline void product(const Factor<W>* x, const W* w, int64_t rows, int64_t
         int64_t first = block * OUTPUTS, count = std::min<int64_t>(OUTPUTS, outer - first);
         for (int64_t t = 0; t < rows; t++)
             for (int64_t o = 0; o < count; o++) finish(t, first + o, totals[t * OUTPUTS + o]);
+    }
+}
+
+// x [rows, channels] -> norm of each row.
+template <class W>
+static void norm(const W* x, const W* weight, W* y, int64_t rows, int64_t channels, float epsilon) {
+    for (int64_t t = 0; t < rows; t++) normed(x + t * channels, weight, y + t * channels, channels, epsilon);
+}
+
+// x [rows, channels] -> queries, turned keys and values, one after another: y [rows, outer] of each that has a weight.
+template <class W>
+static void project(const W* x, const W* const* weights, W* y, int64_t rows, int64_t channels, const int64_t* outer,
+                    int64_t dim, const Turns& turns) {
+    std::vector<float> inputs, made(rows * std::max({outer[0], outer[1], outer[2]}));
+    const Factor<W>* from = factors(x, rows * channels, inputs);
+#pragma omp parallel if (rows * channels * (outer[0] + outer[1] + outer[2]) > 65536)
+    {
+        Room room;
+        W* out = y;
+        for (int part = 0; part < 3; out += rows * outer[part++]) {
+            if (weights[part] == nullptr) continue;
+            product<W>(from, weights[part], rows, channels, outer[part], room,
+                       [&](int64_t t, int64_t o, float sum) { made[t * outer[part] + o] = sum; });
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < rows; t++)
+                for (int64_t i = t * outer[part]; i < (t + 1) * outer[part]; i += dim)
+                    if (part < 2) turned(made.data() + i, out + i, dim, turns, t);
+                    else for (int64_t j = i; j < i + dim; j++) narrow(made[j], out + j);
+        }
     }
 }
 
@@ -94,10 +128,10 @@ static void block(const Block<W>& own, const Shape& shape, W* k, W* v, Scratch<W
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const float* made = at.made.data() + t * width;
-        for (int64_t i = 0; i < queries; i += dim) turned(made + i, at.queries.data() + t * queries + i, dim, own, t);
+        for (int64_t i = 0; i < queries; i += dim) turned(made + i, at.queries.data() + t * queries + i, dim, own.turns, t);
         if (own.where == nullptr || own.where[t] < 0) continue;
         W *key = k + own.where[t] * keys, *value = v + own.where[t] * keys;
-        for (int64_t i = 0; i < keys; i += dim) turned(made + queries + i, key + i, dim, own, t);
+        for (int64_t i = 0; i < keys; i += dim) turned(made + queries + i, key + i, dim, own.turns, t);
         for (int64_t i = 0; i < keys; i++) narrow(made[queries + keys + i], value + i);
     }
     attend<W, float>(at.queries.data(), k, v, inputs, own.lists, tokens, shape.heads, shape.scale);

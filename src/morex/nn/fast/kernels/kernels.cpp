@@ -27,7 +27,7 @@ static void walk(const void* x, void* y, const Walk& walk, const Step* steps) {
         const W* const* w = (const W* const*)own.weights;
         Lists lists{own.table, walk.stride, walk.page, walk.row, own.start, own.end};
         all.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], float(own.epsilon), own.where, lists,
-                       own.cos, own.sin});
+                       {own.cos, own.sin}});
     }
     Heads heads{walk.kv_heads, walk.group, walk.dim};
     Shape shape{walk.tokens, walk.channels, walk.hidden, heads, float(walk.scale)};
@@ -38,6 +38,15 @@ extern "C" {
 #define KERNELS(name, T)                                                                                               \
     void linear_##name(const void* x, const void* w, void* y, int64_t rows, int64_t inner, int64_t outer) {            \
         linear((const T*)x, (const T*)w, (T*)y, rows, inner, outer);                                                   \
+    }                                                                                                                  \
+    void norm_##name(const void* x, const void* w, void* y, int64_t rows, int64_t channels, double epsilon) {          \
+        norm((const T*)x, (const T*)w, (T*)y, rows, channels, float(epsilon));                                         \
+    }                                                                                                                  \
+    void project_##name(const void* x, void* y, const void* const* w, const float* cos, const float* sin,              \
+                        const int64_t* sizes) {                                                                        \
+        auto [rows, channels, queries, keys, values, dim] = *(const int64_t(*)[6])sizes;                               \
+        const int64_t outer[]{queries, keys, values};                                                                  \
+        project((const T*)x, (const T* const*)w, (T*)y, rows, channels, outer, dim, Turns{cos, sin});                  \
     }                                                                                                                  \
     void blocks_##name(const void* x, void* y, const Walk* own, const Step* steps) { walk<T>(x, y, *own, steps); }
 
