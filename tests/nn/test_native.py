@@ -112,6 +112,26 @@ def test_one_query_a_row_to_all_its_keys(dtype: torch.dtype, rows: int, apart: s
     assert (found - wanted[:, :, 0]).abs().max() <= TOLERANCES[dtype]
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 15, 64, 1000, 5003])
+def test_the_first_of_the_largest(dtype: torch.dtype, size: int) -> None:
+    x = torch.randn(9, size, dtype=dtype)
+    x[1] = 0.0
+    x[2] = -torch.inf
+    x[3, size // 2] = torch.inf
+    x[4, [size // 3, size - 1]] = 9.0
+    tokens, top = native.likeliest(x)
+    values, places = x.max(-1, keepdim=True)
+    assert top.dtype == dtype and torch.equal(top, values)
+    first = (x == values).int().argmax(-1, keepdim=True)
+    assert torch.equal(tokens, first) and torch.equal(x.gather(1, places), values)
+    for place in {0, size // 2, size - 1}:
+        y = x.clone()
+        y[5, place] = torch.nan
+        assert native.likeliest(y)[1].isnan().flatten().tolist() == [row == 5 for row in range(9)]
+
+
 def test_linear_takes_the_plain_path_where_there_are_gradients() -> None:
     layer, x = Linear(6, 5), torch.randn(3, 6)
     y = layer(x)

@@ -6,7 +6,6 @@ copies first: so prompts that begin alike are stored once.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from morex.cache.pages import PagePool
 from morex.cache.store import KVStore, Lists, Row
-from morex.cache.tables import PageTables
+from morex.cache.tables import Claim, PageTables
 from morex.depth.schedule import Slot, Stream
 from morex.nn.keys import NEVER, Entries, Keys, PagedKeys, PagedSlots
 from morex.nn.packing import Packing
@@ -71,10 +70,7 @@ class PagedStore(KVStore):
             if first not in own:
                 own[first] = tables, tables.open()
             numbers.append(own[first][1])
-        found = PagedLists(self, tables, np.array(numbers), packing)
-        if packing is not None:
-            self._reserve(tables, found.numbers, np.array(packing.counts))
-        return found
+        return PagedLists(self, tables, numbers, packing)
 
     def num_pages(self, sequence: int) -> int:
         """Pages that a sequence holds, alone or with others."""
@@ -152,19 +148,25 @@ class PagedStore(KVStore):
         pages = tables.pages[number, 0, : tables.counts[number]].tolist()
         return self.time[pages].flatten()[: int(tables.lengths[number])]
 
-    def _reserve(self, tables: PageTables, numbers: np.ndarray, counts: np.ndarray) -> None:
-        """Makes room for so many more entries in each list: new pages, and copies of those that others hold too."""
-        lengths, size = tables.lengths[numbers], self.page_size
-        more = np.maximum(0, -(-(lengths + counts) // size) - tables.counts[numbers])
-        may_share = tables.is_forked[numbers] & (lengths % size > 0) & (counts > 0)
-        if not more.any() and not may_share.any():
-            return
-        copied = [
-            (int(number), int(length) // size)
-            for number, length in zip(numbers[may_share], lengths[may_share], strict=True)
-            if self.pool.is_shared(int(tables.pages[number, 0, length // size]))
-        ]
-        fresh = self.pool.take(tables.width * (int(more.sum()) + len(copied)))
+    def claim(self, tables: PageTables, numbers: Sequence[int], packing: Packing) -> Claim:
+        """Entries for the tokens of a packing, whose rows are these lists."""
+        found = tables.claim(numbers, packing.counts, packing.time, self.time)
+        if isinstance(found, list):
+            self._make_room(
+                tables, [(number, *lacks) for number, lacks in zip(numbers, found, strict=True) if any(lacks)]
+            )
+            found = tables.claim(numbers, packing.counts, packing.time, self.time)
+            assert isinstance(found, Claim), "there is room now"
+        return found
+
+    def _make_room(self, tables: PageTables, lacking: Sequence[tuple[int, int, bool]]) -> None:
+        """Gives each of these lists so many more pages, and a copy of its last one if others hold that too."""
+        copied = []
+        for number, _, shares in lacking:
+            place = int(tables.lengths[number]) // self.page_size
+            if shares and self.pool.is_shared(int(tables.pages[number, 0, place])):
+                copied.append((number, place))
+        fresh = self.pool.take(tables.width * (len(copied) + sum(pages for _, pages, _ in lacking)))
         for number, place in copied:
             shared = tables.pages[number, :, place].tolist()
             copies = [fresh.pop() for _ in shared]
@@ -172,46 +174,45 @@ class PagedStore(KVStore):
                 part[copies] = part[shared]
             tables.pages[number, :, place] = copies
             self.pool.drop(shared)
-        tables.is_forked[numbers[may_share]] = False
-        for row in more.nonzero()[0]:
-            count = int(more[row]) * tables.width
-            tables.extend(int(numbers[row]), fresh[len(fresh) - count :])
-            del fresh[len(fresh) - count :]
+        for number, pages, _ in lacking:
+            tables.is_forked[number] = False
+            tables.extend(number, [fresh.pop() for _ in range(pages * tables.width)])
         assert not fresh
 
 
 class PagedLists(Lists):
     """Lists in pages."""
 
-    def __init__(self, store: PagedStore, tables: PageTables, numbers: np.ndarray, packing: Packing | None) -> None:
+    def __init__(self, store: PagedStore, tables: PageTables, numbers: list[int], packing: Packing | None) -> None:
+        """With a packing, its tokens have their entries from now on."""
         self.store, self.tables, self.numbers, self.packing = store, tables, numbers, packing
-        self._where: Tensor | None = None
-        self._ends: Tensor | None = None
-        self._fresh, self._writers = False, numbers
+        self._claim = None if packing is None else store.claim(tables, numbers, packing)
+        self._left = tables.width
         self._read: tuple[Tensor, PagedKeys] | None = None
 
     @torch.no_grad()
     def append(self, place: int, k: Tensor, v: Tensor) -> bool:
-        store, where = self.store, self._places()[place]
+        assert self._claim is not None, "these lists are only read"
+        store, where = self.store, self._claim.where[place]
         store.k.flatten(0, 1).index_copy_(0, where, k.to(store.k.dtype))
         store.v.flatten(0, 1).index_copy_(0, where, v.to(store.v.dtype))
-        self.tables.unwritten[self._writers] -= 1
-        return self._fresh
+        self._left -= 1
+        self.tables.wrote(self.numbers, self._left)
+        return self._claim.is_fresh
 
     def reserve(self, dtype: torch.dtype) -> PagedSlots | None:
         if dtype != self.store.k.dtype or self.store.k.device.type != "cpu":
             return None
-        where = self._places()
-        assert self.packing is not None and self._ends is not None
-        self.tables.unwritten[self._writers] = 0
-        slots = replace(self.slots(self.packing), where=where)
-        slots.entries.set_seen(self.packing, self._ends)
-        return slots
+        claim = self._claim
+        assert self.packing is not None and claim is not None, "these lists are only read"
+        entries = Entries(self._times)
+        entries.set_seen(self.packing, claim.row, claim.start, claim.end)
+        return PagedSlots(self.store.k, self.store.v, claim.where, claim.numbers, self.tables.pages, entries)
 
     def slots(self, packing: Packing) -> PagedSlots:
         """What stands in all slots, for tokens whose rows are these lists, and which write nothing."""
-        row = torch.from_numpy(self.numbers.astype(np.int32))[packing.row]
-        return PagedSlots(self.store.k, self.store.v, None, row, torch.from_numpy(self.tables.pages), self._entries())
+        row = torch.tensor(self.numbers, dtype=torch.int32)[packing.row]
+        return PagedSlots(self.store.k, self.store.v, None, row, self.tables.pages, Entries(self._times))
 
     def gather(self, place: int) -> Keys:
         return self.read(place).padded()
@@ -219,38 +220,16 @@ class PagedLists(Lists):
     def read(self, place: int) -> PagedKeys:
         if self._read is None:
             table = self._page_table()
-            self._read = table, PagedKeys(self.store.k, self.store.v, table[0], self._entries())
+            self._read = table, PagedKeys(self.store.k, self.store.v, table[0], Entries(self._times))
         return replace(self._read[1], pages=self._read[0][place])
 
-    def _entries(self) -> Entries:
-        return Entries(partial(self._times, self.tables.lengths[self.numbers]))
-
-    def _times(self, lengths: np.ndarray) -> Tensor:
+    def _times(self) -> Tensor:
         """Time of each entry [B, S], the same at all places; NEVER behind the last."""
+        lengths = self.tables.lengths[self.numbers]
         longest = max(1, int(lengths.max()))
         times = self.store.time[self._page_table()[0]].flatten(1)[:, :longest]
         end = torch.from_numpy(lengths).to(times.device)
         return times.masked_fill_(torch.arange(longest, device=times.device) >= end[:, None], NEVER)
-
-    def _places(self) -> Tensor:
-        """Where each token of the packing goes, an index into all entries of the pool [width, N].
-
-        Counts the tokens as entries, and writes down their time, when asked for the first time.
-        """
-        if self._where is None:
-            assert self.packing is not None, "these lists are only read"
-            size, counts = self.store.page_size, np.array(self.packing.counts)
-            lengths = self.tables.lengths[self.numbers]
-            entry = np.arange(counts.sum()) + np.repeat(lengths + counts - counts.cumsum(), counts)
-            pages = self.tables.pages[np.repeat(self.numbers, counts), :, entry // size]
-            places = (pages.T.astype(np.int64) * size + entry % size).copy()
-            self._where = torch.from_numpy(places).to(self.store.device)
-            self._ends = torch.from_numpy((entry + 1).astype(np.int32))
-            self._fresh, self._writers = not lengths.any(), self.numbers[counts > 0]
-            self.tables.unwritten[self._writers] = self.tables.width
-            self.tables.lengths[self.numbers] = lengths + counts
-            self.store.time.flatten().index_copy_(0, self._where[0], self.packing.time)
-        return self._where
 
     def _page_table(self) -> Tensor:
         """Pages of each list, right-padded with the page that nobody holds [width, B, P]."""

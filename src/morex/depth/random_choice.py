@@ -6,7 +6,11 @@ from torch import Tensor
 from morex.depth.gated import GatedRouter
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import Routing
+from morex.nn.fast import available
 from morex.nn.packing import Packing
+
+KNOWN = 2**14
+"""Positions whose depths are worked out once and kept."""
 
 
 class RandomRouter(GatedRouter):
@@ -21,6 +25,8 @@ class RandomRouter(GatedRouter):
         self.keep = [now / last for now, last in zip(capacities, before, strict=True)]
         self.full = next((r for r, share in enumerate(self.keep) if share < 1), recursions)
         """Recursions that everybody takes."""
+        self._known: Tensor | None = None
+        """Recursions of the tokens at the first `KNOWN` positions."""
 
     def begin(self, h: Tensor, packing: Packing, policy: DepthPolicy) -> tuple[Tensor, Routing]:
         h, routing = super().begin(h, packing, policy)
@@ -30,6 +36,15 @@ class RandomRouter(GatedRouter):
 
     def _depths(self, positions: Tensor) -> Tensor:
         """Recursions that the tokens at these positions take [N]."""
+        if positions.numel() and available(positions):  # elsewhere, a look at the positions would cost a wait
+            low, high = (int(end) for end in positions.aminmax())
+            if low >= 0 and high < KNOWN:
+                if self._known is None:
+                    self._known = self._computed(torch.arange(KNOWN))
+                return self._known[positions]
+        return self._computed(positions)
+
+    def _computed(self, positions: Tensor) -> Tensor:
         starts = [_start(self.seed, r) for r in range(1, self.recursions + 1)]
         keep = positions.new_tensor(self.keep, dtype=torch.float64)
         kept = _uniform(positions, positions.new_tensor(starts)[:, None]) < keep[:, None]

@@ -75,6 +75,10 @@ class Routing:
     def add_loss(self, name: str, value: Tensor) -> None:
         self.losses.setdefault(name, []).append(value)
 
+    def forget(self) -> None:
+        """Drops masks and scores of the recursions so far, which only traces and statistics need."""
+        self.masks, self.scores = [], []
+
     def select(self, index: Tensor, packing: Packing) -> Self:
         """What is kept of the tokens at `index` [N'], those of `packing`; what was counted stays behind."""
 

@@ -2,8 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 PARTS = ("admission", "prelude", "core", "coda and head", "sampling")
 
@@ -31,15 +29,23 @@ class Clock:
         self.visits: Counter[int] = Counter()
         """Tokens that took recursion r, summed over routed groups."""
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> "Part":
         """Around one of `PARTS`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+        return Part(self, name)
 
     def mean_depth(self, groups: int) -> float:
         """Recursions that a token takes in each of so many routed groups, on average."""
         return self.visits.total() / (groups * max(1, self.entering))
+
+
+class Part:
+    """Adds what passes inside to a clock."""
+
+    def __init__(self, clock: Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.clock.seconds[self.name] += time.perf_counter() - self.start

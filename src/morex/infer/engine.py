@@ -132,7 +132,7 @@ class Engine:
         self._draws[request.number] = generator_of(params.seed, params.row)
         self.requests[request.number] = request
         self._count += 1
-        self.passes.walks.look_again()
+        self.passes.look_again()
         self.scheduler.add(request)
         return request.number
 
@@ -316,15 +316,17 @@ class Engine:
     def _draw(self, segments: Sequence[Segment], logits: Tensor) -> None:
         """What comes of the logits that requests whose text is all in have asked for."""
         asking = [segment for segment in segments if self.scheduler.back(segment.owner)]
-        parts = logits.split([segment.reads for segment in asking])
         stages: dict[Stage, list[int]] = {}
         for place, segment in enumerate(asking):
             stages.setdefault(segment.owner.stage, []).append(place)
         takes = {"next": self._draw_next, "draft": self._extend_drafts, "verify": self._verify_drafts}
+        if len(stages) == 1:
+            [stage] = stages
+            takes[stage]([segment.owner for segment in asking], logits)
+            return
+        parts = logits.split([segment.reads for segment in asking])
         for stage, places in stages.items():
-            everyone = len(places) == len(asking)
-            own = logits if everyone else torch.cat([parts[place] for place in places])
-            takes[stage]([asking[place].owner for place in places], own)
+            takes[stage]([asking[place].owner for place in places], torch.cat([parts[place] for place in places]))
 
     def _draw_next(self, requests: list[Request], logits: Tensor) -> None:
         """The next token of each request."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from morex.cache.slots import CallStore
 from morex.cache.store import KVStore
 from morex.depth.policy import DepthPolicy
-from morex.depth.router import Routing, Visit
+from morex.depth.router import DepthRouter, Routing, Visit
 from morex.depth.schedule import Step
 from morex.infer.clock import Clock
 from morex.infer.lists import PassLists
@@ -48,7 +48,10 @@ class Segment:
 
 @dataclass(eq=False)
 class Flight:
-    """Segments under the same policy that wait for recursion r of a routed group. Rows of the packing are segments."""
+    """Segments that wait for recursion r of a routed group. Rows of the packing are segments.
+
+    All are under the same policy, and all or none are traced.
+    """
 
     segments: list[Segment]
     packing: Packing
@@ -63,9 +66,13 @@ class Flight:
         return self.routing.policy
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def is_traced(self) -> bool:
+        return self.segments[0].trace is not None
+
+    @property
+    def key(self) -> tuple[int, bool, int, int]:
         """Flights with the same key can be joined."""
-        return id(self.policy), self.group, self.recursion
+        return id(self.policy), self.is_traced, self.group, self.recursion
 
     def select(self, chosen: list[int]) -> "Flight":
         """Some of the segments."""
@@ -124,6 +131,13 @@ class Passes:
         """Whether a block does the same at every recursion, so that tokens at different ones can share a pass."""
         self.parts_by_depth = config.windows_move
         self.walks = Walks()
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Somebody may have given the model other weights or modules, or have come to look inside."""
+        groups: Any = self.stack.core.groups
+        self.groups: list[RoutedGroup] = list(groups)
+        self.walks.look_again()
 
     def enter(self, segments: Sequence[Segment]) -> tuple[list[Flight], list[Arrived]]:
         """Tokens through the prelude and up to the first recursion that somebody takes."""
@@ -132,7 +146,8 @@ class Passes:
             if segment.trace is not None:
                 segment.trace.begin(segment.start, len(segment.tokens))
         self.clock.entering += sum(counts)
-        time = torch.cat([torch.arange(s.start, s.start + len(s.tokens)) for s in segments]).to(self.device)
+        times = [time for segment in segments for time in range(segment.start, segment.start + len(segment.tokens))]
+        time = torch.tensor(times, device=self.device)
         packing = pack_rows(counts, time, time, max(counts))
         tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=self.device)
         x = self.model.embed(tokens, packing)
@@ -141,10 +156,11 @@ class Passes:
 
     def core(self, group: int, flights: Sequence[Flight]) -> tuple[list[Flight], list[Arrived]]:
         """One pass through the blocks of a group, for all who wait for one of its recursions."""
-        own: Any = self.stack.core.groups[group]
+        own = self.groups[group]
+        router = own.router
         visits: list[tuple[Flight, Visit]] = []
         for flight in flights:
-            visit = own.router.packed(flight.h, flight.routing, flight.recursion)
+            visit = router.packed(flight.h, flight.routing, flight.recursion)
             if visit is not None:
                 visits.append((flight, visit))
         for together in [visits] if self.mixes else [[visit] for visit in visits]:
@@ -153,14 +169,14 @@ class Passes:
         done: list[Arrived] = []
         for flight in flights:
             flight.recursion += 1
-            self._ask(flight, own, going, done)
+            self._ask(flight, router, going, done)
         return self._onwards(group, going, done)
 
     def together(self, parts: Sequence[Arrived]) -> list[Arrived]:
         """What can leave in one pass: everybody, unless the depth of a policy says which steps see everything."""
         found: dict[int, list[Arrived]] = {}
         for part in parts:
-            for rows in _by_policy(part.segments):
+            for rows in _alike(part.segments):
                 own = part if len(rows) == len(part.segments) else part.select(rows)
                 found.setdefault(own.segments[0].policy.recursions if self.parts_by_depth else 0, []).append(own)
         return [_joined(own) for own in found.values()]
@@ -172,13 +188,14 @@ class Passes:
         x = self._once("coda", x, packing, arrived.segments)
         for segment in arrived.segments:
             self.store.advance(segment.sequence, len(segment.tokens))
+        if sum(segment.reads for segment in arrived.segments) == packing.num_tokens:
+            return self.model.read(x)
         asked: list[int] = []
         end = 0
         for segment, count in zip(arrived.segments, packing.counts, strict=True):
             end += count
             asked += range(end - segment.reads, end)
-        everyone = len(asked) == packing.num_tokens
-        return self.model.read(x if everyone else x[torch.tensor(asked, dtype=torch.int64, device=self.device)])
+        return self.model.read(x[torch.tensor(asked, dtype=torch.int64, device=self.device)])
 
     def _visit(self, group: int, own: RoutedGroup, visits: Sequence[tuple[Flight, Visit]]) -> None:
         """The blocks of a group for the visiting tokens of some flights, brought back into these."""
@@ -188,17 +205,18 @@ class Passes:
         for flight, visit in visits:
             self.clock.visits[flight.recursion] += visit.packing.num_tokens
             states.append(own.enter(flight.h, flight.injected, visit.packing, flight.recursion))
-            for segment, count in zip(flight.segments, visit.packing.counts, strict=True):
-                if count:
-                    rows.append(segment)
-                    recursions.append(flight.recursion)
-                    counts.append(count)
+            each = [(s, count) for s, count in zip(flight.segments, visit.packing.counts, strict=True) if count]
+            rows += [segment for segment, _ in each]
+            counts += [count for _, count in each]
+            recursions += [flight.recursion] * len(each)
         packing = _packed_together([visit.packing for _, visit in visits], counts)
         steps, r = self.schedule.groups[group].recursions[0], recursions[0]
         lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing)
         key, walked = ("core", group, 0 if self.mixes else r), partial(self._core_steps, group, r)
-        y = self.walks(key, walked, torch.cat(states), lists, self._windows(rows[0].policy))
-        for (flight, visit), part in zip(visits, y.split([len(s) for s in states]), strict=True):
+        x = states[0] if len(states) == 1 else torch.cat(states)
+        y = self.walks(key, walked, x, lists, self._windows(rows[0].policy))
+        parts = [y] if len(states) == 1 else y.split([len(s) for s in states])
+        for (flight, visit), part in zip(visits, parts, strict=True):
             flight.h = own.router.bring_back(flight.h, part, flight.routing, visit)
 
     def _once(self, name: str, x: Tensor, packing: Packing, segments: list[Segment]) -> Tensor:
@@ -214,7 +232,7 @@ class Passes:
 
     def _core_steps(self, group: int, r: int) -> list[Walked]:
         """What a group's tokens walk through at recursion r."""
-        own: Any = self.stack.core.groups[group]
+        own = self.groups[group]
         steps, prelude = self.schedule.groups[group].recursions[0], self.schedule.prelude
         found: list[Walked] = []
         for place, step in enumerate(steps):
@@ -228,83 +246,86 @@ class Passes:
         blocks, steps = getattr(self.stack, name), getattr(self.schedule, f"{name}_steps")
         return [(f"{name}.{i}", block, step, WHOLE) for i, (block, step) in enumerate(zip(blocks, steps, strict=True))]
 
-    def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None]:
-        """What the attention of a step does otherwise, in a pass under this policy."""
+    def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None] | None:
+        """What the attention of a step does otherwise, in a pass under this policy; None where every step sees all."""
         windows = self.stack.windows
         if windows is None:
-            return _sees_everything
+            return None
         schedule = replace(self.schedule, recursions=policy.recursions)
         return lambda step: windows.at(schedule.place(step))
 
     def _begin(self, group: int, arrived: Arrived) -> tuple[list[Flight], list[Arrived]]:
-        """Segments at the door of a group, by policy; past the last group they have arrived."""
-        if group == len(self.stack.core.groups):
+        """Segments at the door of a group; past the last group they have arrived."""
+        if group == len(self.groups):
             return [], [arrived]
-        own: Any = self.stack.core.groups[group]
+        own = self.groups[group]
+        router = own.router
         going: list[Flight] = []
         done: list[Arrived] = []
-        for rows in _by_policy(arrived.segments):
+        for rows in _alike(arrived.segments):
             part = arrived if len(rows) == len(arrived.segments) else arrived.select(rows)
             policy = part.segments[0].policy
             injected = own.prepare(part.x)
-            h, routing = own.router.begin(part.x, part.packing, policy)
+            h, routing = router.begin(part.x, part.packing, policy)
             routing.with_stats = False
             if policy.kind == "exit":
                 schedule = replace(self.schedule, recursions=policy.recursions)
                 once = Pass(schedule, self.stack.windows, "per_recursion", None, CallStore(), Record(), part.packing)
                 routing.peek = partial(self.stack.peek, once, self.model.read)
-            self._ask(Flight(part.segments, part.packing, h, injected, routing, group, 1), own, going, done)
+            self._ask(Flight(part.segments, part.packing, h, injected, routing, group, 1), router, going, done)
         return self._onwards(group, going, done)
 
-    def _ask(self, flight: Flight, own: RoutedGroup, going: list[Flight], done: list[Arrived]) -> None:
+    def _ask(self, flight: Flight, router: DepthRouter, going: list[Flight], done: list[Arrived]) -> None:
         """Asks who takes the next recursion; segments of which nobody does are asked for the one after."""
         while flight.recursion <= flight.policy.recursions:
-            own.router.ask(flight.h, flight.routing, flight.recursion)
+            if not flight.is_traced:
+                flight.routing.forget()
+            router.ask(flight.h, flight.routing, flight.recursion)
             if flight.routing.is_full:
                 going.append(flight)
                 return
             active = flight.packing.row[flight.routing.active].tolist()
             if flight.packing.width > 1:
                 active = sorted(set(active))
-            if len(active) == len(flight.segments):
-                going.append(flight)
-                return
             if active:
-                going.append(flight.select(active))
-                idle = sorted(set(range(len(flight.segments))) - set(active))
-                flight = flight.select(idle)
+                chosen = flight if len(active) == len(flight.segments) else flight.select(active)
+                chosen.routing.is_full = chosen.packing.width == 1
+                going.append(chosen)
+                if chosen is flight:
+                    return
+                flight = flight.select(sorted(set(range(len(flight.segments))) - set(active)))
             flight.recursion += 1
-        h, _ = own.router.finish(flight.h, flight.routing)
-        self._note_depths(flight)
+        h, _ = router.finish(flight.h, flight.routing)
+        if flight.is_traced:
+            self._note_depths(flight)
         done.append(Arrived(flight.segments, flight.packing, h))
 
     def _note_depths(self, flight: Flight) -> None:
         name, end = f"stack.core.groups.{flight.group}.router", 0
         for segment, count in zip(flight.segments, flight.packing.counts, strict=True):
             start, end = end, end + count
-            if segment.trace is not None:
-                masks = [mask[start:end] for mask in flight.routing.masks]
-                scores = [score[start:end] for score in flight.routing.scores]
-                segment.trace.note_depths(name, range(segment.start, segment.start + count), masks, scores)
+            masks, scores = (
+                [part[start:end] for part in each] for each in (flight.routing.masks, flight.routing.scores)
+            )
+            assert segment.trace is not None
+            segment.trace.note_depths(name, range(segment.start, segment.start + count), masks, scores)
 
     def _onwards(self, group: int, going: list[Flight], done: list[Arrived]) -> tuple[list[Flight], list[Arrived]]:
         """Those who are done with a group, at the door of the next."""
-        if not done or group + 1 == len(self.stack.core.groups):
+        if not done or group + 1 == len(self.groups):
             return going, done
         more, arrived = self._begin(group + 1, _joined(done))
         return going + more, arrived
-
-
-def _sees_everything(step: Step) -> Local | None:
-    """A step without a window."""
-    return None
 
 
 def _packed_together(packings: Sequence[Packing], counts: list[int]) -> Packing:
     """The tokens of several packings, one after another, without rows that have none; counts: of those that have."""
     if len(packings) == 1 and len(counts) == packings[0].rows:
         return packings[0].root()
-    time, positions = (torch.cat([getattr(packing, name) for packing in packings]) for name in ("time", "positions"))
+    time = torch.cat([packing.time for packing in packings])
+    positions = time
+    if any(packing.positions is not packing.time for packing in packings):
+        positions = torch.cat([packing.positions for packing in packings])
     return pack_rows(counts, time, positions, max(packing.span for packing in packings))
 
 
@@ -315,8 +336,9 @@ def _joined(parts: Sequence[Arrived]) -> Arrived:
     return Arrived(segments, join_packings([part.packing for part in parts]), torch.cat([part.x for part in parts]))
 
 
-def _by_policy(segments: Sequence[Segment]) -> list[list[int]]:
-    found: dict[int, list[int]] = {}
+def _alike(segments: Sequence[Segment]) -> list[list[int]]:
+    """Segments that can fly together."""
+    found: dict[tuple[int, bool], list[int]] = {}
     for row, segment in enumerate(segments):
-        found.setdefault(id(segment.policy), []).append(row)
+        found.setdefault((id(segment.policy), segment.trace is not None), []).append(row)
     return list(found.values())

@@ -10,7 +10,7 @@ class Traffic:
 
     def __init__(self, passes: Passes) -> None:
         self.passes = passes
-        self.flights: dict[tuple[int, int, int], Flight] = {}
+        self.flights: dict[tuple[int, bool, int, int], Flight] = {}
         self.arrived: list[Arrived] = []
         self.in_hand: Sequence[Segment] = ()
         """Who takes part in the pass of the moment, or took part in the last."""
@@ -27,8 +27,8 @@ class Traffic:
 
     def core(self) -> None:
         """Takes everybody in the core through a recursion."""
-        for group in range(len(self.passes.stack.core.groups)):
-            flights = [self.flights.pop(key) for key in list(self.flights) if key[1] == group]
+        for group in range(len(self.passes.groups)):
+            flights = [self.flights.pop(key) for key, own in list(self.flights.items()) if own.group == group]
             if flights:
                 self.in_hand = [segment for flight in flights for segment in flight.segments]
                 self._keep(*self.passes.core(group, flights))

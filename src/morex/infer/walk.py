@@ -31,7 +31,7 @@ class Walks:
         """The steps, and the kernel that takes them, if any."""
 
     def look_again(self) -> None:
-        """Somebody may have given the model other weights or modules, or have come to look inside."""
+        """Forgets the steps of all keys."""
         self._known.clear()
 
     def __call__(
@@ -40,14 +40,14 @@ class Walks:
         steps: Callable[[], list[Walked]],
         x: Tensor,
         lists: PassLists,
-        local: Callable[[Step], Local | None],
+        local: Callable[[Step], Local | None] | None,
     ) -> Tensor:
         """x [N, D] -> [N, D].
 
         Args:
             steps: asked for when the key is new.
             lists: whose rows are segments, and whose places are the steps.
-            local: what the attention of a step does otherwise.
+            local: what the attention of a step does otherwise, if windows are the model's way.
         """
         if key not in self._known:
             found = steps()
@@ -55,13 +55,15 @@ class Walks:
         walked, kernel = self._known[key]
         if kernel is not None:
             shape = walked[0][1].attention.shape
-            y = _at_once(kernel, shape, x, lists, [local(step) for _, _, step, _ in walked])
+            here = [None] if local is None else [local(step) for _, _, step, _ in walked]
+            y = _at_once(kernel, shape, x, lists, here)
             if y is not None:
                 return y
         traces = any(segment.trace is not None for segment in lists.segments)
         for place, (name, block, step, parts) in enumerate(walked):
             parts = replace(parts, traces=True) if traces else parts
-            x, reports = block(x, lists.packing, lists.view(place), local(step), parts)
+            own = None if local is None else local(step)
+            x, reports = block(x, lists.packing, lists.view(place), own, parts)
             for router, signals in reports.items() if traces else ():
                 for choice in signals.choices:
                     _note_choice(f"stack.{name}.mixer.{router}", choice.experts, lists)
@@ -71,7 +73,7 @@ class Walks:
 def _at_once(
     kernel: fast.Walk, shape: AttentionShape, x: Tensor, lists: PassLists, local: Sequence[Local | None]
 ) -> Tensor | None:
-    """In one kernel; None where the tokens are not for it."""
+    """In one kernel; None where the tokens are not for it. `local`: of each block, or one for all."""
     packing = lists.packing
     is_near = packing.width <= SHORT or max(segment.start for segment in lists.segments) < LONG
     if packing.documents is not None or not is_near or not kernel.takes(x):
@@ -80,14 +82,15 @@ def _at_once(
     if slots is None:
         return None
 
-    def of(here: Local | None) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    def sight(here: Local | None) -> fast.Sight:
         rope, window = (shape.rope, None) if here is None else (here.rope, here.window)
-        turns = None if rope is None else packing.turns(shape.head_dim, rope, torch.float32)
-        return slots.entries.seen_by(packing, window), turns
+        _, start, end = slots.entries.seen_by(packing, window)
+        if rope is None:
+            return start, end, None, None
+        return start, end, *packing.turns(shape.head_dim, rope, torch.float32)
 
     alike = all(here is local[0] for here in local)
-    seen, turns = zip(*([of(local[0])] * len(local) if alike else map(of, local)), strict=True)
-    return kernel(x, slots, seen, turns, shape.scale)
+    return kernel(x, slots, [sight(here) for here in (local[:1] if alike else local)], shape.scale)
 
 
 def _kernel_of(steps: Sequence[Walked]) -> fast.Walk | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +39,9 @@ class Entries:
     def time(self) -> Tensor:
         return self._time()
 
-    def set_seen(self, packing: Packing, end: Tensor) -> None:
-        """What is known without asking: how many entries each token of the packing sees without a window [N], int32."""
-        self._seen[packing, None] = packing.row.int(), torch.zeros_like(end), end
+    def set_seen(self, packing: Packing, row: Tensor, start: Tensor, end: Tensor) -> None:
+        """What is known without asking of the tokens of a packing, where there is no window, as `seen_by` says it."""
+        self._seen[packing, None] = row, start, end
 
     def seen_by(self, packing: Packing, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """List of each token of the packing, and the entries that it sees: row, start and end [N], int32."""
@@ -89,7 +90,7 @@ class PagedSlots:
     """Entry of each token in the pool [S, N], -1 for one that writes nothing; None: none does."""
     row: Tensor
     """List of each token [N], int32."""
-    pages: Tensor
+    pages: np.ndarray
     """Of all lists, by slot [lists, S, L], int32; behind the last of a list stands any page."""
     entries: Entries
 

@@ -100,14 +100,14 @@ class Packing:
         if self.width > 1 or rows != self.rows or not index.shape[0]:
             rank, width = _ranks(row, rows)
             place = row * width + rank
-        full = width * rows == index.shape[0]
+        full, time = width * rows == index.shape[0], self.time[index]
         return replace(
             self,
             rows=rows,
             width=width,
             row=row,
-            time=self.time[index],
-            positions=self.positions[index],
+            time=time,
+            positions=time if self.positions is self.time else self.positions[index],
             documents=None if self.documents is None else self.documents[index],
             place=None if full else place,
             index=index if self.index is None else self.index[index],
@@ -125,7 +125,11 @@ class Packing:
             wanted[list(rows)] = True
             index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
         counts = [self.counts[row] for row in rows]
-        return index, pack_rows(counts, self.time[index], self.positions[index], self.span)
+        time = self.time[index]
+        positions = time if self.positions is self.time else self.positions[index]
+        packing = pack_rows(counts, time, positions, self.span)
+        packing._turns.update({key: (cos[index], sin[index]) for key, (cos, sin) in self._turns.items()})
+        return index, packing
 
     @cached_property
     def by_length(self) -> "tuple[Tensor, tuple[list[int], Tensor, Packing] | None]":
@@ -176,8 +180,7 @@ class Packing:
         """`rotary` for both channels of each pair [N, 1, dim], as `rotate` takes it; computed once and kept."""
         key = (dim, rope, dtype)
         if key not in self._turns:
-            periods = rope.periods(dim, self.positions.device, dtype)
-            angle = self.positions.to(dtype).view(-1, 1, 1) / torch.cat((-periods, periods))
+            angle = self.positions.to(dtype).view(-1, 1, 1) / rope.signed_periods(dim, self.positions.device, dtype)
             self._turns[key] = (angle.cos(), angle.sin())
         return self._turns[key]
 
@@ -243,7 +246,10 @@ def pack_rows(counts: Sequence[int], time: Tensor, positions: Tensor, span: int)
     """
     rows, width = len(counts), max(counts)
     is_full = min(counts) == width
-    row = torch.arange(rows).repeat_interleave(torch.tensor(counts) if not is_full else width).to(time.device)
+    row = torch.arange(rows)
+    if width > 1 or not is_full:
+        row = row.repeat_interleave(torch.tensor(counts) if not is_full else width)
+    row = row.to(time.device)
     packing = Packing(rows, width, span, row, time, positions)
     if is_full:
         return packing

@@ -35,19 +35,24 @@ class Rope:
 
     def periods(self, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Positions in which each pair turns by one radian [dim / 2]."""
+        return self.signed_periods(dim, device, dtype)[dim // 2 :]
+
+    def signed_periods(self, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`periods` for both channels of each pair, those of the first with a minus [dim]."""
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # which have no tensors to keep
-            return self._periods(dim, device, dtype)
+            return self._signed(dim, device, dtype)
         return _kept_periods(self, dim, device, dtype)
 
-    def _periods(self, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _signed(self, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         exponent = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
         periods = self.base**exponent
-        return periods if self.scaling is None else self.scaling.stretch(periods)
+        periods = periods if self.scaling is None else self.scaling.stretch(periods)
+        return torch.cat((-periods, periods))
 
 
 @lru_cache(maxsize=32)
 def _kept_periods(rope: Rope, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return rope._periods(dim, device, dtype)
+    return rope._signed(dim, device, dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -17,8 +17,10 @@ from morex.nn.fast.native import (
     few_norms,
     few_rows,
     is_native,
+    likeliest,
     project,
     reads_pages,
+    takes_logits,
     takes_norm,
     takes_rows,
 )
@@ -28,16 +30,20 @@ from morex.nn.fast.recurrent import recurrent_experts
 from morex.nn.fast.rows import combine_rows, gather_rows
 from morex.nn.fast.single import few_tokens, single_token, takes_tokens
 from morex.nn.fast.switch import available, enabled, usable
-from morex.nn.fast.walk import Walk
+from morex.nn.fast.tables import Tables, claim
+from morex.nn.fast.walk import Sight, Walk
 
 __all__ = [
     "Frames",
     "Plan",
+    "Sight",
+    "Tables",
     "Walk",
     "attend",
     "attend_pages",
     "attend_rows",
     "available",
+    "claim",
     "combine_rows",
     "enabled",
     "expert_linear",
@@ -49,6 +55,7 @@ __all__ = [
     "gather_rows",
     "is_native",
     "joint_weight",
+    "likeliest",
     "project",
     "reads_pages",
     "recurrent_experts",
@@ -56,6 +63,7 @@ __all__ = [
     "rms_norm",
     "single_token",
     "swiglu",
+    "takes_logits",
     "takes_norm",
     "takes_rows",
     "takes_tokens",

@@ -28,19 +28,24 @@ FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=fast", "-fopenmp-simd"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"),
 )
-NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64"}
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float64: "f64", torch.int64: "i64"}
 MULTIPLIED = torch.float32, torch.bfloat16
 """Number formats for whose products there are kernels."""
+ATTENDED = *MULTIPLIED, torch.float64
+"""And for whose attention."""
 PLAIN = Tensor, Parameter
 POINTER, INTEGER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 ARGUMENTS = {
     "linear": [POINTER] * 3 + [INTEGER] * 3,
+    "likeliest": [POINTER] * 3 + [INTEGER] * 2,
     "norm": [POINTER] * 3 + [INTEGER] * 2 + [REAL],
     "project": [POINTER] * 6,
     "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [REAL],
-    "blocks": [POINTER] * 4,
+    "blocks": [POINTER] * 5,
+    "claim": [POINTER] * 3 + [INTEGER] * 2 + [POINTER] * 3,
     "experts": [POINTER] * 6 + [REAL],
 }
+RETURNS = {"claim": INTEGER}
 FEW_NUMBERS = 2**15
 """Up to so many numbers a norm is faster in one call of one thread. Measured."""
 SMALL = 2**14
@@ -89,6 +94,22 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def takes_logits(x: Tensor) -> bool:
+    """Whether `likeliest` may take x [B, V]."""
+    return x.dtype in MULTIPLIED and x.numel() > 0 and x.is_contiguous() and may_run(x)
+
+
+def likeliest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, V] -> the first of the largest numbers of each row, its place and itself, [B, 1] each.
+
+    The latter is not a number where any of the row is not; the place means nothing then.
+    """
+    rows, size = x.shape
+    tokens, top = x.new_empty(rows, 1, dtype=torch.int64), x.new_empty(rows, 1)
+    run_kernel("likeliest", x.dtype, x.data_ptr(), tokens.data_ptr(), top.data_ptr(), rows, size)
+    return tokens, top
+
+
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `few_norms` may take x [..., D] and a weight [D], and is faster than torch."""
     fits = x.dtype in MULTIPLIED and 0 < x.numel() <= FEW_NUMBERS and weight.dim() == 1
@@ -129,7 +150,7 @@ def project(x: Tensor, maps: Sequence[Tensor], turns: tuple[Tensor, Tensor] | No
 
 def reads_pages(q: Tensor, k: Tensor) -> bool:
     """Whether `attend_pages` may take queries and keys like these."""
-    return q.dtype in NAMES and k.dtype == q.dtype and may_run(q, k)
+    return q.dtype in ATTENDED and k.dtype == q.dtype and may_run(q, k)
 
 
 def attend_pages(
@@ -199,14 +220,13 @@ def may_run(*tensors: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and available(*tensors) and is_native()
 
 
-def run_kernel(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """A kernel; a profiler sees it as one of torch's operators."""
+def run_kernel(name: str, dtype: torch.dtype, *arguments: Any) -> Any:
+    """A kernel, and what it returns, if anything; a profiler sees it as one of torch's operators."""
     kernel = _kernel(name, dtype)
-    if torch.autograd._profiler_enabled():
-        with record_function(f"morex::{name}"):
-            kernel(*arguments)
-    else:
-        kernel(*arguments)
+    if not torch.autograd._profiler_enabled():
+        return kernel(*arguments)
+    with record_function(f"morex::{name}"):
+        return kernel(*arguments)
 
 
 @cache
@@ -214,7 +234,7 @@ def _kernel(name: str, dtype: torch.dtype) -> "ctypes._NamedFuncPointer":
     library = _library()
     assert library is not None
     kernel = getattr(library, f"{name}_{NAMES[dtype]}")
-    kernel.argtypes, kernel.restype = ARGUMENTS[name], None
+    kernel.argtypes, kernel.restype = ARGUMENTS[name], RETURNS.get(name)
     return kernel
 
 

@@ -1,33 +1,39 @@
 // Kernels for decoding on a CPU, called through ctypes by `native.py`. What they compute stands in torch in
 // `morex/nn/linear.py`, `morex/nn/attention.py`, `morex/nn/block.py` and `morex/experts/recursive.py`.
 
+#include "choice.h"
 #include "experts.h"
+#include "tables.h"
 
-// As `Step` and `Walk` in native.py.
+// As `Step`, `Sight` and `Walk` in walk.py.
 struct Step {
     const void* weights[9];
     double epsilon;
-    const int64_t* where;
-    const int32_t *table, *start, *end;
+};
+
+struct Sight {
+    const int32_t *start, *end;
     const float *cos, *sin;
 };
 
 struct Walk {
-    int64_t steps, tokens, channels, hidden, kv_heads, group, dim, stride, page;
+    int64_t steps, tokens, channels, hidden, kv_heads, group, dim, most, page, sights;  // `sights`: one, or one a step
     double scale;
-    const int32_t* row;
+    const int32_t *list, *pages;
+    const int64_t* where;
     void *k, *v;
 };
 
 template <class W>
-static void walk(const void* x, void* y, const Walk& walk, const Step* steps) {
+static void walk(const void* x, void* y, const Walk& walk, const Step* steps, const Sight* sights) {
     std::vector<Block<W>> all;
     for (int64_t i = 0; i < walk.steps; i++) {
-        const Step& own = steps[i];
-        const W* const* w = (const W* const*)own.weights;
-        Lists lists{own.table, walk.stride, walk.page, walk.row, own.start, own.end};
-        all.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], float(own.epsilon), own.where, lists,
-                       {own.cos, own.sin}});
+        const W* const* w = (const W* const*)steps[i].weights;
+        const Sight& sight = sights[walk.sights > 1 ? i : 0];
+        Lists lists{walk.pages + i * walk.most, walk.steps * walk.most, walk.page, walk.list, sight.start, sight.end};
+        const int64_t* where = walk.where == nullptr ? nullptr : walk.where + i * walk.tokens;
+        all.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], float(steps[i].epsilon), where, lists,
+                       {sight.cos, sight.sin}});
     }
     Heads heads{walk.kv_heads, walk.group, walk.dim};
     Shape shape{walk.tokens, walk.channels, walk.hidden, heads, float(walk.scale)};
@@ -35,9 +41,18 @@ static void walk(const void* x, void* y, const Walk& walk, const Step* steps) {
 }
 
 extern "C" {
+int64_t claim_i64(const Tables* tables, const int64_t* numbers, const int64_t* added, int64_t rows, int64_t tokens,
+                  const int64_t* time, const Claimed* out, int64_t* lacks) {
+    return claim(*tables, numbers, added, rows, tokens, time, *out, lacks);
+}
+
 #define KERNELS(name, T)                                                                                               \
     void linear_##name(const void* x, const void* w, void* y, int64_t rows, int64_t inner, int64_t outer) {            \
         linear((const T*)x, (const T*)w, (T*)y, rows, inner, outer);                                                   \
+    }                                                                                                                  \
+    void likeliest_##name(const void* x, int64_t* tokens, void* top, int64_t rows, int64_t size) {                     \
+        _Pragma("omp parallel for if (rows * size > 65536)") for (int64_t row = 0; row < rows; row++)                  \
+            tokens[row] = likeliest((const T*)x + row * size, size, (T*)top + row);                                    \
     }                                                                                                                  \
     void norm_##name(const void* x, const void* w, void* y, int64_t rows, int64_t channels, double epsilon) {          \
         norm((const T*)x, (const T*)w, (T*)y, rows, channels, float(epsilon));                                         \
@@ -48,7 +63,9 @@ extern "C" {
         const int64_t outer[]{queries, keys, values};                                                                  \
         project((const T*)x, (const T* const*)w, (T*)y, rows, channels, outer, dim, Turns{cos, sin});                  \
     }                                                                                                                  \
-    void blocks_##name(const void* x, void* y, const Walk* own, const Step* steps) { walk<T>(x, y, *own, steps); }
+    void blocks_##name(const void* x, void* y, const Walk* own, const Step* steps, const Sight* sights) {            \
+        walk<T>(x, y, *own, steps, sights);                                                                            \
+    }
 
 #define EXPERTS(name, T)                                                                                               \
     void experts_##name(const void* x, void* y, const int64_t* chosen, const float* shares, const void* const* w,      \

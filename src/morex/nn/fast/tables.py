@@ -1,0 +1,50 @@
+"""Where the next entries of paged lists go, looked up in one kernel for all rows of a pass."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morex.nn.fast.native import POINTER, run_kernel
+
+
+class Tables(ctypes.Structure):
+    """`Tables` in tables.h: where the arrays stand, as long as nobody replaces them."""
+
+    arrays = "pages", "counts", "is_forked", "lengths"
+    """Of `morex.cache.tables.PageTables`."""
+    _fields_ = (
+        *((name, POINTER) for name in (*arrays, "times")),
+        *((name, ctypes.c_int64) for name in ("width", "most", "size")),
+    )
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray], times: Tensor) -> "Tables":
+        """From the `arrays`, and the times of all entries of the pool [P, size]."""
+        assert all(part.flags.c_contiguous for part in arrays) and times.is_contiguous()
+        width, most = arrays[0].shape[1:]
+        return cls(*(part.ctypes.data for part in arrays), times.data_ptr(), width, most, times.shape[1])
+
+
+class _Claimed(ctypes.Structure):
+    _fields_ = tuple((name, POINTER) for name in ("where", "list", "row", "start", "end"))
+
+
+def claim(
+    tables: Tables, numbers: Sequence[int], added: Sequence[int], time: Tensor
+) -> tuple[bool, Tensor, Sequence[Tensor]] | list[tuple[int, bool]]:
+    """As `morex.cache.tables.PageTables.claim`: whether all lists were empty, `where`, and the other tensors.
+
+    Or of each list what it lacks: pages, and a copy of its last one.
+    """
+    tokens = time.shape[0]
+    where, others = time.new_empty(tables.width, tokens), torch.empty(4, tokens, dtype=torch.int32).unbind()
+    which, more, lacks = array("q", numbers), array("q", added), array("q", added)
+    out = _Claimed(where.data_ptr(), *(part.data_ptr() for part in others))
+    rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.contiguous().data_ptr()
+    ends = ctypes.addressof(out), lacks.buffer_info()[0]
+    found = run_kernel("claim", torch.int64, ctypes.addressof(tables), *rows, *ends)
+    return [(lack // 2, lack % 2 == 1) for lack in lacks] if found < 0 else (found > 0, where, others)
