@@ -273,6 +273,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _steps_can_be_computed_again(self) -> Self:
+        if self.train.recompute == "steps" and self.model.kv == "refresh":
+            raise ValueError(
+                "train.recompute 'steps' computes a step again after the others, and under model.kv 'refresh' it would "
+                "then read their keys; use train.recompute 'nothing' or another model.kv"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _task_fits(self) -> Self:
         task, model = self.data.task, self.model
         classes = model.head.classes if isinstance(model.head, ClassifierHeadConfig) else None

@@ -26,6 +26,9 @@ Tree = TypeVar("Tree", bound=BaseModel)
 class ConfigError(ValueError):
     """A config that cannot be used; the message is one sentence that names the option, the value and what works."""
 
+    said_by_first = False
+    """Whether another rank of the same training says it."""
+
 
 class DuplicateKeyError(Exception):
     """A YAML mapping has a key twice."""

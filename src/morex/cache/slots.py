@@ -91,15 +91,15 @@ def views_of(step: Step, rule: KVRule, cache: SlotStore | None, call: SlotStore)
 
 
 class CallStore(SlotStore):
-    """Keys and values of one forward pass, with their gradients. Each slot is written once."""
+    """Keys and values of one forward pass, with their gradients. What a slot is written first stays."""
 
     def __init__(self) -> None:
         self._slots: dict[Slot, tuple[Tensor, Tensor, Packing]] = {}
         self._padded: dict[Slot, Keys] = {}
 
     def append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> bool:
-        assert slot not in self._slots, f"slot {slot} is written twice in one call"
-        self._slots[slot] = (k, v, packing)
+        # A step that is computed again for its gradient writes what is there already.
+        self._slots.setdefault(slot, (k, v, packing))
         return True
 
     def read(self, slot: Slot) -> Keys:

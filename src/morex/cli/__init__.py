@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if "--debug" in words:  # it belongs before the command, but people add it to the end of the line that failed
         words = ["--debug", *(word for word in words if word != "--debug")]
-    settings = Settings()
+    settings = Settings(words=tuple(words))
     _open_closed_streams()
     try:
         with warnings.catch_warnings():
@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if settings.debug or not _is_user_fault(error):
             raise
-        return _fail(_sentence(error), getattr(error, "exit_code", 2), stopped=isinstance(error, Interrupted))
+        code = getattr(error, "exit_code", 2)
+        if getattr(error, "said_by_first", False):
+            return int(code)
+        return _fail(_sentence(error), code, stopped=isinstance(error, Interrupted))
     if code == INTERRUPTED:  # typer turns Ctrl-C into an exit code
         return _fail("interrupted", code, stopped=True)
     return code if isinstance(code, int) else 0

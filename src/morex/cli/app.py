@@ -64,6 +64,8 @@ class Settings:
     """What holds for every command."""
 
     debug: bool = False
+    words: tuple[str, ...] = ()
+    """The command line."""
 
 
 @app.callback(invoke_without_command=True)

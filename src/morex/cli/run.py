@@ -1,6 +1,7 @@
 """`train` and `eval`: one run."""
 
 import math
+import os
 import shlex
 from dataclasses import asdict
 from datetime import datetime
@@ -47,6 +48,7 @@ SUMMARY_ROWS = {
     )
 )
 def train(
+    context: typer.Context,
     config: ConfigSource,
     overrides: Overrides = None,
     out: Annotated[
@@ -56,16 +58,27 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; CONFIG may then be the run folder.")
     ] = False,
     tiny: Tiny = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes that train together; default: one for each GPU, else one."),
+    ] = None,
 ) -> None:
     """Train one model and keep everything in a run folder.
 
-    Ctrl-C saves a checkpoint and says how to go on.
+    Ctrl-C saves a checkpoint and says how to go on. On several machines, start the command with torchrun.
     """
     settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
+    from morex.cli.launch import launch, ranks_to_start
+
+    count = ranks_to_start(ranks, settings.train.device)
+    if count > 1:
+        raise typer.Exit(launch(count, context.obj.words))
     from morex.train.trainer import train as train_run
 
     progress = console(stderr=True)
     summary = train_run(settings, folder, resume=resume, console=progress)
+    if os.environ.get("RANK", "0") != "0":  # one of several ranks, the first of which says it
+        return
     print_table(
         ["", str(folder)],
         [[label, number(summary[key])] for key, label in SUMMARY_ROWS.items() if summary.get(key) is not None],

@@ -44,6 +44,12 @@ class Batch:
         targets = self.labels if self.labels.dim() == 1 else self.labels[:, 1:]
         return int((targets != IGNORED).sum())
 
+    def rows(self, rows: slice) -> "Batch":
+        """Some of the rows."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        difficulty = None if self.difficulty is None else self.difficulty[rows]
+        return Batch(self.tokens[rows], self.labels[rows], self.document_ids[rows], lengths, difficulty)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         lengths = None if self.lengths is None else self.lengths.to(device)
@@ -56,8 +62,40 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """The rows of every batch that one of several ranks draws: of each microbatch as many as every other."""
+
+    rank: int = 0
+    ranks: int = 1
+    microbatches: int = 1
+
+    def runs(self, batch_size: int) -> list[range]:
+        """Places in the batch, microbatch by microbatch.
+
+        Raises:
+            DataError: the batch cannot be divided.
+        """
+        parts = self.ranks * self.microbatches
+        if batch_size % parts:
+            raise DataError(
+                f"train.batch_size {batch_size} cannot be divided over {self.ranks} ranks and train.accumulation "
+                f"{self.microbatches}; use a multiple of {parts}"
+            )
+        size = batch_size // parts
+        firsts = [(microbatch * self.ranks + self.rank) * size for microbatch in range(self.microbatches)]
+        return [range(first, first + size) for first in firsts]
+
+
+WHOLE = Part()
+
+
 class EndlessLoader(ABC):
-    """Draws training batches without end. Its whole state is how much was drawn, so it goes on exactly."""
+    """Draws training batches without end. Its whole state is how much was drawn, so it goes on exactly.
+
+    With several ranks each draws its part of every batch; what was drawn is counted for all of them, so that any number
+    of ranks can go on from it.
+    """
 
     _drawn = 0
     _draws, _draws_from = "data", "corpus"
@@ -101,8 +139,9 @@ class Loader(EndlessLoader):
         batch_size: int,
         windows: Literal["packed", "random"] = "packed",
         seed: int = 0,
+        part: Part = WHOLE,
     ) -> None:
-        """Raises DataError where the stream is smaller than one window."""
+        """Raises DataError where the stream is smaller than one window, or the batch cannot be divided."""
         _check_size(stream, seq_len + 1, seq_len)
         if windows not in ("packed", "random"):
             raise DataError(f"data.windows {windows!r} is unknown; use packed or random")
@@ -111,6 +150,7 @@ class Loader(EndlessLoader):
         self._stream = stream
         self._seq_len = seq_len
         self._batch_size = batch_size
+        self._places = np.concatenate([np.array(run, dtype=np.uint64) for run in part.runs(batch_size)])
         self._windows = windows
         self._seed = seed
         self._key = key_from(f"windows {seed}")
@@ -126,8 +166,8 @@ class Loader(EndlessLoader):
         return self._drawn / self.windows_per_epoch
 
     def next_batch(self) -> Batch:
-        """The next `batch_size` windows; a batch may end one epoch and begin the next."""
-        counters = np.arange(self._drawn, self._drawn + self._batch_size, dtype=np.uint64)
+        """The next `batch_size` windows, or this rank's of them; a batch may end one epoch and begin the next."""
+        counters = np.uint64(self._drawn) + self._places
         starts = self._packed_starts(counters) if self._windows == "packed" else self._random_starts(counters)
         self._drawn += self._batch_size
         return _gather(self._stream, starts, self._seq_len)

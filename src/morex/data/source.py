@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from morex.config import Config
 from morex.data.encoding import Tokenizer
 from morex.data.errors import DataError
-from morex.data.loader import Batch, Loader, held_out_windows
+from morex.data.loader import Batch, Loader, Part, held_out_windows
 from morex.data.loader import num_windows as windows_of
 from morex.data.prepare import PreparedData, prepare
 from morex.data.stream import TokenStream
@@ -39,12 +39,19 @@ def prepare_source(config: Config, tokenizer: Tokenizer | None = None) -> Prepar
     return prepare(config.data, vocab_size, seq_len, tokenizer)
 
 
-def training_loader(source: PreparedData | PreparedTask, config: Config) -> Loader | TaskLoader:
-    """Training batches in the order of train.seed."""
+def training_loader(
+    source: PreparedData | PreparedTask, config: Config, rank: int = 0, ranks: int = 1
+) -> Loader | TaskLoader:
+    """Training batches in the order of train.seed, or one rank's part of them.
+
+    Raises:
+        DataError: a batch cannot be divided over the ranks and their microbatches.
+    """
     train = config.train
+    part = Part(rank, ranks, train.accumulation)
     if isinstance(source, PreparedTask):
-        return TaskLoader(source, train.batch_size, train.seed)
-    return Loader(source.train, train.seq_len, train.batch_size, config.data.windows, train.seed)
+        return TaskLoader(source, train.batch_size, train.seed, part)
+    return Loader(source.train, train.seq_len, train.batch_size, config.data.windows, train.seed, part)
 
 
 def held_out_batches(held_out: TokenStream | HeldOut, seq_len: int, batch_size: int) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from morex.depth.gated import LearnedGateRouter, nets_costs
 from morex.depth.router import Routing, ScoreNet
+from morex.nn import ranks
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 
@@ -64,7 +65,7 @@ class ExpertChoiceRouter(LearnedGateRouter):
             term = F.binary_cross_entropy_with_logits(judged, target, weight, reduction="sum")
             # As long as a warm-up lets everybody go on there is nothing to learn.
             term = term * (self.capacity[r - 1] < 1)
-            routing.add_loss("router_bce", term / candidates.sum().clamp(min=1))
+            routing.add_loss("router_bce", ranks.mean(term, candidates.sum()))
         return top
 
     def capacities_at(self, step: int) -> list[float]:

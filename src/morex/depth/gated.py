@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, score_costs
+from morex.nn import ranks
 from morex.nn.costs import Costs
 
 
@@ -73,7 +74,7 @@ class LearnedGateRouter(GatedRouter):
         routing.scores.append(logits.detach().masked_fill(~candidates, torch.nan))
         if self.loss_weights.get("router_z") and self.training:
             chosen = candidates.to(logits.dtype)
-            routing.add_loss("router_z", (logits.square() * chosen).sum() / chosen.sum().clamp(min=1))
+            routing.add_loss("router_z", ranks.mean((logits.square() * chosen).sum(), chosen.sum()))
         if routing.depths is not None:
             return routing.depths >= r
         if routing.policy.is_forced:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, put_rows, score_costs
+from morex.nn import ranks
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
@@ -95,7 +96,7 @@ class HaltingRouter(DepthRouter):
         routing.stats["remainder"] = remainder.detach()
         if self.training and not routing.policy.is_forced:
             updates = torch.stack(routing.masks).sum()
-            routing.add_loss("ponder", (updates + remainder) / max(1, h.shape[0]))
+            routing.add_loss("ponder", ranks.mean(updates + remainder, h.shape[0]))
         return super().finish(output, routing)
 
     def _goes_on(self, spent: Tensor, routing: Routing, visit: Visit) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, replace_rows, score_costs
+from morex.nn import ranks
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
@@ -95,10 +96,12 @@ class TokenChoiceRouter(DepthRouter):
         routing.stats["chosen"] = counts
         routing.stats["entropy"] = torch.special.entr(probabilities.detach()).sum()
         if "depth_balance" in self.loss_weights:
-            share = counts.to(scores.dtype) / max(1, choice.shape[0])
-            routing.add_loss("depth_balance", self.recursions * (share * probabilities.mean(0)).sum())
+            everyone = ranks.summed(counts).to(scores.dtype)
+            share = everyone / everyone.sum().clamp(min=1)
+            mean = ranks.mean(probabilities.sum(0), choice.shape[0])
+            routing.add_loss("depth_balance", self.recursions * (share * mean).sum())
         if "router_z" in self.loss_weights:
-            routing.add_loss("router_z", logits.logsumexp(-1).square().mean())
+            routing.add_loss("router_z", ranks.mean(logits.logsumexp(-1).square().sum(), choice.shape[0]))
 
     @staticmethod
     def shares(recursions: int, **options: Any) -> tuple[float, ...]:

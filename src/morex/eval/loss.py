@@ -21,6 +21,7 @@ from morex.depth.policy import BY_DIFFICULTY, Depth
 from morex.eval.accuracy import Answered, Scores, answered, scores
 from morex.loading import ConfigError
 from morex.model.lm import LanguageModel, takes_any_depth
+from morex.nn import ranks
 from morex.sections.depth import ExpertChoiceConfig
 
 
@@ -155,12 +156,19 @@ def depth_of(batch: Batch, depth: Depth) -> Depth | Tensor:
 def _measure(
     model: LanguageModel, batches: Iterator[Batch], depth: Depth, autocast: torch.dtype | None, mask_documents: bool
 ) -> Measured:
-    """Loss of a predicted token in nats, how many were predicted, and of a task its scores."""
+    """Loss of a predicted token in nats, how many were predicted, and of a task its scores.
+
+    Several ranks divide the rows of each batch; all have the same result.
+    """
     device = next(model.parameters()).device
     total, predicted = 0.0, 0
     answers: list[Answered] = []
-    for batch in batches:
-        count = batch.num_predicted
+    for everyone in batches:
+        own = slice(ranks.rank(), None, ranks.num_ranks())
+        is_mine = ranks.rank() < everyone.tokens.shape[0]
+        # Ranks that share weights have to make as many passes: one without rows takes a row that does not count.
+        batch = everyone.rows(own if is_mine else slice(1))
+        count = batch.num_predicted if is_mine else 0
         batch = batch.to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             out = model(
@@ -172,7 +180,10 @@ def _measure(
             )
         total += float(out.losses[out.objective]) * count
         predicted += count
-        if batch.difficulty is not None:
+        if batch.difficulty is not None and is_mine:
             answers.append(answered(out.logits, batch.labels, batch.difficulty))
+    total, predicted_by_all = ranks.totals([total, predicted])
+    predicted = round(predicted_by_all)
     assert predicted, "the data layer refuses a held-out set of one token"
+    answers = [answer for rank in ranks.gathered(answers) for answer in rank]
     return Measured(total / predicted, predicted, scores(answers) if answers else None)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from morex.nn import ranks
 from morex.nn.costs import Costs, linear_costs
 from morex.nn.signals import Choice, Signals
 
@@ -72,9 +73,10 @@ class ExpertRouter(nn.Module):
             },
         )
         if self.training:
-            share = load.to(probabilities.dtype) / max(1, chosen.numel())
-            signals.losses["expert_balance"] = self.experts * (share * probabilities.mean(0)).sum()
-            signals.losses["expert_z"] = squares.mean()
+            everyone = ranks.summed(load).to(probabilities.dtype)
+            share, tokens = everyone / everyone.sum().clamp(min=1), chosen.shape[0]
+            signals.losses["expert_balance"] = self.experts * (share * ranks.mean(probabilities.sum(0), tokens)).sum()
+            signals.losses["expert_z"] = ranks.mean(squares.sum(), tokens)
         return signals
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ The core is one module whose forward holds all recursions, so that sharding gath
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,21 +26,25 @@ from morex.nn.packing import Packing
 from morex.nn.signals import Choice, Exits, RouterStats, Signals, loss_name
 
 
-@dataclass
 class Record:
-    """What routers report in one forward pass, collected by module path."""
+    """What routers report in one forward pass, collected by module path.
 
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    found: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
-    """Statistics in the order in which they came."""
-    groups: dict[str, GroupTrace] = field(default_factory=dict)
-    choices: dict[str, list[Choice]] = field(default_factory=dict)
-    """Choices of experts in the frame of the batch [B, T, ...]; -1 and NaN where a token did not come by."""
-    exits: Exits | None = None
-    """Where the loss is over all exits, what it needs."""
-    traces: bool = False
-    with_stats: bool = True
-    """Whether anybody asks for statistics."""
+    No dataclass: what shards a model copies those that it hands on with tensors in them.
+    """
+
+    def __init__(self, traces: bool = False, with_stats: bool = True) -> None:
+        """Args:
+        with_stats: whether anybody asks for statistics.
+        """
+        self.traces, self.with_stats = traces, with_stats
+        self.losses: dict[str, list[Tensor]] = {}
+        self.found: list[tuple[str, dict[str, Tensor]]] = []
+        """Statistics in the order in which they came."""
+        self.groups: dict[str, GroupTrace] = {}
+        self.choices: dict[str, list[Choice]] = {}
+        """Choices of experts in the frame of the batch [B, T, ...]; -1 and NaN where a token did not come by."""
+        self.exits: Exits | None = None
+        """Where the loss is over all exits, what it needs."""
 
     @property
     def stats(self) -> RouterStats:
@@ -49,6 +53,12 @@ class Record:
         for name, fields in self.found:
             joined.include(name, fields)
         return joined
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What losses are computed from."""
+        exits = [] if self.exits is None else [*self.exits.states, self.exits.log_probabilities]
+        return [value for values in self.losses.values() for value in values] + exits
 
     def add(self, name: str, signals: Signals) -> None:
         """Adds one router's report."""
@@ -178,12 +188,15 @@ class Core(nn.Module):
         self.groups = nn.ModuleList(groups)
         self.schedule = schedule
 
-    def forward(self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass) -> Tensor:
-        """h [N, D] -> [N, D], each token through as many recursions as its router or the policy says."""
+    def forward(self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass) -> tuple[Tensor, list[Tensor]]:
+        """h [N, D] -> [N, D], each token through as many recursions as its router or the policy says.
+
+        Beside it what the record has besides: whoever shards the core has to see every tensor that gradients come by.
+        """
         for g, (group, own) in enumerate(zip(run.schedule.groups, self.groups, strict=True)):
             assert isinstance(own, RoutedGroup)
             h = self._recur(h, packing, policy, run, group, own, f"stack.core.groups.{g}")
-        return h
+        return h, run.record.tensors
 
     def _recur(
         self, h: Tensor, packing: Packing, policy: DepthPolicy, run: Pass, group: Group, own: RoutedGroup, name: str
@@ -251,7 +264,7 @@ class Stack(nn.Module):
             x = once.run(self.prelude[i], step, x, batch, f"stack.prelude.{i}")
         if read is not None:
             run = replace(run, peek=partial(self.peek, once, read))
-        x = self.core(x, batch, policy, run)
+        x, _ = self.core(x, batch, policy, run)
         for i, step in enumerate(schedule.coda_steps):
             x = once.run(self.coda[i], step, x, batch, f"stack.coda.{i}")
         return x, run.record

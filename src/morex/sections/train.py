@@ -45,6 +45,11 @@ class TrainConfig(Section):
     """`bf16` is autocast over fp32 weights; `auto` is resolved once by device and width and written to the run."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    recompute: Literal["nothing", "steps"] = "nothing"
+    """`steps`: a step keeps its input alone and computes the rest once more where the backward pass needs it."""
+    shards: PositiveInt | None = None
+    """Ranks that one copy of weights, gradients and optimizer state is divided over; 1 gives each rank a copy;
+    default: all of them."""
     threads: PositiveInt | None = None
     """CPU threads; default: torch's own."""
     seed: Seed = 0

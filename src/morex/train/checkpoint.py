@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from morex.config import Config
 from morex.data.tokenizer import Tokenizer, load_tokenizer
 from morex.files import sha256, sync_folder, write_json
 from morex.loading import validate
 from morex.model.lm import LanguageModel, build_model
+from morex.nn import ranks as together
 from morex.train.errors import CheckpointError, RunFolderError
+from morex.train.parallel import divided_like, reshard, whole
 from morex.train.precision import resolve_device, weight_dtype
+from morex.train.ranks import ALONE, Ranks
 from morex.train.runs import RunFolder, read_json
 from morex.train.tensors import (
     model_tensors,
@@ -39,7 +42,17 @@ from morex.train.tensors import (
 FORMAT = 2
 MODEL, OPTIMIZER, STATE, CHECKSUMS = "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"
 RESUMABLE = frozenset(
-    f"train.{key}" for key in ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "threads")
+    f"train.{key}"
+    for key in (
+        "steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "recompute",
+        "shards",
+        "threads",
+    )
 )
 """Options that may differ between a checkpoint and the run that goes on from it."""
 ABSENT = "absent"
@@ -78,21 +91,50 @@ class TrainState:
 
 
 def save_checkpoint(
-    run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, config: Config
+    run: RunFolder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    config: Config,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Writes `checkpoints/step-N` under a temporary name, forces it to disk, renames it, then drops the oldest ones.
+
+    Of several ranks, all of which have to call it, the first writes. The checkpoint is that of a training alone.
 
     Raises:
         OSError: the disk is full or not writable; then nothing of the new checkpoint stays and the others are intact.
     """
+    reshard(model)
+    found = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer)}
+    tensors = {file: _on_first(each, ranks) for file, each in found.items()}
+    for own in together.gathered(random_state(_device(model), ranks.rank)):
+        tensors[OPTIMIZER] |= own
+    with ranks.agreed():
+        if ranks.is_first:
+            _write(run, tensors, state, config)
+    return run.checkpoints / f"step-{state.step}"
+
+
+def _on_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors on the first rank, and nothing elsewhere; all ranks take part."""
+    kept = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if ranks.is_first:
+            kept[name] = full
+    return kept
+
+
+def _write(run: RunFolder, tensors: Mapping[str, Mapping[str, Tensor]], state: TrainState, config: Config) -> None:
     run.checkpoints.mkdir(exist_ok=True)
     _remove_leftovers(run)
     target = run.checkpoints / f"step-{state.step}"
     temporary = run.checkpoints / f".{target.name}.new"
     try:
         temporary.mkdir()
-        write_tensors(temporary / MODEL, model_tensors(model))
-        write_tensors(temporary / OPTIMIZER, optimizer_tensors(model, optimizer) | random_state(_device(model)))
+        for file, each in tensors.items():
+            write_tensors(temporary / file, each)
         write_json(temporary / STATE, {"format": FORMAT, **asdict(state), "config": config.to_dict()})
         write_json(temporary / CHECKSUMS, {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)})
         if target.exists():  # a damaged one, which the run went around
@@ -103,16 +145,20 @@ def save_checkpoint(
     sync_folder(run.checkpoints)
     for old in list_checkpoints(run)[: -config.train.keep_checkpoints]:
         shutil.rmtree(old)
-    return target
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, config: Config | None = None
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    config: Config | None = None,
+    rank: int = 0,
 ) -> TrainState:
     """Reads a checkpoint into a model, and with an optimizer also into that and the random state.
 
     Args:
         config: what the checkpoint must have been trained with, up to the options in RESUMABLE.
+        rank: whose random state.
 
     Raises:
         CheckpointError: it is damaged, of another config, or does not fit the model; the model is untouched then.
@@ -125,10 +171,10 @@ def load_checkpoint(
     if optimizer is not None:
         resumed = read_tensors(path / OPTIMIZER)
         set_optimizer_tensors(model, optimizer, resumed)
-        set_random_state(resumed, _device(model))
+        set_random_state(resumed, _device(model), rank)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(divided_like(tensor, tensors[name]))
     return TrainState.of(content)
 
 

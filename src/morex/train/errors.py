@@ -22,6 +22,8 @@ class TrainingError(RuntimeError):
     """A training that cannot go on."""
 
     exit_code = 2
+    said_by_first = False
+    """Whether another rank of the same training says it."""
 
 
 class NonFiniteError(TrainingError):

@@ -26,9 +26,13 @@ class MetricsWriter:
     Args:
         path: metrics.jsonl; lines of later steps, which a run wrote after its last checkpoint, are dropped.
         step: step that the run continues from.
+        speaks: whether this is the rank that writes; another writes nothing.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, speaks: bool = True) -> None:
+        self._descriptor: int | None = None
+        if not speaks:
+            return
         if path.exists():
             kept = [line for line in read_json_lines(path) if line["step"] <= step]
             write_whole(path, "".join(_encode(line) for line in kept))
@@ -40,10 +44,13 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Writes one line, whole or not at all."""
+        if self._descriptor is None:
+            return
         before = os.fstat(self._descriptor).st_size
         left = memoryview(_encode(line).encode())
         try:

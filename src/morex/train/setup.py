@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,9 +22,11 @@ from morex.files import write_json
 from morex.loading import ConfigError, validate
 from morex.model.count import Count, count
 from morex.model.lm import LanguageModel, build_model
+from morex.nn import ranks as together
 from morex.sections.train import TrainConfig
 from morex.train.checkpoint import (
     TrainState,
+    differences,
     load_checkpoint,
     newest_checkpoint,
     read_state,
@@ -32,7 +35,9 @@ from morex.train.checkpoint import (
 from morex.train.errors import CheckpointError, RunFolderError
 from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer, same_path
+from morex.train.parallel import parallelise
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
+from morex.train.ranks import ALONE, Ranks
 from morex.train.runs import RunFolder, environment, write_config
 
 MOST_THREADS = 16
@@ -58,6 +63,7 @@ class Training:
     autocast: torch.dtype | None
     memory: PeakMemory
     pace: "Pace"
+    ranks: Ranks = ALONE
     saved_step: int | None = None
     """Step of the newest checkpoint."""
 
@@ -78,42 +84,40 @@ class Pace:
         return speeds
 
 
-def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | None) -> Training:
+def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | None, ranks: Ranks = ALONE) -> Training:
     """Everything for a new training, or for one that goes on from its newest checkpoint.
 
     Raises:
         RunFolderError: the folder already holds a run (`resume` False), or none (`resume` True).
         CheckpointError: the run is of another config or corpus, or its learning rates do not allow the new plan.
-        ConfigError: what the config asks for is not there or does not fit.
+        ConfigError: what the config asks for is not there or does not fit, or ranks disagree about it.
     """
-    stored = _stored_config(run, resume)
-    config = _resolved(config, stored)
-    if stored is not None:
-        refuse_other_config(f"run folder '{run.path}'", stored.to_dict(), config)
-    checkpoint = newest_checkpoint(run) if resume else None
-    if checkpoint is not None:
-        content = read_state(checkpoint)
-        refuse_other_config(f"checkpoint '{checkpoint}'", content["config"], config)
-        before = validate(TrainConfig, content["config"]["train"])
-        max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
-    depths_to_measure(config.model, config.eval.deepest)  # refused now, not at the first evaluation
-    device = resolve_device(config.train.device)
+    with ranks.agreed():
+        device = resolve_device(config.train.device)
+        stored, config, checkpoint, max_seconds = _settled(run, config, resume, max_seconds, device)
+    _refuse_disagreement(ranks, config)
     tokenizer = load_tokenizer(run.tokenizer_path) if stored is not None and run.tokenizer_path.is_dir() else None
-    data = prepare_source(config, tokenizer)
+    with ranks.agreed():
+        data = prepare_source(config, tokenizer) if ranks.is_first else None
+    with ranks.agreed():  # the others find what the first has prepared
+        data = prepare_source(config, tokenizer) if data is None else data
+        loader = training_loader(data, config, ranks.rank, ranks.size)
     keep_freed_memory()
     memory = PeakMemory(device)
     model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
+    parallelise(model, config.train, ranks, device.type)
     optimizer = build_optimizer(model, config.train)
-    loader = training_loader(data, config)
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(config.train.seed + ranks.rank)
     state = TrainState(data=_identity(data))
-    if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizer, config)
-        _refuse_other_data(run, config, state.data, _identity(data))
-        loader.load_state_dict(state.loader)
-    state.max_seconds = max_seconds
+    with ranks.agreed():
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, model, optimizer, config, ranks.rank)
+            _refuse_other_data(run, config, state.data, _identity(data))
+            loader.load_state_dict(state.loader)
+        state.max_seconds = max_seconds
+        if ranks.is_first:
+            _write_start(run, config, data, device, None if stored is None else state.step)
     seq_len = mean_length(data, config)
-    _write_start(run, config, data, device, None if stored is None else state.step)
     return Training(
         run=run,
         config=config,
@@ -128,8 +132,38 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         autocast=autocast_dtype(config.train.precision),
         memory=memory,
         pace=Pace(state.tokens, state.flops, state.seconds),
+        ranks=ranks,
         saved_step=None if checkpoint is None else state.step,
     )
+
+
+def _settled(
+    run: RunFolder, config: Config, resume: bool, max_seconds: float | None, device: torch.device
+) -> tuple[Config | None, Config, Path | None, float | None]:
+    """Config of the run to resume, the config of this training, the checkpoint to go on from, and the budget."""
+    stored = _stored_config(run, resume)
+    config = _resolved(config, stored, device)
+    if stored is not None:
+        refuse_other_config(f"run folder '{run.path}'", stored.to_dict(), config)
+    checkpoint = newest_checkpoint(run) if resume else None
+    if checkpoint is not None:
+        content = read_state(checkpoint)
+        refuse_other_config(f"checkpoint '{checkpoint}'", content["config"], config)
+        before = validate(TrainConfig, content["config"]["train"])
+        max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
+    depths_to_measure(config.model, config.eval.deepest)  # refused now, not at the first evaluation
+    return stored, config, checkpoint, max_seconds
+
+
+def _refuse_disagreement(ranks: Ranks, config: Config) -> None:
+    """Raises ConfigError, on all ranks, where one was given another config than the first."""
+    first, *others = together.gathered(config.to_dict())
+    for rank, other in enumerate(others, start=1):
+        for option, here, there in differences(first, other):
+            raise ConfigError(
+                f"the ranks of this training were given different configs: {option} is {here!r} on rank 0 and "
+                f"{there!r} on rank {rank}; start all of them with the same"
+            )
 
 
 @contextmanager
@@ -170,13 +204,13 @@ def _stored_config(run: RunFolder, resume: bool) -> Config | None:
     return None
 
 
-def _resolved(config: Config, stored: Config | None) -> Config:
+def _resolved(config: Config, stored: Config | None, device: torch.device) -> Config:
     """The config with its precision settled, by the run that goes on or by device and width, and its corpus located."""
     train = config.train
     if train.precision == "auto":
         precision = stored.train.precision if stored is not None else train.precision
         train = train.model_copy(update={"precision": precision})
-    name = resolve_precision(train.precision, resolve_device(train.device), config.model.d_model)
+    name = resolve_precision(train.precision, device, config.model.d_model)
     held_out = config.data.val_corpus
     located = {"corpus": lasting_name(config.data.corpus), "val_corpus": held_out and lasting_name(held_out)}
     data = config.data.model_copy(update=located)

@@ -8,8 +8,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from morex.train.errors import FULL, CheckpointError
+from morex.train.parallel import divided_like
 
 RANDOM = "random/"
 
@@ -43,8 +45,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     unique: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() == 0 or place not in seen:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        place = (local.data_ptr(), local.shape, local.stride(), local.dtype)
+        if local.numel() == 0 or place not in seen:
             unique[name] = tensor
             seen.add(place)
     return unique
@@ -78,21 +81,30 @@ def set_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, te
             continue
         if name not in parameters:
             raise CheckpointError(f"the optimizer state is of another model: parameter {name} is absent here")
-        state.setdefault(parameters[name], {})[key] = tensor.to(parameters[name].device)
+        own = parameters[name]
+        kept = tensor.to(own.device) if tensor.dim() == 0 else divided_like(own, tensor)
+        state.setdefault(own, {})[key] = kept
     optimizer.state.clear()
     optimizer.state.update(state)
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """State of torch's generators; the loader keeps its own, and nothing here draws from numpy's or python's."""
-    state = {f"{RANDOM}cpu": torch.get_rng_state()}
+def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:
+    """State of torch's generators on a rank; the loader keeps its own, and nothing draws from numpy's or python's."""
+    ending = f"/{rank}" if rank else ""
+    state = {f"{RANDOM}cpu{ending}": torch.get_rng_state()}
     if device.type == "cuda":
-        state[f"{RANDOM}cuda"] = torch.cuda.get_rng_state(device)
+        state[f"{RANDOM}cuda{ending}"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Puts back what `random_state` gave; a run that moves from a CPU to CUDA starts that generator from its seed."""
-    torch.set_rng_state(tensors[f"{RANDOM}cpu"])
-    if device.type == "cuda" and f"{RANDOM}cuda" in tensors:
-        torch.cuda.set_rng_state(tensors[f"{RANDOM}cuda"], device)
+def set_random_state(tensors: Mapping[str, Tensor], device: torch.device, rank: int = 0) -> None:
+    """Puts back what `random_state` gave on a rank.
+
+    Where there is nothing for it, as in a run that moves from a CPU to CUDA or goes on with more ranks, a generator
+    goes on from its seed.
+    """
+    ending = f"/{rank}" if rank else ""
+    if (state := tensors.get(f"{RANDOM}cpu{ending}")) is not None:
+        torch.set_rng_state(state)
+    if device.type == "cuda" and (state := tensors.get(f"{RANDOM}cuda{ending}")) is not None:
+        torch.cuda.set_rng_state(state, device)

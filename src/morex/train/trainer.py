@@ -7,6 +7,7 @@ that accumulation changes memory and nothing else. Times are those of training s
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from morex.eval.loss import depth_of
 from morex.files import write_json
 from morex.loading import is_depth_routed
 from morex.model.count import count
+from morex.nn import ranks as together
 from morex.nn.signals import RouterStats
 from morex.train.checkpoint import save_checkpoint
 from morex.train.errors import Interrupted, NonFiniteError, disk_full_explained
-from morex.train.interrupt import StopRequest, stop_on_signals
+from morex.train.interrupt import stop_on_signals
 from morex.train.metrics import MetricsWriter, evaluation_line, summarise, training_line
 from morex.train.opening import evaluate_by
 from morex.train.optim import learning_rate
+from morex.train.parallel import exchange_gradients, gradient_norm
 from morex.train.progress import ProgressDisplay
+from morex.train.ranks import Ranks, started
 from morex.train.runs import RunFolder
 from morex.train.setup import Training, begin, cpu_threads
 
@@ -56,20 +60,34 @@ def train(
         NonFiniteError: a loss or gradient is not finite; it has not reached the weights.
         DiskFullError: no space left; what was saved before is intact.
     """
-    run = RunFolder(Path(run_dir))
-    if resume:
-        run.config()  # where there is no run, say so before a folder is made
-    space = disk_full_explained(f"run folder '{run.path}'", run.how_to_go_on)
-    with space, cpu_threads(cfg.train.threads), run.locked():
-        training = begin(run, cfg, resume, max_seconds)
-        finished = run.summary()
+    with started(cfg.train.device) as ranks:
+        return _train(cfg, run_dir, resume, max_seconds, console, ranks)
+
+
+def _train(
+    cfg: Config, run_dir: str | Path, resume: bool, max_seconds: float | None, console: Console | None, ranks: Ranks
+) -> dict[str, Any]:
+    """`train` on one of some ranks."""
+    with ExitStack() as held:
+        run = RunFolder(Path(ranks.from_first(run_dir)))
+        with ranks.agreed():
+            if resume:
+                run.config()  # where there is no run, say so before a folder is made
+            held.enter_context(disk_full_explained(f"run folder '{run.path}'", run.how_to_go_on))
+            held.enter_context(cpu_threads(cfg.train.threads))
+            if ranks.is_first:
+                held.enter_context(run.locked())
+        training = begin(run, cfg, resume, max_seconds, ranks)
+        finished = ranks.from_first(run.summary())
         if finished is not None and is_done(training):
-            return finished
-        run.summary_path.unlink(missing_ok=True)
-        loop(training, console or Console())
+            return dict(finished)
+        if ranks.is_first:
+            run.summary_path.unlink(missing_ok=True)
+        loop(training, console if console is not None and ranks.is_first else Console(quiet=not ranks.is_first))
         summary = summarise(training)
-        write_json(run.summary_path, summary)
-    return summary
+        if ranks.is_first:
+            write_json(run.summary_path, summary)
+        return dict(ranks.from_first(summary))
 
 
 def loop(t: Training, console: Console) -> None:
@@ -77,12 +95,14 @@ def loop(t: Training, console: Console) -> None:
     state, plan = t.state, t.config.train
     with (
         stop_on_signals(console) as stop,
-        MetricsWriter(t.run.metrics_path, state.step) as metrics,
+        MetricsWriter(t.run.metrics_path, state.step, speaks=t.ranks.is_first) as metrics,
         ProgressDisplay(console, *progress(t)) as display,
     ):
         while True:
-            if stop.asked:
-                save_and_stop(t, stop)
+            # All ranks stop at the same step, by the clock of the slowest.
+            signal_number, state.seconds = t.ranks.most(stop.signal_number or 0, state.seconds)
+            if signal_number:
+                save_and_stop(t, round(signal_number))
             if is_due(t, plan.eval_every) and not is_evaluated(t):
                 evaluate_held_out(t, metrics, display)
             if is_due(t, plan.checkpoint_every) and t.saved_step != state.step:
@@ -100,8 +120,9 @@ def loop(t: Training, console: Console) -> None:
             t.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             t.model.update_routers(stats, state.step)
-            state.tokens += num_tokens(batch)
-            state.flops += num_tokens(batch) * flops_per_token(t, stats)
+            [tokens] = together.totals([num_tokens(batch)])
+            state.tokens += round(tokens)
+            state.flops += tokens * flops_per_token(t, stats)
             state.seconds += time.perf_counter() - started
             state.last_loss = losses[t.model.head.objective]
 
@@ -111,17 +132,24 @@ def loop(t: Training, console: Console) -> None:
 
 
 def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], RouterStats]:
-    """Adds the gradients of the mean loss of the batch.
+    """Adds the gradients of the mean loss of the batch, of which this rank has some rows.
 
     Returns:
         Raw losses by name, each the mean over the batch's predicted tokens, and the routers' statistics.
     """
     means: dict[str, Tensor] = {}
     stats = RouterStats()
-    everything = batch.num_predicted
-    for part in microbatches(batch, t.config.train.accumulation):
-        share = part.num_predicted / max(everything, 1)
+    own = batch.num_predicted
+    [everything] = together.totals([own])
+    # Ranks average their gradients. A rank with more to predict counts more in the objective; losses of routers average
+    # to those of the whole batch as they are.
+    weight = own * t.ranks.size / max(everything, 1)
+    objective = t.model.head.objective
+    parts = list(microbatches(batch, t.config.train.accumulation))
+    for number, part in enumerate(parts, start=1):
+        share = part.num_predicted / max(own, 1)
         part = part.to(t.device)
+        exchange_gradients(t.model, number == len(parts))
         with torch.autocast(t.device.type, t.autocast, enabled=t.autocast is not None):
             out = t.model(
                 part.tokens,
@@ -131,27 +159,21 @@ def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], Route
                 depth=depth_of(part, t.config.train.policy),
             )
         assert out.loss is not None
-        (out.loss * share).backward()
+        loss = out.loss if weight == 1 else out.loss + (weight - 1) * out.losses[objective]
+        (loss * share).backward()
         for name, loss in out.losses.items():
-            weighted = loss.detach() * share
+            weighted = loss.detach() * (share * weight if name == objective else share)
             means[name] = means[name] + weighted if name in means else weighted
         stats = stats + out.stats
-    values = torch.stack([loss.double() for loss in means.values()]).tolist()  # one transfer from the device
-    return dict(zip(means, values, strict=True)), stats
+    values = torch.stack([loss.double() for loss in means.values()]).cpu()  # one transfer from the device
+    return dict(zip(means, (together.summed(values) / t.ranks.size).tolist(), strict=True)), t.ranks.joined(stats)
 
 
 def microbatches(batch: Batch, parts: int) -> Iterator[Batch]:
     """The batch in equal parts."""
     size = batch.tokens.shape[0] // parts
     for first in range(0, batch.tokens.shape[0], size):
-        rows = slice(first, first + size)
-        yield Batch(
-            tokens=batch.tokens[rows],
-            labels=batch.labels[rows],
-            document_ids=batch.document_ids[rows],
-            lengths=None if batch.lengths is None else batch.lengths[rows],
-            difficulty=None if batch.difficulty is None else batch.difficulty[rows],
-        )
+        yield batch.rows(slice(first, first + size))
 
 
 def num_tokens(batch: Batch) -> int:
@@ -172,7 +194,7 @@ def flops_per_token(t: Training, stats: RouterStats) -> float:
 def clip_gradients(t: Training) -> float:
     """Scales the gradients down to `train.clip` and returns their norm before."""
     limit = t.config.train.clip or math.inf
-    return float(torch.nn.utils.clip_grad_norm_(t.model.parameters(), limit))
+    return gradient_norm(t.model, limit)
 
 
 def refuse_non_finite(t: Training, losses: dict[str, float], grad_norm: float) -> None:
@@ -222,20 +244,20 @@ def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisp
 def save(t: Training) -> None:
     """Saves a checkpoint of this step."""
     t.state.loader = t.loader.state_dict()
-    t.state.peak_memory_bytes = max(t.state.peak_memory_bytes, t.memory.bytes())
+    [peak] = t.ranks.most(max(t.state.peak_memory_bytes, t.memory.bytes()))
+    t.state.peak_memory_bytes = round(peak)
     with t.memory.left_out():
-        save_checkpoint(t.run, t.model, t.optimizer, t.state, t.config)
+        save_checkpoint(t.run, t.model, t.optimizer, t.state, t.config, t.ranks)
     t.saved_step = t.state.step
 
 
-def save_and_stop(t: Training, stop: StopRequest) -> None:
+def save_and_stop(t: Training, signal_number: int) -> None:
     """Saves and raises Interrupted, which says how to go on."""
     if t.saved_step != t.state.step:
         save(t)
-    assert stop.signal_number is not None
     raise Interrupted(
         f"stopped and saved at step {t.state.step} of {t.config.train.steps}; go on with `{t.run.resume_command}`",
-        stop.signal_number,
+        signal_number,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from morex.data.loader import Batch, EndlessLoader
+from morex.data.loader import WHOLE, Batch, EndlessLoader, Part
 from morex.data.tasks.example import answer_batch, class_batch
 from morex.data.tasks.prepared import PreparedTask
 
@@ -15,13 +15,16 @@ class TaskLoader(EndlessLoader):
 
     _draws, _draws_from = "examples", "task"
 
-    def __init__(self, task: PreparedTask, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, task: PreparedTask, batch_size: int, seed: int = 0, part: Part = WHOLE) -> None:
+        """Raises DataError where the batch cannot be divided."""
+        self._runs = part.runs(batch_size)
         self._task, self._batch_size, self._seed = task, batch_size, seed
         self._examples = task.training(seed)
 
     def next_batch(self) -> Batch:
-        """The next `batch_size` examples."""
-        examples = self._examples.take(self._drawn, self._batch_size)
+        """The next `batch_size` examples, or this rank's of them."""
+        taken = [self._examples.take(self._drawn + run.start, len(run)) for run in self._runs]
+        examples = [example for own in taken for example in own]
         self._drawn += self._batch_size
         if self._task.val.classifies:
             return class_batch(examples)

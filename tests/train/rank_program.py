@@ -1,0 +1,28 @@
+"""Trains one run after another; `torchrun` starts it on several ranks. Its argument is a JSON file of jobs."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from morex.config import Config
+from morex.loading import validate
+from morex.train.trainer import train
+
+
+def main(jobs: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for job in json.loads(jobs.read_text(encoding="utf-8")):
+        config = validate(Config, job["config"])
+        train(config, job["folder"], resume=job["resume"], console=Console(quiet=True))
+    gc.collect()  # what still knows the group has to go before it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,167 @@
+"""Several ranks train what one process trains. They exchange by gloo, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from morex.config import Config
+from morex.data.errors import DataError
+from morex.data.loader import Loader, Part
+from morex.data.stream import TokenStream
+from morex.loading import load_config
+from morex.train.runs import RunFolder
+from train.helpers import KINDS, configure, run
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+DOUBLE = "train.precision=fp64"
+# What is drawn at random is drawn by each rank for its own tokens.
+WITHOUT_NOISE = {
+    "sampled accumulated": ("model.depth.state_std=0",),
+    "recurrent experts": ("model.mixer.state_std=0",),
+    "shared recurrent block": ("model.mixer.state_std=0",),
+}
+FAMILIES = {
+    name: (preset, (*overrides, *WITHOUT_NOISE.get(name, ())))
+    for name, (preset, overrides) in KINDS.items()
+    if name != "dropout"
+}
+LONG = (
+    *("expert_choice", "token_choice loss-free", "threshold", "halting", "exit gate"),
+    *("moe loss-free", "experts routed", "recurrent layer"),
+)
+"""Families that are trained for fifty steps, the others for eight."""
+VARIED = "dense", "threshold", "experts routed"
+"""Families that are also trained with a copy of the weights on each rank, and with steps that are computed again."""
+
+
+def on_ranks(ranks: int, jobs: list[tuple[Config, Path, bool]], tmp_path: Path) -> None:
+    """Trains (config, folder, resume) one after another."""
+    listing = tmp_path / f"jobs-{ranks}.json"
+    found = [{"config": config.to_dict(), "folder": str(folder), "resume": resume} for config, folder, resume in jobs]
+    listing.write_text(json.dumps(found), encoding="utf-8")
+    torchrun(ranks, PROGRAM, str(listing))
+
+
+def torchrun(ranks: int, program: Path, *arguments: str) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(program), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return RunFolder(folder).metrics("train")
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference in any loss or gradient norm of any step, over its size."""
+    mine, theirs = lines(one), lines(other)
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs] and mine
+    found = [0.0]
+    for own, line in zip(mine, theirs, strict=True):
+        assert own["losses"].keys() == line["losses"].keys() and own["tokens"] == line["tokens"]
+        pairs = [(own["losses"][name], line["losses"][name]) for name in own["losses"]]
+        pairs.append((own["grad_norm"], line["grad_norm"]))
+        found += [abs(a - b) / max(1.0, abs(b)) for a, b in pairs]
+    return max(found)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process(corpus: Path, tmp_path: Path) -> None:
+    """Every family in float64, and in fp32 over five steps; weights divided over the ranks, or a copy on each."""
+    plan: list[tuple[str, str, int, dict[str, Any]]] = []
+    plan += [(name, "fp64", 50 if name in LONG else 8, {}) for name in FAMILIES]
+    plan += [(name, "fp32", 5, {}) for name in LONG]
+    plan += [(name, "fp64", 5, change) for name in VARIED for change in ({"shards": 1}, {"recompute": "steps"})]
+    jobs, wrong = [], {}
+    for name, precision, steps, change in plan:
+        preset, overrides = FAMILIES[name]
+        own = (f"train.precision={precision}", f"train.steps={steps}", "train.batch_size=8", "train.checkpoint_every=0")
+        config = configure(preset, corpus, *overrides, *own)
+        divided = config.model_copy(update={"train": config.train.model_copy(update=change)})
+        jobs.append((config, divided, tmp_path / f"{name} {precision} {steps} {change}"))
+    on_ranks(2, [(divided, folder / "two", False) for _, divided, folder in jobs], tmp_path)
+    for config, _, folder in jobs:
+        one, two = run(config, folder / "one"), RunFolder(folder / "two")
+        limit = 1e-8 if config.train.precision == "fp64" else 1e-5
+        mine, theirs = two.summary(), one.summary()
+        assert mine is not None and theirs is not None
+        found = difference(two.path, one.path), abs(mine["val_loss"] - theirs["val_loss"])
+        if max(found) > limit:
+            wrong[folder.name] = found
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_goes_on_with_the_run_of_any_other(corpus: Path, tmp_path: Path) -> None:
+    """1 rank, then 2, then 4, then 2 with a copy each, then 1: losses and weights of a straight run."""
+    plan = [(1, None), (2, None), (4, 2), (2, 1), (1, None)]
+    kinds = {"expert_choice": "mor-expert", "threshold": "mor-threshold", "experts": "more-tuned"}
+    configs = {
+        name: configure(
+            preset, corpus, DOUBLE, "train.batch_size=8", "train.schedule=constant", "train.checkpoint_every=0"
+        )
+        for name, preset in kinds.items()
+    }
+    for stage, (ranks, shards) in enumerate(plan, start=1):
+        change = {"steps": 2 * stage, "shards": shards}
+        jobs = [
+            (config.model_copy(update={"train": config.train.model_copy(update=change)}), tmp_path / name, stage > 1)
+            for name, config in configs.items()
+        ]
+        on_ranks(ranks, jobs, tmp_path)
+    for name, config in configs.items():
+        last = config.model_copy(update={"train": config.train.model_copy(update={"steps": 2 * len(plan)})})
+        run(last, tmp_path / f"{name} straight")
+        assert difference(tmp_path / name, tmp_path / f"{name} straight") < 1e-8, name
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            mine, theirs = (
+                load_file(RunFolder(tmp_path / folder).checkpoints / f"step-{2 * len(plan)}" / file)
+                for folder in (name, f"{name} straight")
+            )
+            own = {key: value for key, value in mine.items() if not key.startswith("random/")}
+            assert own.keys() == {key for key in theirs if not key.startswith("random/")}
+            for key, value in own.items():
+                assert torch.allclose(value.double(), theirs[key].double(), rtol=1e-6, atol=1e-8), (name, key)
+
+
+def test_loaders_of_ranks_draw_the_batch_together() -> None:
+    """Row by row, microbatch by microbatch."""
+    stream = TokenStream(np.arange(1000, dtype=np.uint16), np.zeros(1, dtype=np.int64), 1000)
+    for microbatches in (1, 2):
+        whole = Loader(stream, 9, 12, "random", seed=3)
+        ranks = [Loader(stream, 9, 12, "random", seed=3, part=Part(rank, 3, microbatches)) for rank in range(3)]
+        for _ in range(3):
+            parts = [loader.next_batch().labels.unflatten(0, (microbatches, -1)) for loader in ranks]
+            assert torch.equal(torch.cat(parts, 1).flatten(0, 1), whole.next_batch().labels)
+        assert [loader.state_dict() for loader in ranks] == [whole.state_dict()] * 3
+    with pytest.raises(DataError, match=r"train.batch_size 12 cannot be divided over 5 ranks"):
+        Loader(stream, 9, 12, part=Part(0, 5))
+
+
+@pytest.mark.slow
+def test_shared_weights_are_gathered_once_a_pass(tmp_path: Path) -> None:
+    """However often they recur: once for the core, each block of prelude and coda, and both ends of the pass."""
+    schedules = [({"sharing": "cycle", "layers": 6, "recursions": recursions}, 2) for recursions in (2, 3)] + [
+        ({"sharing": "middle_cycle", "layers": 8, "recursions": recursions}, 4) for recursions in (2, 3)
+    ]
+    configs = [
+        load_config("vanilla", [f"model.schedule={json.dumps(schedule)}"], tiny=True) for schedule, _ in schedules
+    ]
+    result, program = tmp_path / "counts.json", PROGRAM.with_name("gather_program.py")
+    torchrun(2, program, str(result), *[json.dumps(config.to_dict()) for config in configs])
+    for (schedule, units), (forward, backward) in zip(schedules, json.loads(result.read_text()), strict=True):
+        gathers = [sum(n for name, n in counts.items() if "allgather" in name) for counts in (forward, backward)]
+        scatters = [sum(n for name, n in counts.items() if "reduce_scatter" in name) for counts in (forward, backward)]
+        # Both ends stay gathered until the backward pass is over.
+        assert gathers == [units, units - 1] and scatters == [0, units], (schedule, forward, backward)
