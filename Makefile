@@ -81,6 +81,7 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	$(DECODE) --cache-requests 128 --requests 300 --rounds 1 \
 	  --json benchmarks/results/decode-memory-128.json
 	$(BIN)/python benchmarks/generate_speed.py benchmarks/results/generate-speed.json
+	$(BIN)/python benchmarks/recompute.py benchmarks/results/recompute.json
 	$(BIN)/python benchmarks/against_recompute.py benchmarks/results/decode-recompute.json
 	$(BIN)/python benchmarks/against_transformers.py benchmarks/results/decode-transformers.json --precision bf16
 	$(BIN)/python benchmarks/engine_flips.py benchmarks/results/engine-flips.json

@@ -52,7 +52,7 @@ def kept_bytes(model: LanguageModel, tokens: Tensor) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.shape[-1] != model.config.vocab_size:
+        if storage.data_ptr() not in weights and tensor.shape[-1:] != (model.config.vocab_size,):
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -4,6 +4,7 @@ Its arguments are a file for the result and configs as JSON.
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -51,6 +52,7 @@ def main(result: Path, configs: list[str]) -> None:
         if ranks.is_first:
             result.write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
+    os._exit(0)  # threads of the group may outlive the interpreter, which then aborts
 
 
 if __name__ == "__main__":

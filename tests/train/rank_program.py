@@ -1,7 +1,7 @@
 """Trains one run after another; `torchrun` starts it on several ranks. Its argument is a JSON file of jobs."""
 
-import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,8 +20,8 @@ def main(jobs: Path) -> None:
     for job in json.loads(jobs.read_text(encoding="utf-8")):
         config = validate(Config, job["config"])
         train(config, job["folder"], resume=job["resume"], console=Console(quiet=True))
-    gc.collect()  # what still knows the group has to go before it
     dist.destroy_process_group()
+    os._exit(0)  # threads of the group may outlive the interpreter, which then aborts
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 `torchrun` starts as many as it is told to and says so in the environment; alone, a training is its only rank.
 """
 
-import gc
 import hashlib
 import os
 import warnings
@@ -134,7 +133,6 @@ def started(device: str) -> Iterator[Ranks]:
         raise
     finally:
         if is_new:
-            gc.collect()  # what still knows the group has to go before it
             dist.destroy_process_group()
 
 
