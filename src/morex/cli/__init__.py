@@ -7,6 +7,7 @@ to stdout, progress and hints to stderr, so that `--json` can be piped.
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from morex.train.errors import Interrupted, TrainingError
 __all__ = ["app", "main"]
 COMMANDS = (listing, run, generation, analysis, studies, decoding)
 """Importing these modules adds their commands to the application, in this order."""
+FIRST_SPEAKS = 5
+"""Seconds in which the first of several ranks says what went wrong."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         code = getattr(error, "exit_code", 2)
         if getattr(error, "said_by_first", False):
+            time.sleep(FIRST_SPEAKS)  # whoever started the ranks ends all as soon as one has failed
             return int(code)
         return _fail(_sentence(error), code, stopped=isinstance(error, Interrupted))
     if code == INTERRUPTED:  # typer turns Ctrl-C into an exit code
