@@ -89,9 +89,8 @@ def test_a_signal_stops_all_at_the_same_step(shell: Shell, number: signal.Signal
     command += ["--set", "train.log_every=1", "--set", "train.schedule=constant"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     run = RunFolder(Path("run"))
-    deadline = time.monotonic() + 120
     while len(run.metrics("train")) < 3:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from morex.config import ModelConfig
+from morex.depth.random_choice import KNOWN, RandomRouter, uniform_hash
 from morex.loading import validate
 from parity.helpers import (
     REPEATABLE,
@@ -191,6 +192,17 @@ def test_random_routing_depends_on_position_alone(case: str) -> None:
     for mask, other in zip(first, second, strict=True):
         assert torch.equal(mask, other)
         assert (mask == mask[0]).all()
+
+
+def test_random_depths_that_are_kept_are_those_that_are_computed() -> None:
+    """Over the border of the positions whose depths are kept, and beyond it."""
+    router = RandomRouter(8, 3, (1.0, 0.7, 0.2), 0.5, "full", seed=5)
+    for first, last in ((0, 50), (KNOWN - 5, KNOWN - 1), (KNOWN - 5, KNOWN + 5), (10**9, 10**9 + 50)):
+        positions = torch.arange(first, last + 1)
+        wanted = torch.ones_like(positions)
+        for r, share in ((2, 0.7), (3, 0.2 / 0.7)):
+            wanted += (wanted == r - 1) & (uniform_hash(5, positions, r) < share)
+        assert torch.equal(router._depths(positions), wanted)
 
 
 def test_random_routing_takes_its_shares() -> None:

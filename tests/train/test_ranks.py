@@ -17,6 +17,8 @@ from morex.data.errors import DataError
 from morex.data.loader import Loader, Part
 from morex.data.stream import TokenStream
 from morex.loading import load_config
+from morex.train.errors import Interrupted
+from morex.train.ranks import _sendable
 from morex.train.runs import RunFolder
 from train.helpers import KINDS, configure, run
 
@@ -165,3 +167,10 @@ def test_shared_weights_are_gathered_once_a_pass(tmp_path: Path) -> None:
         scatters = [sum(n for name, n in counts.items() if "reduce_scatter" in name) for counts in (forward, backward)]
         # Both ends stay gathered until the backward pass is over.
         assert gathers == [units, units - 1] and scatters == [0, units], (schedule, forward, backward)
+
+
+def test_an_error_that_cannot_travel_says_the_same_in_another_class() -> None:
+    sent = _sendable(Interrupted("stopped", 2))  # cannot be made from its message alone
+    assert type(sent) is RuntimeError and str(sent) == "Interrupted: stopped"
+    error = DataError("no text")
+    assert _sendable(error) is error and _sendable(None) is None

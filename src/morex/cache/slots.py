@@ -99,7 +99,8 @@ class CallStore(SlotStore):
 
     def append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> bool:
         # A step that is computed again for its gradient writes what is there already.
-        self._slots.setdefault(slot, (k, v, packing))
+        known = self._slots.setdefault(slot, (k, v, packing))
+        assert known[2] is packing, f"slot {slot} is written twice in one call"
         return True
 
     def read(self, slot: Slot) -> Keys:

@@ -30,6 +30,7 @@ from morex.infer.request import (
     Request,
     Stage,
     as_ids,
+    asked_log_probabilities,
     check_params,
 )
 from morex.infer.scheduler import Scheduler
@@ -41,7 +42,7 @@ from morex.infer.traffic import Traffic
 from morex.model.checks import check_decodes
 from morex.model.generate import check_room
 from morex.model.lm import LanguageModel
-from morex.model.sampling import generator_of, log_probabilities, rewind, sample
+from morex.model.sampling import generator_of, rewind, sample
 
 NOT_FINITE = "the logits are not finite, so there is no next token"
 
@@ -333,7 +334,7 @@ class Engine:
         draws = [self._draws[request.number] for request in requests]
         texts = [request.tokens if request.params.repetition_penalty != 1 else () for request in requests]
         tokens = sample(logits, [request.params for request in requests], draws, texts)
-        known = self._log_probabilities(requests, logits, tokens)
+        known = asked_log_probabilities(requests, logits, tokens)
         for request, token, logprobs in zip(requests, tokens.tolist(), known, strict=True):
             if token < 0:
                 self._break(request, NOT_FINITE)
@@ -361,7 +362,7 @@ class Engine:
         found = self.speculation.verify(requests, logits, [self._draws[request.number] for request in requests])
         for request, tokens, own in zip(requests, found, logits.split(counts), strict=True):
             self._recall(request)
-            known = self._log_probabilities([request] * len(tokens), own[: len(tokens)], torch.tensor(tokens))
+            known = asked_log_probabilities([request] * len(tokens), own[: len(tokens)], torch.tensor(tokens))
             for token, logprobs in zip(tokens, known, strict=True):
                 if token < 0:
                     self._break(request, NOT_FINITE)
@@ -385,19 +386,6 @@ class Engine:
         else:
             self._end(request, event.reason, event=event)
         return event.reason is None
-
-    def _log_probabilities(self, requests: list[Request], logits: Tensor, tokens: Tensor) -> list[LogProbs | None]:
-        """Of the new tokens of those who asked for them."""
-        found: list[LogProbs | None] = [None] * len(requests)
-        asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        if asked:
-            counts = [requests[row].params.logprobs or 0 for row in asked]
-            own, values, ids = log_probabilities(logits[asked], tokens[asked].clamp(min=0), max(counts))
-            for row, count, token, likeliest, index in zip(
-                asked, counts, own.tolist(), values.tolist(), ids.tolist(), strict=True
-            ):
-                found[row] = LogProbs(token, list(zip(index[:count], likeliest[:count], strict=True)))
-        return found
 
     def _end(self, request: Request, reason: Reason, error: str | None = None, event: Event | None = None) -> None:
         """Ends a request, wherever it is, and says so by an event."""

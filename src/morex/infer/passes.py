@@ -304,9 +304,8 @@ class Passes:
         name, end = f"stack.core.groups.{flight.group}.router", 0
         for segment, count in zip(flight.segments, flight.packing.counts, strict=True):
             start, end = end, end + count
-            masks, scores = (
-                [part[start:end] for part in each] for each in (flight.routing.masks, flight.routing.scores)
-            )
+            masks = [mask[start:end] for mask in flight.routing.masks]
+            scores = [score[start:end] for score in flight.routing.scores]
             assert segment.trace is not None
             segment.trace.note_depths(name, range(segment.start, segment.start + count), masks, scores)
 

@@ -11,7 +11,7 @@ from morex.depth.policy import Depth
 from morex.infer.text import GrowingText
 from morex.infer.trace import RequestTrace
 from morex.model.generate import LARGEST_SEED, check_options
-from morex.model.sampling import Sampling, is_integer
+from morex.model.sampling import Sampling, is_integer, log_probabilities
 
 Reason = Literal["length", "stop", "cancelled", "error"]
 Stage = Literal["next", "draft", "verify"]
@@ -210,6 +210,20 @@ class Request:
             self.number, self.prompt, self.new, text, self.reason, self.error, logprobs, self.trace, self.drafted,
             self.accepted,
         )  # fmt: skip
+
+
+def asked_log_probabilities(requests: Sequence[Request], logits: Tensor, tokens: Tensor) -> list[LogProbs | None]:
+    """Log probabilities of new tokens [n] under logits [n, V], for those of n requests who asked for them."""
+    found: list[LogProbs | None] = [None] * len(requests)
+    asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+    if asked:
+        counts = [requests[row].params.logprobs or 0 for row in asked]
+        own, values, ids = log_probabilities(logits[asked], tokens[asked].clamp(min=0), max(counts))
+        for row, count, token, likeliest, index in zip(
+            asked, counts, own.tolist(), values.tolist(), ids.tolist(), strict=True
+        ):
+            found[row] = LogProbs(token, list(zip(index[:count], likeliest[:count], strict=True)))
+    return found
 
 
 def as_ids(prompt: str | Sequence[int], vocab_size: int, tokenizer: Tokenizer | None) -> list[int]:

@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ class Ranks:
                 raise
         if self.size == 1:
             return
-        failed = [other for other in together.gathered(error) if other is not None]
+        failed = [other for other in together.gathered(_sendable(error)) if other is not None]
         if failed:
             raise failed[0]
 
@@ -101,6 +102,15 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """An error as other ranks can take it: in the class that it has, or where that does not travel, by its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager

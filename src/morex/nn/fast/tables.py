@@ -40,11 +40,11 @@ def claim(
 
     Or of each list what it lacks: pages, and a copy of its last one.
     """
-    tokens = time.shape[0]
+    time, tokens = time.contiguous(), time.shape[0]
     where, others = time.new_empty(tables.width, tokens), torch.empty(4, tokens, dtype=torch.int32).unbind()
     which, more, lacks = array("q", numbers), array("q", added), array("q", added)
     out = _Claimed(where.data_ptr(), *(part.data_ptr() for part in others))
-    rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.contiguous().data_ptr()
+    rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.data_ptr()
     ends = ctypes.addressof(out), lacks.buffer_info()[0]
     found = run_kernel("claim", torch.int64, ctypes.addressof(tables), *rows, *ends)
     return [(lack // 2, lack % 2 == 1) for lack in lacks] if found < 0 else (found > 0, where, others)
