@@ -16,7 +16,7 @@ from morex.data.prepare import prepare
 from morex.model.count import count
 from morex.model.lm import LanguageModel, build_model
 from morex.train import trainer
-from morex.train.errors import NonFiniteError
+from morex.train.errors import AnomalyError
 from morex.train.runs import RunFolder
 from morex.train.setup import Training, begin
 from morex.train.trainer import forward_backward, loop
@@ -100,7 +100,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(corpus: Path, tmp_path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "evaluate_by", lambda *arguments, **options: Nonsense())
-        with pytest.raises(NonFiniteError, match=r"the held-out loss is nan at step 6; training stopped .*step-3"):
+        with pytest.raises(AnomalyError, match=r"the held-out loss is nan at step 6; training stopped .*step-3"):
             run(configure("vanilla", corpus), tmp_path / "run")
     assert RunFolder(tmp_path / "run").metrics("eval") == []
 
@@ -218,7 +218,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(where: str, corpus: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "forward_backward", poisoned)
         patch.setattr(t.model, "update_routers", note)
-        with pytest.raises(NonFiniteError) as caught:
+        with pytest.raises(AnomalyError) as caught:
             loop(t, QUIET)
     sentence = str(caught.value)
     assert "at step 5" in sentence and "step-3" in sentence and "train.lr below 0.003" in sentence

@@ -65,14 +65,17 @@ def train(
 ) -> None:
     """Train one model and keep everything in a run folder.
 
-    Ctrl-C saves a checkpoint and says how to go on. On several machines, start the command with torchrun.
+    Ctrl-C or SIGTERM saves a checkpoint and says how to go on. On several machines, start the command with torchrun.
     """
     settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
     from morex.cli.launch import launch, ranks_to_start
 
     count = ranks_to_start(ranks, settings.train.device)
     if count > 1:
-        raise typer.Exit(launch(count, context.obj.words))
+        from morex.train.runs import RunFolder as Run
+
+        run = Run(folder)
+        raise typer.Exit(launch(count, context.obj.words, lambda: run.is_stopped))
     from morex.train.trainer import train as train_run
 
     progress = console(stderr=True)

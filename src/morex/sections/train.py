@@ -7,6 +7,20 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from morex.sections.base import NonNegative, Section, Seed, Share, divisors
 
 
+class AnomalyConfig(Section):
+    """What is done about a step whose loss or gradient norm is not finite, or far above its running mean."""
+
+    action: Literal["skip", "roll_back", "stop"] = "skip"
+    """`skip` leaves the batch out, `roll_back` goes back to the last checkpoint and on with later batches, `stop` ends
+    the training; nothing wrong reaches the weights in any case."""
+    z_score: PositiveFloat | None = None
+    """Standard deviations above its running mean from which on a finite value counts too; default: none does."""
+    window: Annotated[int, Field(ge=2)] = 100
+    """Steps that the running means go over, and that there must have been before a finite value counts."""
+    limit: PositiveInt = 10
+    """Anomalies in a row that end the training."""
+
+
 class TrainConfig(Section):
     """One training. Batches are counted in sequences per optimizer step."""
 
@@ -41,6 +55,7 @@ class TrainConfig(Section):
     """Term in AdamW's denominator."""
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
+    anomaly: AnomalyConfig = AnomalyConfig()
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
     """`bf16` is autocast over fp32 weights; `auto` is resolved once by device and width and written to the run."""
     device: str = "auto"
@@ -62,6 +77,13 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides are kept for good."""
+    hang_seconds: PositiveFloat | None = 1800
+    """Seconds without a step, an evaluation or a checkpoint after which a rank hangs and the training ends; null:
+    never."""
+    save_in_background: bool | None = None
+    """Whether training goes on while a checkpoint is written, from a copy in memory; default: on a GPU."""
 
     @property
     def policy(self) -> str | None:

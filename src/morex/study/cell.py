@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         run_cell(folder, study, cell, Console(width=120))
     except Interrupted as stop:
         print(stop)
-        return stop.exit_code
+        return 128 + stop.signal_number
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -2,8 +2,9 @@
 
 - model.safetensors: weights and router buffers by name; a tensor with two names is stored once
 - optimizer.safetensors: `exp_avg/PARAMETER` and so on, and the random state, `random/cpu`
+- index.json: where each tensor lies; of several ranks each writes files of its own, see `storage`
 - state.json: step, tokens, seconds, losses, place in the data, config
-- checksums.json: sha256 of the three
+- checksums.json: sha256 of all of them
 """
 
 import re
@@ -15,32 +16,36 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from morex.config import Config
 from morex.data.tokenizer import Tokenizer, load_tokenizer
 from morex.files import sha256, sync_folder, write_json
 from morex.loading import validate
 from morex.model.lm import LanguageModel, build_model
-from morex.nn import ranks as together
+from morex.train import storage
 from morex.train.errors import CheckpointError, RunFolderError
-from morex.train.parallel import divided_like, reshard, whole
+from morex.train.guard import Guard
+from morex.train.parallel import reshard
 from morex.train.precision import resolve_device, weight_dtype
 from morex.train.ranks import ALONE, Ranks
 from morex.train.runs import RunFolder, read_json
+from morex.train.storage import Saving
 from morex.train.tensors import (
+    RANDOM,
     model_tensors,
     optimizer_tensors,
     random_state,
-    read_tensors,
     refuse_other_model,
+    room_for_optimizer,
     set_optimizer_tensors,
     set_random_state,
-    write_tensors,
 )
 
-FORMAT = 2
-MODEL, OPTIMIZER, STATE, CHECKSUMS = "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json"
+FORMAT = 3
+MODEL, OPTIMIZER = "model/", "optimizer/"
+"""How the names of the tensors of a part begin."""
+STATE, CHECKSUMS = "state.json", "checksums.json"
 RESUMABLE = frozenset(
     f"train.{key}"
     for key in (
@@ -49,9 +54,18 @@ RESUMABLE = frozenset(
         "eval_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
+        "hang_seconds",
+        "anomaly.action",
+        "anomaly.z_score",
+        "anomaly.window",
+        "anomaly.limit",
+        "save_in_background",
         "recompute",
         "shards",
         "threads",
+        "precision",
+        "device",
     )
 )
 """Options that may differ between a checkpoint and the run that goes on from it."""
@@ -79,6 +93,7 @@ class TrainState:
     """Line of the last evaluation."""
     peak_memory_bytes: int = 0
     """Largest use of memory in any process of the run."""
+    guard: Guard = field(default_factory=Guard)
     data: dict[str, str] = field(default_factory=dict)
     """Digests of text and tokenizer, to notice a corpus that has changed."""
     loader: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +102,12 @@ class TrainState:
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Self:
         """The state in the content of a state.json."""
-        return cls(**{known.name: content[known.name] for known in fields(cls)})
+        return cls(**{known.name: content[known.name] for known in fields(cls)} | {"guard": Guard.of(content["guard"])})
+
+    def go_back(self, earlier: "TrainState") -> None:
+        """Becomes an earlier state, as far as that is about the weights: time, place in the data and guard go on."""
+        for name in ("step", "tokens", "flops", "last_loss", "best_val_loss", "evaluation"):
+            setattr(self, name, getattr(earlier, name))
 
 
 def save_checkpoint(
@@ -97,54 +117,47 @@ def save_checkpoint(
     state: TrainState,
     config: Config,
     ranks: Ranks = ALONE,
-) -> Path:
-    """Writes `checkpoints/step-N` under a temporary name, forces it to disk, renames it, then drops the oldest ones.
+    in_background: bool = False,
+) -> Saving:
+    """Writes `checkpoints/step-N` under a temporary name, reads it back, renames it, then drops the oldest ones.
 
-    Of several ranks, all of which have to call it, the first writes. The checkpoint is that of a training alone.
+    Of several ranks, all of which have to call it, each writes what it holds; any number of ranks can load it.
+
+    Args:
+        in_background: copies everything and writes while the training goes on, until `finish` of what it returns.
 
     Raises:
         OSError: the disk is full or not writable; then nothing of the new checkpoint stays and the others are intact.
     """
     reshard(model)
-    found = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer)}
-    tensors = {file: _on_first(each, ranks) for file, each in found.items()}
-    for own in together.gathered(random_state(_device(model), ranks.rank)):
-        tensors[OPTIMIZER] |= own
-    with ranks.agreed():
-        if ranks.is_first:
-            _write(run, tensors, state, config)
-    return run.checkpoints / f"step-{state.step}"
-
-
-def _on_first(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Whole tensors on the first rank, and nothing elsewhere; all ranks take part."""
-    kept = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if ranks.is_first:
-            kept[name] = full
-    return kept
-
-
-def _write(run: RunFolder, tensors: Mapping[str, Mapping[str, Tensor]], state: TrainState, config: Config) -> None:
-    run.checkpoints.mkdir(exist_ok=True)
-    _remove_leftovers(run)
-    target = run.checkpoints / f"step-{state.step}"
+    tensors = {MODEL + name: tensor.detach() for name, tensor in model_tensors(model).items()}
+    tensors |= {OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(model, optimizer).items()}
+    tensors |= {OPTIMIZER + name: tensor for name, tensor in random_state(_device(model), ranks.rank).items()}
+    target = run.checkpoint_path(state.step)
     temporary = run.checkpoints / f".{target.name}.new"
-    try:
+    content = {"format": FORMAT, **asdict(state), "config": config.to_dict()}
+
+    def prepare() -> None:
+        run.checkpoints.mkdir(exist_ok=True)
+        _remove_leftovers(run)
         temporary.mkdir()
-        for file, each in tensors.items():
-            write_tensors(temporary / file, each)
-        write_json(temporary / STATE, {"format": FORMAT, **asdict(state), "config": config.to_dict()})
-        write_json(temporary / CHECKSUMS, {name: sha256(temporary / name) for name in (MODEL, OPTIMIZER, STATE)})
+
+    def complete(digests: dict[str, str]) -> None:
+        write_json(temporary / STATE, content)
+        write_json(temporary / CHECKSUMS, digests | {STATE: sha256(temporary / STATE)})
         if target.exists():  # a damaged one, which the run went around
             target.rename(run.checkpoints / f".{target.name}.old")
         temporary.rename(target)
-    finally:
+        sync_folder(run.checkpoints)
         _remove_leftovers(run)
-    sync_folder(run.checkpoints)
-    for old in list_checkpoints(run)[: -config.train.keep_checkpoints]:
-        shutil.rmtree(old)
+        _drop_old(run, config.train.keep_checkpoints, config.train.keep_every)
+
+    def abandon() -> None:
+        if ranks.is_first:
+            _remove_leftovers(run)
+
+    writer = storage.Writer(temporary, ranks.rank if ranks.size > 1 else None, prepare, complete)
+    return storage.write(tensors, writer, ranks.background, in_background, abandon)
 
 
 def load_checkpoint(
@@ -153,45 +166,59 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     config: Config | None = None,
     rank: int = 0,
+    verified: bool = False,
 ) -> TrainState:
     """Reads a checkpoint into a model, and with an optimizer also into that and the random state.
 
     Args:
         config: what the checkpoint must have been trained with, up to the options in RESUMABLE.
-        rank: whose random state.
+        rank: whose random state; of a divided model and optimizer a rank reads what it holds.
+        verified: whether its checksums have been looked at.
 
     Raises:
         CheckpointError: it is damaged, of another config, or does not fit the model; the model is untouched then.
     """
+    if not verified:
+        verify(path)
     content = read_state(path)
     if config is not None:
         refuse_other_config(f"checkpoint '{path}'", content["config"], config)
-    tensors, own = read_tensors(path / MODEL), model_tensors(model)
-    refuse_other_model(path, tensors, own)
-    if optimizer is not None:
-        resumed = read_tensors(path / OPTIMIZER)
-        set_optimizer_tensors(model, optimizer, resumed)
-        set_random_state(resumed, _device(model), rank)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(divided_like(tensor, tensors[name]))
+    index = {name: pieces[0] for name, pieces in storage.read_index(path).items()}
+    weights = {name.removeprefix(MODEL): piece for name, piece in index.items() if name.startswith(MODEL)}
+    own = model_tensors(model)
+    refuse_other_model(path, {name: piece.whole for name, piece in weights.items()}, own)
+    wanted = {MODEL + name: tensor.detach() for name, tensor in own.items()}
+    if optimizer is None:
+        storage.read(path, wanted)
+        return TrainState.of(content)
+
+    saved = {name.removeprefix(OPTIMIZER): piece for name, piece in index.items() if name.startswith(OPTIMIZER)}
+    moments = room_for_optimizer(model, {name: at for name, at in saved.items() if not name.startswith(RANDOM)})
+    random = {name: torch.clone(tensor) for name, tensor in random_state(_device(model), rank).items() if name in saved}
+    storage.read(path, wanted | {OPTIMIZER + name: tensor for name, tensor in (moments | random).items()})
+    set_optimizer_tensors(model, optimizer, moments)
+    set_random_state(random, _device(model), rank)
     return TrainState.of(content)
 
 
-def newest_checkpoint(run: RunFolder | str | Path) -> Path | None:
+def newest_checkpoint(run: RunFolder | str | Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest intact checkpoint of a run folder, or None where there is none yet; warns about damaged ones.
 
-    Raises CheckpointError where every checkpoint is damaged.
+    Of several ranks, all of which have to call it, each looks at some of the files.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged.
     """
     run = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-    found = list_checkpoints(run)
+    found = ranks.from_first(list_checkpoints(run))
     for path in reversed(found):
         try:
-            verify(path)
+            with ranks.agreed():
+                verify(path, ranks.rank, ranks.size)
         except CheckpointError as error:
             warnings.warn(f"{error}; looking for an older one", stacklevel=2)
         else:
-            return path
+            return Path(path)
     if found:
         raise CheckpointError(f"every checkpoint of run folder '{run.path}' is damaged; train again in another folder")
     return None
@@ -245,26 +272,45 @@ def list_checkpoints(run: RunFolder) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of an intact checkpoint. Raises CheckpointError where it is not intact or of another format."""
-    verify(path)
+    """state.json of a checkpoint. Raises CheckpointError where it is damaged or of another format."""
+    if _checksums(path).get(STATE) != _sha256(path, STATE):
+        raise CheckpointError(f"checkpoint '{path}' is damaged: {STATE} does not match its checksum")
     content = read_json(path / STATE)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint '{path}' has format {content.get('format')}; this version reads {FORMAT}")
     return content
 
 
-def verify(path: Path) -> None:
-    """Raises CheckpointError, naming the file, where a checkpoint is incomplete or its checksums do not match."""
-    for name in (CHECKSUMS, MODEL, OPTIMIZER, STATE):
-        if not (path / name).is_file():
-            raise CheckpointError(f"checkpoint '{path}' is damaged: {name} is missing")
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Raises CheckpointError, naming the file, where a checkpoint is incomplete or its checksums do not match.
+
+    Args:
+        rank: of `ranks` that verify together, each some of the files.
+    """
+    expected = _checksums(path)
+    for name in sorted(expected)[rank::ranks]:
+        if expected[name] != _sha256(path, name):
+            raise CheckpointError(f"checkpoint '{path}' is damaged: {name} does not match its checksum")
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    """File name -> sha256 of a checkpoint: of the JSON files, and of every file that the index names."""
+    if not (path / CHECKSUMS).is_file():
+        raise CheckpointError(f"checkpoint '{path}' is damaged: {CHECKSUMS} is missing")
     try:
-        expected = read_json(path / CHECKSUMS)
+        found = read_json(path / CHECKSUMS)
     except RunFolderError:
         raise CheckpointError(f"checkpoint '{path}' is damaged: {CHECKSUMS} cannot be read") from None
-    for name in (MODEL, OPTIMIZER, STATE):
-        if expected.get(name) != sha256(path / name):
-            raise CheckpointError(f"checkpoint '{path}' is damaged: {name} does not match its checksum")
+    for name in (STATE, storage.INDEX):
+        if name not in found:
+            raise CheckpointError(f"checkpoint '{path}' is damaged: {CHECKSUMS} does not name {name}")
+    return found
+
+
+def _sha256(path: Path, name: str) -> str:
+    if not (path / name).is_file():
+        raise CheckpointError(f"checkpoint '{path}' is damaged: {name} is missing")
+    return sha256(path / name)
 
 
 def refuse_other_config(what: str, theirs: Mapping[str, Any], config: Config) -> None:
@@ -285,6 +331,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") ->
             yield from differences(before, after, f"{at}{key}.")
         elif before != after:
             yield f"{at}{key}", before, after
+
+
+def _drop_old(run: RunFolder, keep: int, keep_every: int | None) -> None:
+    """Removes all but the newest checkpoints and those at multiples of `keep_every`."""
+    for path in list_checkpoints(run)[:-keep]:
+        if keep_every is None or int(path.name[5:]) % keep_every:
+            shutil.rmtree(path)
 
 
 def _remove_leftovers(run: RunFolder) -> None:

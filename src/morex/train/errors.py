@@ -26,8 +26,8 @@ class TrainingError(RuntimeError):
     """Whether another rank of the same training says it."""
 
 
-class NonFiniteError(TrainingError):
-    """A loss or gradient that is not a finite number; raised before it reaches the weights."""
+class AnomalyError(TrainingError):
+    """A loss or gradient that is not finite, or far above what it was; raised before it reaches the weights."""
 
 
 class DiskFullError(TrainingError):
@@ -35,11 +35,16 @@ class DiskFullError(TrainingError):
 
 
 class Interrupted(TrainingError):
-    """A signal asked the training to stop; it has saved a checkpoint."""
+    """A signal asked to stop; what was done is saved.
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    Args:
+        exit_code: what a command line returns; default: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, signal_number: int, exit_code: int | None = None) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number if exit_code is None else exit_code
 
 
 @contextmanager

@@ -30,13 +30,9 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, step: int, speaks: bool = True) -> None:
+        self._path, self._speaks = path, speaks
         self._descriptor: int | None = None
-        if not speaks:
-            return
-        if path.exists():
-            kept = [line for line in read_json_lines(path) if line["step"] <= step]
-            write_whole(path, "".join(_encode(line) for line in kept))
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self.drop_after(step)
 
     def __enter__(self) -> Self:
         return self
@@ -44,8 +40,22 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+            self._descriptor = None
+
+    def drop_after(self, step: int) -> None:
+        """Drops lines of later steps."""
+        if not self._speaks:
+            return
+        self._close()
+        if self._path.exists():
+            kept = [line for line in read_json_lines(self._path) if line["step"] <= step]
+            write_whole(self._path, "".join(_encode(line) for line in kept))
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Writes one line, whole or not at all."""

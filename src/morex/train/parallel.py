@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from morex.loading import ConfigError
 from morex.model.lm import LanguageModel
@@ -58,14 +58,6 @@ def reshard(model: nn.Module) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be divided over the ranks, as a whole; all ranks have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def divided_like(own: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, divided as `own` is, on its device and in its number format."""
-    tensor = tensor.to(own.device, own.dtype)
-    if not isinstance(own, DTensor):
-        return tensor
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def gradient_norm(model: nn.Module, limit: float) -> float:

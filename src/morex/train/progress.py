@@ -69,6 +69,10 @@ class ProgressDisplay:
         self.console.print(f"step {step:,}: held-out loss {loss:.4f}{both}{right}  {self.text}", highlight=False)
         self.said = time.monotonic()
 
+    def say(self, text: str) -> None:
+        """Shows a line that stays, of something unusual."""
+        self.console.print(text, style="yellow", markup=False, highlight=False)
+
     def _say(self, done: float) -> None:
         self.said = time.monotonic()
         share = (done - self.done_before) / max(self.total - self.done_before, 1e-9)

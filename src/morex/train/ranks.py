@@ -29,6 +29,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    background: dist.ProcessGroup | None = None
+    """What a thread beside the training exchanges over; None where this is the only rank."""
 
     @property
     def is_first(self) -> bool:
@@ -131,7 +133,7 @@ def started(device: str) -> Iterator[Ranks]:
         return
     if is_new:
         _join(device)
-    own = Ranks(dist.get_rank(), dist.get_world_size())
+    own = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     try:
         with together.together(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which nobody writes to

@@ -6,6 +6,7 @@
 - tokenizer/: the tokenizer that made the tokens
 - env.json: versions, device, CPU, threads, commit
 - summary.json: the end of the run in numbers; only finished runs have it
+- heartbeat.json: a sign of life, while it trains; it stays where the training was killed
 """
 
 import json
@@ -66,9 +67,22 @@ class RunFolder:
     def summary_path(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def heartbeat_path(self) -> Path:
+        return self.path / "heartbeat.json"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.checkpoints / f"step-{step}"
+
     def is_run(self) -> bool:
         """Whether a training has begun here."""
         return self.config_path.is_file()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a training has ended here by itself after it had saved: neither killed nor under way."""
+        return self.checkpoints.is_dir() and not self.heartbeat_path.exists()
 
     @property
     def resume_command(self) -> str:

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from morex.train.parallel import parallelise
 from morex.train.precision import autocast_dtype, resolve_device, resolve_precision, weight_dtype
 from morex.train.ranks import ALONE, Ranks
 from morex.train.runs import RunFolder, environment, write_config
+from morex.train.storage import Saving
 
 MOST_THREADS = 16
 """CPU threads for each core, at most."""
@@ -64,6 +65,8 @@ class Training:
     memory: PeakMemory
     pace: "Pace"
     ranks: Ranks = ALONE
+    saving: Saving = field(default_factory=Saving)
+    """The checkpoint that is being written."""
     saved_step: int | None = None
     """Step of the newest checkpoint."""
 
@@ -94,8 +97,12 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     """
     with ranks.agreed():
         device = resolve_device(config.train.device)
-        stored, config, checkpoint, max_seconds = _settled(run, config, resume, max_seconds, device)
+        stored, config = _settled(run, config, resume, device)
     _refuse_disagreement(ranks, config)
+    checkpoint = newest_checkpoint(run, ranks) if resume else None
+    with ranks.agreed():
+        if checkpoint is not None:
+            max_seconds = _budget_from(checkpoint, config, max_seconds)
     tokenizer = load_tokenizer(run.tokenizer_path) if stored is not None and run.tokenizer_path.is_dir() else None
     with ranks.agreed():
         data = prepare_source(config, tokenizer) if ranks.is_first else None
@@ -111,7 +118,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     state = TrainState(data=_identity(data))
     with ranks.agreed():
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, model, optimizer, config, ranks.rank)
+            state = load_checkpoint(checkpoint, model, optimizer, config, ranks.rank, verified=True)
             _refuse_other_data(run, config, state.data, _identity(data))
             loader.load_state_dict(state.loader)
         state.max_seconds = max_seconds
@@ -137,22 +144,22 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     )
 
 
-def _settled(
-    run: RunFolder, config: Config, resume: bool, max_seconds: float | None, device: torch.device
-) -> tuple[Config | None, Config, Path | None, float | None]:
-    """Config of the run to resume, the config of this training, the checkpoint to go on from, and the budget."""
+def _settled(run: RunFolder, config: Config, resume: bool, device: torch.device) -> tuple[Config | None, Config]:
+    """Config of the run to resume, and the config of this training."""
     stored = _stored_config(run, resume)
     config = _resolved(config, stored, device)
     if stored is not None:
         refuse_other_config(f"run folder '{run.path}'", stored.to_dict(), config)
-    checkpoint = newest_checkpoint(run) if resume else None
-    if checkpoint is not None:
-        content = read_state(checkpoint)
-        refuse_other_config(f"checkpoint '{checkpoint}'", content["config"], config)
-        before = validate(TrainConfig, content["config"]["train"])
-        max_seconds = _continued_budget(TrainState.of(content), before, config.train, max_seconds)
     depths_to_measure(config.model, config.eval.deepest)  # refused now, not at the first evaluation
-    return stored, config, checkpoint, max_seconds
+    return stored, config
+
+
+def _budget_from(checkpoint: Path, config: Config, max_seconds: float | None) -> float | None:
+    """Budget in seconds of a training that goes on from a checkpoint."""
+    content = read_state(checkpoint)
+    refuse_other_config(f"checkpoint '{checkpoint}'", content["config"], config)
+    before = validate(TrainConfig, content["config"]["train"])
+    return _continued_budget(TrainState.of(content), before, config.train, max_seconds)
 
 
 def _refuse_disagreement(ranks: Ranks, config: Config) -> None:

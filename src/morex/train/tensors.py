@@ -1,43 +1,16 @@
-"""Between live objects and named tensors in safetensors files: weights, optimizer state, random state."""
+"""Between live objects and named tensors: weights, optimizer state, random state."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from morex.train.errors import FULL, CheckpointError
-from morex.train.parallel import divided_like
+from morex.train.errors import CheckpointError
+from morex.train.storage import Piece
 
 RANDOM = "random/"
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file and forces it to disk. Raises OSError where the disk is full."""
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        for number in FULL:
-            if f"os error {number}" in str(error):
-                raise OSError(number, os.strerror(number), str(path)) from error
-        raise
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU. Raises CheckpointError where the file is not safetensors."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"'{path}' is damaged: it is not a safetensors file ({error})") from None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -53,10 +26,10 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def refuse_other_model(path: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def refuse_other_model(path: Path, shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError that names the first tensor that is missing, too many, or of another shape."""
-    for name in [*own, *tensors]:
-        there = f"{list(tensors[name].shape)}" if name in tensors else "absent"
+    for name in [*own, *shapes]:
+        there = f"{list(shapes[name])}" if name in shapes else "absent"
         here = f"{list(own[name].shape)}" if name in own else "absent"
         if there != here:
             raise CheckpointError(f"checkpoint '{path}' is of another model: {name} is {there} there and {here} here")
@@ -71,19 +44,36 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+def room_for_optimizer(model: nn.Module, saved: Mapping[str, Piece]) -> dict[str, Tensor]:
+    """Tensors of the kind that `optimizer_tensors` gives, to be filled, divided as the parameters are.
+
+    Args:
+        saved: a piece of each tensor that there is.
+
+    Raises:
+        CheckpointError: for a parameter that the model lacks.
+    """
+    parameters = dict(model.named_parameters())
+    room = {}
+    for full, piece in saved.items():
+        key, _, name = full.partition("/")
+        if name not in parameters:
+            raise CheckpointError(f"the optimizer state is of another model: parameter {name} is absent here")
+        own = parameters[name].detach()
+        if tuple(own.shape) == piece.whole and key != "step":
+            room[full] = torch.zeros_like(own)
+        else:
+            room[full] = torch.zeros(piece.whole, dtype=getattr(torch, piece.dtype), device=own.device)
+    return room
+
+
 def set_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` gave. Raises CheckpointError for a parameter that the model lacks."""
+    """Puts back what `optimizer_tensors` gave."""
     parameters = dict(model.named_parameters())
     state: dict[Tensor, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         key, _, name = full.partition("/")
-        if full.startswith(RANDOM):
-            continue
-        if name not in parameters:
-            raise CheckpointError(f"the optimizer state is of another model: parameter {name} is absent here")
-        own = parameters[name]
-        kept = tensor.to(own.device) if tensor.dim() == 0 else divided_like(own, tensor)
-        state.setdefault(own, {})[key] = kept
+        state.setdefault(parameters[name], {})[key] = tensor
     optimizer.state.clear()
     optimizer.state.update(state)
 

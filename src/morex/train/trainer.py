@@ -7,7 +7,7 @@ that accumulation changes memory and nothing else. Times are those of training s
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from morex.loading import is_depth_routed
 from morex.model.count import count
 from morex.nn import ranks as together
 from morex.nn.signals import RouterStats
-from morex.train.checkpoint import save_checkpoint
-from morex.train.errors import Interrupted, NonFiniteError, disk_full_explained
+from morex.train.checkpoint import load_checkpoint, save_checkpoint
+from morex.train.errors import AnomalyError, Interrupted, disk_full_explained
 from morex.train.interrupt import stop_on_signals
 from morex.train.metrics import MetricsWriter, evaluation_line, summarise, training_line
 from morex.train.opening import evaluate_by
@@ -33,7 +33,8 @@ from morex.train.parallel import exchange_gradients, gradient_norm
 from morex.train.progress import ProgressDisplay
 from morex.train.ranks import Ranks, started
 from morex.train.runs import RunFolder
-from morex.train.setup import Training, begin, cpu_threads
+from morex.train.setup import Pace, Training, begin, cpu_threads
+from morex.train.watchdog import Watchdog
 
 
 def train(
@@ -57,7 +58,7 @@ def train(
     Raises:
         ConfigError: the config, the corpus, the run folder or its checkpoint cannot be used.
         Interrupted: a signal asked to stop; a checkpoint has been saved.
-        NonFiniteError: a loss or gradient is not finite; it has not reached the weights.
+        AnomalyError: a loss or gradient is not finite, or a spike, and `train.anomaly` says to stop.
         DiskFullError: no space left; what was saved before is intact.
     """
     with started(cfg.train.device) as ranks:
@@ -94,11 +95,14 @@ def loop(t: Training, console: Console) -> None:
     """Steps, evaluations and checkpoints until the run is done."""
     state, plan = t.state, t.config.train
     with (
+        saving_finished(t),
         stop_on_signals(console) as stop,
         MetricsWriter(t.run.metrics_path, state.step, speaks=t.ranks.is_first) as metrics,
         ProgressDisplay(console, *progress(t)) as display,
+        Watchdog(t.run, t.ranks, plan.hang_seconds) as watchdog,
     ):
         while True:
+            watchdog.beat(state.step)
             # All ranks stop at the same step, by the clock of the slowest.
             signal_number, state.seconds = t.ranks.most(stop.signal_number or 0, state.seconds)
             if signal_number:
@@ -115,7 +119,12 @@ def loop(t: Training, console: Console) -> None:
             lr = set_learning_rate(t)
             losses, stats = forward_backward(t, batch)
             grad_norm = clip_gradients(t)
-            refuse_non_finite(t, losses, grad_norm)
+            fault = state.guard.fault(plan.anomaly, losses, t.model.head.objective, grad_norm)
+            if fault is not None:
+                t.optimizer.zero_grad(set_to_none=True)
+                state.seconds += time.perf_counter() - started
+                handle_anomaly(t, fault, metrics, display)
+                continue
             t.optimizer.step()
             t.optimizer.zero_grad(set_to_none=True)
             state.step += 1
@@ -125,6 +134,7 @@ def loop(t: Training, console: Console) -> None:
             state.flops += tokens * flops_per_token(t, stats)
             state.seconds += time.perf_counter() - started
             state.last_loss = losses[t.model.head.objective]
+            state.guard.accept(plan.anomaly, state.step, state.last_loss, grad_norm)
 
             if state.step == 1 or is_due(t, plan.log_every):
                 metrics.write(training_line(t, lr, losses, grad_norm, stats))
@@ -197,15 +207,41 @@ def clip_gradients(t: Training) -> float:
     return gradient_norm(t.model, limit)
 
 
-def refuse_non_finite(t: Training, losses: dict[str, float], grad_norm: float) -> None:
-    """Raises NonFiniteError, naming the step and the quantity, before anything wrong reaches the weights."""
-    values = {f"loss '{name}'": loss for name, loss in losses.items()} | {"gradient norm": grad_norm}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"{name} is {value} at step {t.state.step + 1}; training stopped before the update ({_saved(t)}); "
-                f"start anew with train.lr below {t.config.train.lr}, more train.warmup_steps or train.precision fp32"
-            )
+def handle_anomaly(t: Training, fault: str, metrics: MetricsWriter, display: ProgressDisplay) -> None:
+    """Leaves the batch of a step out, or goes back to the last checkpoint and on with later batches.
+
+    All ranks do the same: they judge by the same numbers.
+
+    Args:
+        fault: what is wrong with the step.
+
+    Raises:
+        AnomalyError: `train.anomaly` says to stop, or there were too many in a row.
+    """
+    config, guard, step = t.config.train.anomaly, t.state.guard, t.state.step + 1
+    guard.note(step)
+    t.saving.finish()
+    if config.action == "stop" or guard.in_row > config.limit:
+        many = "" if config.action == "stop" else f", after {config.limit} more in a row that train.anomaly passed over"
+        raise AnomalyError(
+            f"{fault} at step {step}{many}; training stopped before the update ({_saved(t)}); start anew with "
+            f"train.lr below {t.config.train.lr}, more train.warmup_steps or train.precision fp32"
+        )
+    done = "its batch is left out"
+    if config.action == "roll_back" and t.saved_step is not None:
+        done = f"back to the checkpoint of step {t.saved_step}, and on with later batches"
+        go_back(t, t.saved_step)
+        metrics.drop_after(t.state.step)
+    metrics.write({"kind": "anomaly", "step": t.state.step + 1, "at": step, "fault": fault, "done": done})
+    display.say(f"step {step:,}: {fault}; {done}")
+
+
+def go_back(t: Training, step: int) -> None:
+    """Takes weights, optimizer and random state from the checkpoint of a step; the data goes on where it is."""
+    with t.ranks.agreed():
+        earlier = load_checkpoint(t.run.checkpoint_path(step), t.model, t.optimizer, t.config, t.ranks.rank)
+    t.state.go_back(earlier)
+    t.pace = Pace(t.state.tokens, t.state.flops, t.state.seconds)
 
 
 def _saved(t: Training) -> str:
@@ -229,9 +265,7 @@ def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisp
         own = t.config.eval
         result = evaluate_by(t.config, t.model, t.data.val, by_depth=own.depths, deepest=own.deepest)
     if not math.isfinite(result.loss):
-        raise NonFiniteError(
-            f"the held-out loss is {result.loss} at step {t.state.step}; training stopped ({_saved(t)})"
-        )
+        raise AnomalyError(f"the held-out loss is {result.loss} at step {t.state.step}; training stopped ({_saved(t)})")
     line = evaluation_line(t, result)
     t.state.evaluation = line
     best = t.state.best_val_loss
@@ -246,8 +280,11 @@ def save(t: Training) -> None:
     t.state.loader = t.loader.state_dict()
     [peak] = t.ranks.most(max(t.state.peak_memory_bytes, t.memory.bytes()))
     t.state.peak_memory_bytes = round(peak)
+    asked = t.config.train.save_in_background
+    t.saving.finish()
     with t.memory.left_out():
-        save_checkpoint(t.run, t.model, t.optimizer, t.state, t.config, t.ranks)
+        in_background = t.device.type == "cuda" if asked is None else asked
+        t.saving = save_checkpoint(t.run, t.model, t.optimizer, t.state, t.config, t.ranks, in_background)
     t.saved_step = t.state.step
 
 
@@ -255,10 +292,21 @@ def save_and_stop(t: Training, signal_number: int) -> None:
     """Saves and raises Interrupted, which says how to go on."""
     if t.saved_step != t.state.step:
         save(t)
+    t.saving.finish()
     raise Interrupted(
         f"stopped and saved at step {t.state.step} of {t.config.train.steps}; go on with `{t.run.resume_command}`",
         signal_number,
+        exit_code=0,
     )
+
+
+@contextmanager
+def saving_finished(t: Training) -> Iterator[None]:
+    """Nothing ends before the checkpoint that is being written does."""
+    try:
+        yield
+    finally:
+        t.saving.finish()
 
 
 def is_done(t: Training) -> bool:
