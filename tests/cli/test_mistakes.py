@@ -265,7 +265,7 @@ def test_a_full_disk_keeps_what_was_saved(shell: Shell, monkeypatch: pytest.Monk
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("morex.train.checkpoint.write_tensors", full)
+    monkeypatch.setattr("morex.train.storage.write_whole", full)
     result = shell("train", "--resume", "run", "--set", "train.steps=5")
     assert result.code == 2
     assert re.search(r"^error: no space left[^\n]*--resume run", result.err, re.M) and "Traceback" not in result.err

@@ -78,7 +78,7 @@ def test_a_signal_finishes_the_step_and_saves(number: signal.Signals, corpus: Pa
         with pytest.raises(Interrupted) as caught:
             run(config, tmp_path / "run")
     stopped = RunFolder(tmp_path / "run")
-    assert caught.value.exit_code == 128 + number
+    assert (caught.value.exit_code, caught.value.signal_number) == (0, number)
     assert str(caught.value) == f"stopped and saved at step 4 of 6; go on with `morex train --resume {stopped.path}`"
     assert signal.getsignal(number) is before
     assert [path.name for path in stopped.checkpoints.iterdir()] == ["step-4"] and stopped.summary() is None
@@ -136,7 +136,7 @@ def test_a_process_told_to_stop_saves_and_can_go_on(corpus: Path, tmp_path: Path
         output, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+    assert process.returncode == 0, errors
     assert f"go on with `morex train --resume {done.path}`" in output
     (saved,) = done.checkpoints.iterdir()
     step = int(saved.name.removeprefix("step-"))
@@ -230,7 +230,7 @@ def test_a_budget_in_seconds_is_kept_and_cannot_be_changed(corpus: Path, tmp_pat
         ("model.d_model=64", "model.d_model is 32 there and 64 here"),
         ("train.batch_size=8", "train.batch_size is 4 there and 8 here"),
         ("data.seed=3", "data.seed is 0 there and 3 here"),
-        ("train.precision=bf16", "train.precision is 'fp32' there and 'bf16' here"),
+        ("train.accumulation=2", "train.accumulation is 1 there and 2 here"),
     ],
 )
 def test_another_config_is_refused(override: str, sentence: str, corpus: Path, tmp_path: Path) -> None:

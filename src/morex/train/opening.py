@@ -80,11 +80,12 @@ def open_run(path: Path, overrides: Sequence[str] = (), device: str = "auto") ->
             )
     run = run_of(path)
     config = load_config(run.config_path, overrides)
-    model, tokenizer = load(path, device)
+    checkpoint, _ = checkpoint_of(path)
+    model, tokenizer = load(checkpoint, device)
     data = prepare_source(config, tokenizer)
-    if not any(override.startswith("data.") for override in overrides) and trained_on(path)["text"] != data.content:
+    if not any(override.startswith("data.") for override in overrides) and trained_on(checkpoint)["text"] != data.content:
         raise ConfigError(
             f"{config.data.described} has changed since '{path}' was trained, and its held-out set with it; put the "
             f"old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
         )
-    return OpenRun(run, int(read_state(checkpoint_of(path)[0])["step"]), config, model, tokenizer, data)
+    return OpenRun(run, int(read_state(checkpoint)["step"]), config, model, tokenizer, data)
