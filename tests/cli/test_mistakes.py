@@ -61,6 +61,12 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["generate", "nowhere", "--prompt", "a", "--max-new-tokens", "few"], "--max-new-tokens"),
         (["presets", "--seq-len", "0"], "--seq-len 0 must be 1 or more"),
         (["compare", "dmeo"], "unknown study 'dmeo'; did you mean 'demo'"),
+        (["compare", "demo", "--on", "slurm"], "--on 'slurm' is unknown; use local, ray"),
+        (
+            ["compare", "demo", "--ray-address", "one:6379"],
+            "--ray-address one:6379 is for cells on a cluster; add --on ray",
+        ),
+        (["compare", "demo", "--cell-cpus", "2"], "--cell-cpus 2 is for cells on a cluster; add --on ray"),
         (["presets", "vanila"], "unknown preset 'vanila'; did you mean 'vanilla'"),
         (["data", "vanilla", "--set", "data.corpus=missing.txt"], "missing.txt"),
         (["bench", "train", "vanila"], "unknown preset 'vanila'; did you mean 'vanilla'"),

@@ -19,6 +19,13 @@ MOREX = [sys.executable, "-m", "morex"]
 BATCH = ("--set", "train.batch_size=4")
 
 
+def free_port() -> int:
+    """A port of this machine at which nothing answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def ranks(*words: str | Path, count: int = 2) -> subprocess.CompletedProcess[str]:
     """A training on so many ranks."""
     command = [*MOREX, "train", *map(str, words), *TINY, *BATCH, "--ranks", str(count)]
@@ -42,11 +49,15 @@ def test_one_of_them_speaks(shell: Shell) -> None:
         (["--set", "train.batch_size=5"], 2, "train.batch_size 5 cannot be divided over 2 ranks"),
         (["--set", "train.shards=3"], 2, "train.shards 3 does not divide the 2 ranks"),
         (["--set", "train.device=cuda:0"], 2, "train.device 'cuda:0' is one device for 2 ranks"),
+        (["--set", "train.device=cuda"], 2, "device 'cuda' is not there: this machine has 0 CUDA devices"),
         (["--set", "data.corpus=missing.txt"], 2, "missing.txt"),
         (["--out", "taken"], 2, "run folder 'taken' holds a run"),
     ],
 )
-def test_a_mistake_is_said_once_and_ends_all(shell: Shell, words: list[str], count: int, sentence: str) -> None:
+def test_a_mistake_is_said_once_and_ends_all(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, words: list[str], count: int, sentence: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     if "taken" in words:
         Path("taken").mkdir()
         Path("taken/config.yaml").write_text("model: {}\n")
@@ -63,9 +74,7 @@ def test_ranks_that_were_given_different_configs_end(shell: Shell) -> None:
     commands = [
         [*MOREX, "train", "vanilla", "--out", "run", *TINY, *BATCH, "--set", f"train.lr={lr}"] for lr in (0.1, 0.2)
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
     processes = [
         subprocess.Popen(
@@ -80,6 +89,44 @@ def test_ranks_that_were_given_different_configs_end(shell: Shell) -> None:
     (_, first), (_, second) = (process.communicate(timeout=300) for process in processes)
     assert [process.returncode for process in processes] == [2, 2]
     assert "train.lr is 0.1 on rank 0 and 0.2 on rank 1" in first and second == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_the_others_ends(shell: Shell, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The first, which the others do not come to, and one that finds no first."""
+    monkeypatch.setattr("morex.train.ranks.MEETS", 1)
+    port = free_port()
+    here = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in here.items():
+        monkeypatch.setenv(name, str(value))
+    sentence = shell.refuses("train", "vanilla", "--out", "run", *TINY)
+    assert f"the 2 ranks of this training have not found each other at MASTER_ADDR:MASTER_PORT '127.0.0.1:{port}'" in (
+        sentence
+    )
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_machine_without_the_others_ends(shell: Shell, monkeypatch: pytest.MonkeyPatch, node: int) -> None:
+    monkeypatch.setattr("morex.cli.launch.JOINS", 1)
+    head = f"127.0.0.1:{free_port()}"
+    words = ["--nodes", "2", "--node", str(node), "--head", head, "--ranks", "1"]
+    sentence = shell.refuses("train", "vanilla", "--out", "run", *TINY, *words)
+    assert f"--head '{head}': the 2 machines have not found each other there in 1 seconds" in sentence
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--nodes", "2"], "--nodes, --node and --head go together; --node and --head missing"),
+        (["--nodes", "2", "--node", "2", "--head", "one:29500"], "--node 2 must be below --nodes 2"),
+        (["--nodes", "2", "--node", "0", "--head", "one"], "--head 'one' must be HOST:PORT"),
+        (["--nodes", "2", "--node", "0", "--head", "one:99999"], "--head 'one:99999' must be HOST:PORT"),
+    ],
+)
+def test_machines_that_make_no_sense_are_refused(shell: Shell, words: list[str], sentence: str) -> None:
+    assert sentence in shell.refuses("train", "vanilla", *TINY, *words)
 
 
 @pytest.mark.slow

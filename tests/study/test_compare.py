@@ -17,10 +17,11 @@ from rich.console import Console
 
 from morex.data.prepare import prepare
 from morex.loading import ConfigError
-from morex.study import runner
+from morex.study import local, runner
 from morex.study.compare import _claim, command_of, compare
-from morex.study.plan import plan
-from morex.study.results import collect, is_finished, note_jobs
+from morex.study.local import Local
+from morex.study.plan import PlannedCell, plan
+from morex.study.results import collect, is_finished, note_jobs, read_study
 from morex.study.spec import load_study
 from morex.study.worker import Worker
 from morex.train.errors import DiskFullError
@@ -37,6 +38,10 @@ def quiet() -> Console:
 def text_of(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def cell_of(folder: Path, name: str) -> PlannedCell:
+    return next(cell for cell in plan(read_study(folder)).cells if cell.name == name)
 
 
 def runs_of(folder: Path) -> dict[str, int]:
@@ -254,7 +259,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(source: Path, tmp_path: P
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert 0 < stopped < 4000
     with Worker(folder) as worker:
-        worker.start("mor-expert-s0", folder / "again.log")
+        worker.start(cell_of(folder, "mor-expert-s0"), folder / "again.log")
         wait_for(lambda: metrics.read_text().count("\n") > stopped + 5)
         assert worker.interrupt()
         wait_for(lambda: worker.poll() is not None)
@@ -269,10 +274,11 @@ import os
 import sys
 from rich.console import Console
 from morex.study.compare import compare
+from morex.study.local import Local
 from morex.train.errors import Interrupted
 try:
     jobs = int(os.environ.get("JOBS", "1"))
-    compare(sys.argv[1], sys.argv[2], sys.argv[3:], console=Console(stderr=True, width=400), jobs=jobs)
+    compare(sys.argv[1], sys.argv[2], sys.argv[3:], console=Console(stderr=True, width=400), executor=Local(jobs))
 except Interrupted as stop:
     print(stop, file=sys.stderr)
     sys.exit(stop.exit_code)
@@ -281,7 +287,7 @@ except Interrupted as stop:
 
 def test_cells_run_side_by_side(source: Path, finished: tuple[Path, str, str], tmp_path: Path) -> None:
     folder, progress, output = tmp_path / "out", quiet(), quiet()
-    results = compare(source, folder, console=progress, output=output, jobs=2)
+    results = compare(source, folder, console=progress, output=output, executor=Local(jobs=2))
     alone = collect(finished[0])
     assert [cell.status for cell in results.cells] == ["finished", "finished", "failed"]
     for row in ("mor-expert", "twin"):
@@ -306,10 +312,10 @@ def test_no_more_cells_at_a_time_than_asked(tmp_path: Path, monkeypatch: pytest.
     class Looks(Worker):
         """A cell ends at the third look, without a process."""
 
-        def start(self, cell: str, log: Path) -> None:
-            running.add(cell)
-            events.append((cell, len(running)))
-            self.cell, self.looks = cell, 0
+        def start(self, cell: PlannedCell, log: Path) -> None:
+            running.add(cell.name)
+            events.append((cell.name, len(running)))
+            self.cell, self.looks = cell.name, 0
 
         def poll(self) -> int | None:
             self.looks += 1
@@ -318,10 +324,10 @@ def test_no_more_cells_at_a_time_than_asked(tmp_path: Path, monkeypatch: pytest.
             running.discard(self.cell)
             return 0
 
-    monkeypatch.setattr(runner, "Worker", Looks)
+    monkeypatch.setattr(local, "Worker", Looks)
     monkeypatch.setattr(runner, "POLL", 0.0)
     planned = plan(tiny_study(tmp_path, {"name": "vanilla"}, seeds=(0, 1, 2, 3, 4)))
-    runner.run_cells(tmp_path, planned, quiet(), "", jobs=3)
+    runner.run_cells(tmp_path, planned, quiet(), "", Local(jobs=3))
     assert [cell for cell, _ in events] == [f"vanilla-s{seed}" for seed in range(5)]
     assert [together for _, together in events[:3]] == [1, 2, 3]
     assert max(together for _, together in events) == 3
@@ -331,7 +337,7 @@ def test_cells_share_the_threads(source: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     _claim(tmp_path, load_study(source, ["train.threads=null"]))
     with Worker(tmp_path, threads=1) as worker:
-        worker.start("twin-s0", tmp_path / "twin.log")
+        worker.start(cell_of(tmp_path, "twin-s0"), tmp_path / "twin.log")
         wait_for(lambda: worker.poll() is not None)
     assert json.loads((tmp_path / "runs" / "twin-s0" / "env.json").read_text())["threads"] == 1
 
@@ -365,16 +371,16 @@ def test_jobs_that_make_no_sense_are_refused(
     source: Path, tmp_path: Path, jobs: int, overrides: list[str], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        compare(source, tmp_path / "out", overrides, console=quiet(), output=quiet(), jobs=jobs)
+        compare(source, tmp_path / "out", overrides, console=quiet(), output=quiet(), executor=Local(jobs))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_cell_is_a_failed_cell(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = Worker.start
 
-    def start_and_kill(self: Worker, cell: str, log: Path) -> None:
+    def start_and_kill(self: Worker, cell: PlannedCell, log: Path) -> None:
         start(self, cell, log)
-        if cell.startswith("mor-expert"):
+        if cell.name.startswith("mor-expert"):
             wait_for(lambda: self.poll() is None and self.pid is not None)
             assert self.pid is not None
             os.kill(self.pid, signal.SIGKILL)
@@ -388,7 +394,7 @@ def test_a_killed_cell_is_a_failed_cell(source: Path, tmp_path: Path, monkeypatc
 def test_commands_can_be_typed_again(tmp_path: Path) -> None:
     assert command_of("demo", Path("a b"), ["seeds=[1, 2]"]) == "morex compare demo --out 'a b' --set 'seeds=[1, 2]'"
     assert command_of(load_study("demo"), Path("out"), ()) == "morex compare demo --out out"
-    assert command_of("demo", Path("out"), (), jobs=2) == "morex compare demo --out out --jobs 2"
+    assert command_of("demo", Path("out"), (), Local(jobs=2)) == "morex compare demo --out out --jobs 2"
     study = tiny_study(tmp_path)
     assert command_of(study, Path("out"), ()) == "morex compare out/study.yaml --out out"
 

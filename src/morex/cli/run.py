@@ -60,22 +60,33 @@ def train(
     tiny: Tiny = False,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Processes that train together; default: one for each GPU, else one."),
+        typer.Option(
+            min=1, metavar="N", help="Processes of this machine that train; default: one for each GPU, else one."
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Machines that train together, each with this command.")
+    ] = None,
+    node: Annotated[int | None, typer.Option(min=0, metavar="I", help="Number of this machine, from 0.")] = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machines find each other: on machine 0, a free port.")
     ] = None,
 ) -> None:
     """Train one model and keep everything in a run folder.
 
-    Ctrl-C or SIGTERM saves a checkpoint and says how to go on. On several machines, start the command with torchrun.
+    Ctrl-C or SIGTERM saves a checkpoint and says how to go on. On several machines start the command on each, with
+    --nodes, --node and --head and a run folder that all of them see, or let torchrun or Slurm start the ranks.
     """
-    settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
-    from morex.cli.launch import launch, ranks_to_start
+    from morex.cli.launch import Nodes, launch, ranks_to_start
 
+    machines = Nodes.asked(nodes, node, head)
+    settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
     count = ranks_to_start(ranks, settings.train.device)
-    if count > 1:
+    if count > 1 or (machines.count > 1 and "WORLD_SIZE" not in os.environ):
         from morex.train.runs import RunFolder as Run
 
         run = Run(folder)
-        raise typer.Exit(launch(count, context.obj.words, lambda: run.is_stopped))
+        raise typer.Exit(launch(count, context.obj.words, lambda: run.is_stopped, machines))
     from morex.train.trainer import train as train_run
 
     progress = console(stderr=True)

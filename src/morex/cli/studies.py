@@ -30,6 +30,7 @@ BENCH_COLUMNS = {
         "morex compare iso-flop --out studies/iso-flop --set seeds=[0]",
         "morex compare my-study.yaml --out studies/mine --set train.threads=2",
         "morex compare seed-more --out studies/seed-more --jobs 4",
+        "morex compare seed-more --out /shared/studies/seed-more --on ray --ray-address HOST:6379",
     )
 )
 def compare(
@@ -42,17 +43,55 @@ def compare(
         typer.Option("--set", metavar="A.B=VALUE", help="Change the study, or a value of every variant; repeatable."),
     ] = None,
     jobs: Annotated[
-        int, typer.Option(help="Cells trained at a time; they share the machine, so their times compare less well.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Cells trained at a time; those that share a machine have times that compare less well. Default: one, "
+            "on a cluster as many as there is room for."
+        ),
+    ] = None,
+    on: Annotated[
+        str, typer.Option(metavar="WHERE", help="Where cells run: local, or ray for a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="HOST:PORT or ray://HOST:PORT of the cluster; default: $RAY_ADDRESS, the Ray that runs here, or a new "
+            "one of this machine.",
+        ),
+    ] = None,
+    cell_cpus: Annotated[
+        int | None,
+        typer.Option(help="CPUs of each cell on a cluster; default: train.threads, or this machine's threads."),
+    ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(min=0, help="Further tries of a cell whose process or machine fails; default: 0, on a cluster 2."),
+    ] = None,
 ) -> None:
     """Train the models of a study and compare them in a report.
 
     Cells that are finished are kept, so that an interrupted study goes on where it stopped. The folder then holds
     report.html, table.csv, results.json and the figures. The exit code is 1 where a cell failed.
-    """
-    from morex.study.compare import compare as run_study
 
-    results = run_study(study, out, overrides or [], console=console(stderr=True), jobs=jobs)
+    On a cluster, put the folder of the study on a file system that all machines share. From machines that do not see
+    it, the files of a cell come back as they change.
+    """
+    check_choice("--on", [on], ("local", "ray"))
+    if on == "local":
+        for option, value in (("--ray-address", ray_address), ("--cell-cpus", cell_cpus)):
+            if value is not None:
+                raise ConfigError(f"{option} {value} is for cells on a cluster; add --on ray")
+    from morex.study.cluster import Cluster
+    from morex.study.compare import compare as run_study
+    from morex.study.local import Local
+
+    executor = (
+        Local(1 if jobs is None else jobs, retries or 0)
+        if on == "local"
+        else Cluster(ray_address, cell_cpus, jobs, 2 if retries is None else retries)
+    )
+    results = run_study(study, out, overrides or [], console=console(stderr=True), executor=executor)
     if any(row.failed for row in results.rows):
         raise typer.Exit(1)
 

@@ -18,6 +18,11 @@ from morex.train.errors import DiskFullError, Interrupted, TrainingError
 from morex.train.runs import RunFolder
 from morex.train.trainer import train
 
+INTERRUPTED = 130
+"""Exit code of a cell that a signal has stopped; what was trained is saved."""
+WOULD_FAIL_AGAIN = 2
+"""Exit code of a cell that failed for a reason that will be there the next time too."""
+
 
 def run_cell(folder: Path, study: StudyConfig, cell: PlannedCell, console: Console | None = None) -> Measures:
     """Trains a cell, from its newest checkpoint where there is one, and measures it."""
@@ -30,7 +35,11 @@ def run_cell(folder: Path, study: StudyConfig, cell: PlannedCell, console: Conso
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0: finished; 1: failed, the sentence is written down; above 128: interrupted, to go on later."""
+    """Trains, measures, and returns an exit code.
+
+    0: finished; 1: failed, the sentence is written down; WOULD_FAIL_AGAIN: the same, and another try is of no use;
+    INTERRUPTED: stopped, to go on later.
+    """
     folder, name = Path(arguments[0]), arguments[1]
     study = read_study(folder)
     cell = next(cell for cell in plan(study).cells if cell.name == name)
@@ -40,14 +49,15 @@ def main(arguments: list[str]) -> int:
         run_cell(folder, study, cell, Console(width=120))
     except Interrupted as stop:
         print(stop)
-        return 128 + stop.signal_number
+        return INTERRUPTED
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         with suppress(OSError):  # a full disk may not take this either; then the exit code tells
             write_json(failure_path(folder, name), {"cell": name, "error": _sentence(error, folder)})
-        return 1
+        is_final = isinstance(error, ConfigError | TrainingError) and not isinstance(error, DiskFullError)
+        return WOULD_FAIL_AGAIN if is_final else 1
     return 0
 
 

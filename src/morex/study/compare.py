@@ -15,18 +15,19 @@ from morex.data.source import num_windows, prepare_source
 from morex.data.tasks.prepared import PreparedTask
 from morex.files import write_json, write_whole
 from morex.loading import ConfigError
+from morex.study.executor import Executor
 from morex.study.findings import findings
+from morex.study.local import Local
 from morex.study.pictures import write_pictures
 from morex.study.plan import Plan, plan
 from morex.study.records import Results
 from morex.study.report import report_html
 from morex.study.results import collect, read_study
-from morex.study.runner import run_cells
+from morex.study.runner import run_cells, unfinished
 from morex.study.spec import StudyConfig, load_study, studies
 from morex.study.table import csv_text, terminal_tables
 from morex.train.checkpoint import differences
 from morex.train.errors import disk_full_explained
-from morex.train.precision import resolve_device
 from morex.train.runs import RunFolder
 
 PIPE_WIDTH = 140
@@ -38,7 +39,7 @@ def compare(
     overrides: Sequence[str] = (),
     console: Console | None = None,
     output: Console | None = None,
-    jobs: int = 1,
+    executor: Executor | None = None,
 ) -> Results:
     """Runs a study, or what is left of it, and writes its report.
 
@@ -48,25 +49,27 @@ def compare(
         overrides: `a.b=value` changes of the study or, with `model.`, `data.`, `train.`, `eval.`, of every variant.
         console: where progress goes; default stderr.
         output: where the table and the findings go; default stdout.
-        jobs: cells trained at a time. Their times are then those of a shared machine, and the report says so.
+        executor: where cells run and how many at a time; default one at a time on this machine. Where several share a
+            machine, their times are those of a shared machine, and the report says so.
 
     Raises:
-        ConfigError: the study, its data, the folder or `jobs` cannot be used; nothing has been trained or overwritten.
+        ConfigError: the study, its data, the folder or the executor cannot be used; nothing has been overwritten.
         Interrupted: a signal asked to stop; the same call goes on.
     """
     loaded = study if isinstance(study, StudyConfig) else load_study(study, overrides)
     folder = Path(out_dir) if out_dir is not None else Path("studies") / loaded.name
     console = console or Console(stderr=True)
-    _check_jobs(loaded, jobs)
-    command = command_of(study, folder, overrides, jobs)
+    executor = executor or Local()
+    command = command_of(study, folder, overrides, executor)
     planned = plan(loaded)
+    executor.check(loaded, unfinished(folder, planned))
     _require_drawing()
     _refuse_other_use(folder, loaded)
     space = disk_full_explained(f"study folder '{folder}'", lambda: f"go on with `{command}`")
     with space, RunFolder(folder).locked():
         check_data(loaded, planned)
         _claim(folder, loaded)
-        run_cells(folder, planned, console, command, jobs)
+        run_cells(folder, planned, console, command, executor)
         results = write_report(folder, command)
     print_results(results, folder, output or Console(width=None if Console().is_terminal else PIPE_WIDTH))
     return results
@@ -94,7 +97,9 @@ def print_results(results: Results, folder: Path, output: Console) -> None:
     output.print(f"\nReport: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequence[str], jobs: int = 1) -> str:
+def command_of(
+    study: StudyConfig | str | Path, folder: Path, overrides: Sequence[str], executor: Executor | None = None
+) -> str:
     """The command line that runs or continues the study."""
     source = str(study)
     if isinstance(study, StudyConfig):
@@ -104,15 +109,11 @@ def command_of(study: StudyConfig | str | Path, folder: Path, overrides: Sequenc
     words = ["morex", "compare", source, "--out", str(folder)]
     for override in overrides:
         words += ["--set", override]
-    if jobs > 1:
-        words += ["--jobs", str(jobs)]
-    return shlex.join(words)
+    return shlex.join(words + (executor.words if executor is not None else []))
 
 
 def check_data(study: StudyConfig, planned: Plan) -> None:
-    """Prepares the data once, so that a fault of data, prompt or device shows before anything is trained."""
-    for cell in planned.cells:
-        resolve_device(cell.config.train.device)
+    """Prepares the data once, so that a fault of data or prompt shows before anything is trained."""
     config = planned.cells[0].config
     data = prepare_source(config)
     if study.learning_rates is not None and num_windows(data.val, config.train.seq_len) < 2:
@@ -129,16 +130,6 @@ def check_data(study: StudyConfig, planned: Plan) -> None:
     for option, text in texts.items():
         if text is not None and not len(data.tokenizer.encode(text)):
             raise ConfigError(f"{option} '{text}' has no tokens; give at least one character")
-
-
-def _check_jobs(study: StudyConfig, jobs: int) -> None:
-    if jobs < 1:
-        raise ConfigError(f"--jobs {jobs} must be 1 or more")
-    if jobs > 1 and study.budget.kind == "seconds":
-        raise ConfigError(
-            f"--jobs {jobs} does not go with budget.kind 'seconds', as cells would take time from each other; use "
-            f"--jobs 1, or a budget in tokens, flops or steps"
-        )
 
 
 def _require_drawing() -> None:

@@ -3,7 +3,7 @@
 study.yaml              the resolved study
 runs/CELL/              a run folder, with cell.json beside its summary once the cell is measured
 runs/CELL.failed.json   the sentence that a failed cell ended with
-jobs.json               how many cells ran at a time, where it was more than one
+jobs.json               how many cells ran at a time on one machine, where it was more than one
 """
 
 import statistics
@@ -73,13 +73,13 @@ def is_finished(folder: Path, name: str) -> bool:
 
 
 def note_jobs(folder: Path, jobs: int) -> None:
-    """Writes down that `jobs` cells ran at a time: their times are those of a shared machine, for good."""
+    """Writes down that `jobs` cells ran at a time on one machine: their times are those of a shared one, for good."""
     if jobs > most_jobs(folder):
         write_json(folder / JOBS, {"jobs": jobs})
 
 
 def most_jobs(folder: Path) -> int:
-    """Most cells of the study that ever ran at a time."""
+    """Most cells of the study that ever ran at a time on one machine."""
     path = folder / JOBS
     return int(read_json(path)["jobs"]) if path.is_file() else 1
 

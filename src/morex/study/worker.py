@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from morex.study.cell import main
+from morex.study.plan import PlannedCell
 
 
 class Worker:
@@ -47,13 +48,18 @@ class Worker:
         self.server.stdout.close()
         self.server = None
 
-    def start(self, cell: str, log: Path) -> None:
+    @property
+    def machine(self) -> str:
+        """As of `executor.CellWorker`."""
+        return "here"
+
+    def start(self, cell: PlannedCell, log: Path) -> None:
         """Starts a cell; what it prints goes to the end of `log`."""
         if self.server is None or self.server.poll() is not None:
             self.server = self._serve()
         assert self.server.stdin is not None
         self.answers, self.pid = b"", None
-        self.server.stdin.write(json.dumps({"cell": cell, "log": str(log)}).encode() + b"\n")
+        self.server.stdin.write(json.dumps({"cell": cell.name, "log": str(log)}).encode() + b"\n")
         self.server.stdin.flush()
 
     def poll(self) -> int | None:
@@ -130,7 +136,7 @@ def _fork(folder: str, request: dict[str, str]) -> int:
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _redirect(request["log"])
+        redirect(request["log"])
         code = main([folder, request["cell"]])
     except BaseException:
         traceback.print_exc()
@@ -147,7 +153,7 @@ def _spawn(folder: str, request: dict[str, str]) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
-def _redirect(log: str) -> None:
+def redirect(log: str) -> None:
     """Standard output and error go to a file, standard input gives nothing."""
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)

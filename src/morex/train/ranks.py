@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from morex.loading import ConfigError
 from morex.nn import ranks as together
 from morex.nn.signals import RouterStats
 from morex.train.errors import TrainingError
+from morex.train.meeting import answers
 
 BACKENDS = "cpu:gloo,cuda:nccl"
+MEETS = 300
+"""Seconds in which ranks have to find each other."""
+LATEST = timedelta(minutes=30)
+"""How long ranks wait for one that prepares something for them all."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def started(device: str) -> Iterator[Ranks]:
         device: `train.device`.
 
     Raises:
-        ConfigError: the device names one for all ranks.
+        ConfigError: the device names one for all ranks, or they do not find each other.
     """
     is_new = not (dist.is_available() and dist.is_initialized())
     if is_new and int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -157,4 +163,23 @@ def _join(device: str) -> None:
     has_cuda = device != "cpu" and torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(local % torch.cuda.device_count())
-    dist.init_process_group(BACKENDS if has_cuda else "gloo")
+    store = _meeting_place(size)
+    backends = BACKENDS if has_cuda else "gloo"
+    dist.init_process_group(backends, store=store, rank=int(os.environ["RANK"]), world_size=size)
+
+
+def _meeting_place(size: int) -> "dist.Store":
+    """Where the ranks find each other. Raises ConfigError where they have not within minutes."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    apart = ConfigError(
+        f"the {size} ranks of this training have not found each other at MASTER_ADDR:MASTER_PORT '{host}:{port}' in "
+        f"{MEETS} seconds; start all of them, and the first on the machine of that address"
+    )
+    if os.environ["RANK"] != "0" and not (port.isdecimal() and answers(host, int(port), MEETS)):
+        raise apart
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETS)))
+    except (dist.DistError, ValueError) as error:
+        raise apart from error
+    store.set_timeout(LATEST)
+    return dist.PrefixStore("ranks", store)
