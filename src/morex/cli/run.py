@@ -80,6 +80,8 @@ def train(
     from morex.cli.launch import Nodes, launch, ranks_to_start
 
     machines = Nodes.asked(nodes, node, head)
+    if machines.count > 1:  # read when torch is imported; it warns, with a stack trace, of a machine that leaves first
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
     count = ranks_to_start(ranks, settings.train.device)
     if count > 1 or (machines.count > 1 and "WORLD_SIZE" not in os.environ):
