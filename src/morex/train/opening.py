@@ -83,7 +83,8 @@ def open_run(path: Path, overrides: Sequence[str] = (), device: str = "auto") ->
     checkpoint, _ = checkpoint_of(path)
     model, tokenizer = load(checkpoint, device)
     data = prepare_source(config, tokenizer)
-    if not any(override.startswith("data.") for override in overrides) and trained_on(checkpoint)["text"] != data.content:
+    has_data = any(override.startswith("data.") for override in overrides)
+    if not has_data and trained_on(checkpoint)["text"] != data.content:
         raise ConfigError(
             f"{config.data.described} has changed since '{path}' was trained, and its held-out set with it; put the "
             f"old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
