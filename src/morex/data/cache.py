@@ -34,8 +34,8 @@ def building(folder: Path) -> Iterator[Path]:
     Raises:
         DataError: nothing can be written there, or the disk is full.
     """
-    with _write_faults(folder):
-        temporary = _temporary_name(folder)
+    with write_faults(folder):
+        temporary = temporary_name(folder)
         try:
             temporary.mkdir(parents=True)
             yield temporary
@@ -46,12 +46,12 @@ def building(folder: Path) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _sweep(folder.parent)
+        sweep(folder.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file of the cache, whole or not at all; raises DataError where that fails."""
-    with _write_faults(path):
+    with write_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(path, content)
 
@@ -66,8 +66,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def discard(folder: Path) -> None:
     """Removes a folder of the cache that turned out to be damaged."""
-    with _write_faults(folder):
-        doomed = _temporary_name(folder)
+    with write_faults(folder):
+        doomed = temporary_name(folder)
         try:
             folder.rename(doomed)
         except FileNotFoundError:
@@ -75,27 +75,28 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _temporary_name(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nothing else has."""
     return path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextmanager
-def _write_faults(path: Path) -> Iterator[None]:
+def write_faults(path: Path, elsewhere: str = "let MOREX_CACHE name a folder that can be written") -> Iterator[None]:
+    """Raises DataError in place of any OSError inside the block; `elsewhere` says how to write to another place."""
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"cannot write '{path}': {error.strerror or error}; free some space, or let MOREX_CACHE name a folder that "
-            "can be written"
-        ) from error
+        raise DataError(f"cannot write '{path}': {error.strerror or error}; free some space, or {elsewhere}") from error
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed long ago have left."""
+def sweep(folder: Path) -> None:
+    """Removes what processes that were killed long ago have left in a folder."""
     for left in folder.glob(f"{TEMPORARY}*"):
         try:
             abandoned = time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS
         except FileNotFoundError:
             continue
-        if abandoned:
+        if abandoned and left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
+        elif abandoned:
+            left.unlink(missing_ok=True)

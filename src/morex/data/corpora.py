@@ -9,6 +9,8 @@ from morex.data.errors import DataError
 from morex.data.formats.kinds import FOLDER_SUFFIXES, REFUSED_SUFFIXES, format_of
 from morex.data.hub import HUB_PREFIX, open_hub
 from morex.data.named import NAMED
+from morex.data.remote import is_remote, local_copy
+from morex.data.shards import is_shard_folder
 from morex.loading import closest
 from morex.sections.data import DataConfig
 
@@ -36,7 +38,8 @@ def open_corpus(name: str, column: str = "text", option: str = "data.corpus") ->
     """Finds the files of a corpus; reads none of them, except that a named one may be downloaded and is checked.
 
     Args:
-        name: a name, `hf:...`, a file or a folder. As `data.val_corpus` a named corpus with a held-out part means that.
+        name: a name, `hf:...`, a file, a folder, or the address of one elsewhere. As `data.val_corpus` a named corpus
+            with a held-out part means that.
         column: what holds the text, in formats with columns.
         option: where the user gave the name.
 
@@ -49,7 +52,9 @@ def open_corpus(name: str, column: str = "text", option: str = "data.corpus") ->
         return FileCorpus(name, find(), column, option)
     if name.startswith(HUB_PREFIX):
         return open_hub(name, column, option)
-    path = Path(name).expanduser()
+    path = local_copy(name, option) if is_remote(name) else Path(name).expanduser()
+    if is_shard_folder(path):
+        raise DataError(f"{option} '{name}' holds token shards, which are for data.corpus or data.mixture; give text")
     if path.is_dir():
         return FileCorpus(name, _files_of(path, f"{option} '{name}'"), column, option)
     if not path.exists():
@@ -58,6 +63,25 @@ def open_corpus(name: str, column: str = "text", option: str = "data.corpus") ->
     if format_of(path) in REFUSED_SUFFIXES:
         raise DataError(f"{option} '{name}' is markup, which no reader knows; convert it to .txt, .md or .jsonl")
     return FileCorpus(name, (path,), column, option)
+
+
+def folder_of_shards(name: str, option: str = "data.corpus") -> Path | None:
+    """The folder of token shards that a name means, brought here where it is remote; None where it means text.
+
+    Raises:
+        DataError: a remote one cannot be reached, or what arrives is not what its index says.
+    """
+    if name in NAMED or name.startswith(HUB_PREFIX):
+        return None
+    path = local_copy(name, option) if is_remote(name) else Path(name).expanduser()
+    return path if is_shard_folder(path) else None
+
+
+def located(data: DataConfig) -> DataConfig:
+    """The same corpora by names that mean the same from every current directory: the paths of those that are here."""
+    members = [member.model_copy(update={"corpus": lasting_name(member.corpus)}) for member in data.mixture]
+    names = {"corpus": lasting_name(data.corpus), "val_corpus": data.val_corpus and lasting_name(data.val_corpus)}
+    return data.model_copy(update={**names, "mixture": tuple(members)})
 
 
 def lasting_name(name: str) -> str:

@@ -57,6 +57,10 @@ class Tokenizer(ABC):
         """Equal for tokenizers that encode equally; a part of the name of token files."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:32]
 
+    def encodes_as(self, other: "Tokenizer") -> bool:
+        """Whether another gives the same token ids, by whichever way it came."""
+        return {**self.settings(), "kind": None} == {**other.settings(), "kind": None}
+
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
         """The smaller integer type of numpy that holds every id."""

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from morex.config import Config
-from morex.data.corpora import open_corpus
+from morex.data.corpora import folder_of_shards, open_corpus
 from morex.data.encoding import Tokenizer
-from morex.data.prepare import prepare
+from morex.data.prepare import PreparedData, prepare
 from morex.data.source import prepare_source
 from morex.data.stream import TokenStream
 from morex.data.tasks.example import Example
@@ -26,10 +28,12 @@ def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
     """Documents, bytes and tokens of both sides of the split, the tokenizer, and how the text begins.
 
     Returns:
-        corpus, split (`document`, `position` or `corpus`), documents, left_out (documents that are on neither side,
+        corpus, split (`document`, `position`, `corpus` or `member`), documents, left_out (documents that are on neither side,
         because they are held out as well), bytes, tokens, bytes_per_token, tokenizer {kind, vocab_size, eos_id}, train
         and val {documents, bytes, tokens, bytes_per_token, windows, share}, sample (the first 200 characters), folder
-        (of the token files). `share` is that of the bytes; `windows` are of `seq_len` tokens.
+        (of the token shards, None for a mixture), mixture [{corpus, weight, share, documents, tokens}]. `share` is that
+        of the bytes, of a member of a mixture that of the training windows; its documents and tokens are of its training
+        side; `windows` are of `seq_len` tokens.
 
     Raises:
         DataError: as `prepare`.
@@ -39,20 +43,38 @@ def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
     num_bytes = sum(stream.num_bytes for stream in sides.values())
     num_tokens = sum(stream.num_tokens for stream in sides.values())
     on_a_side = sum(stream.num_documents for stream in sides.values())
-    document = next(open_corpus(data.corpus, data.column).documents())
+    weights = sum(member.config.weight for member in prepared.members)
     return {
-        "corpus": data.corpus,
+        "corpus": data.corpus if not data.mixture else "mixture",
         "split": prepared.split,
         "documents": prepared.documents,
-        "left_out": 0 if prepared.split == "position" else prepared.documents - on_a_side,
+        "left_out": prepared.documents - on_a_side if prepared.split in ("document", "corpus") else 0,
         "bytes": num_bytes,
         "tokens": num_tokens,
         "bytes_per_token": num_bytes / num_tokens,
         "tokenizer": _tokenizer(prepared.tokenizer),
         **{name: _side(stream, seq_len, num_bytes) for name, stream in sides.items()},
-        "sample": "".join(islice(next(document), SAMPLE_CHARACTERS)),
-        "folder": str(prepared.folder),
+        "sample": _sample(data, prepared),
+        "folder": None if prepared.folder is None else str(prepared.folder),
+        "mixture": [
+            {
+                "corpus": member.config.corpus,
+                "weight": member.config.weight,
+                "share": member.config.weight / weights,
+                "documents": member.data.train.num_documents,
+                "tokens": member.data.train.num_tokens,
+            }
+            for member in prepared.members
+        ],
     }
+
+
+def _sample(data: DataConfig, prepared: PreparedData) -> str:
+    """How the text begins; where there are shards in place of text, their training side."""
+    if data.mixture or folder_of_shards(data.corpus) is not None:
+        return prepared.tokenizer.decode(np.asarray(prepared.train.tokens[:SAMPLE_CHARACTERS]))[:SAMPLE_CHARACTERS]
+    document = next(open_corpus(data.corpus, data.column).documents())
+    return "".join(islice(next(document), SAMPLE_CHARACTERS))
 
 
 def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Batch:
     """[B, T] int64."""
     labels: Tensor
     """[B, T+1] int64: the tokens and the token after them; -100 where nothing is to be predicted. Or classes [B]."""
-    document_ids: Tensor
-    """[B, T] int64 number of the document that each token belongs to."""
+    document_ids: Tensor | None = None
+    """[B, T] int64 number of the document that each token belongs to; None where nobody asked for it."""
     lengths: Tensor | None = None
     """[B] int64 true lengths where a window is padded on the right; None where all are full."""
     difficulty: Tensor | None = None
@@ -46,19 +46,18 @@ class Batch:
 
     def rows(self, rows: slice) -> "Batch":
         """Some of the rows."""
-        lengths = None if self.lengths is None else self.lengths[rows]
-        difficulty = None if self.difficulty is None else self.difficulty[rows]
-        return Batch(self.tokens[rows], self.labels[rows], self.document_ids[rows], lengths, difficulty)
+        optional = (self.document_ids, self.lengths, self.difficulty)
+        return Batch(self.tokens[rows], self.labels[rows], *(None if one is None else one[rows] for one in optional))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        lengths = None if self.lengths is None else self.lengths.to(device)
+        numbers, lengths = self.document_ids, self.lengths
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            document_ids=self.document_ids.to(device, non_blocking=True),
-            lengths=lengths,
+            document_ids=None if numbers is None else numbers.to(device, non_blocking=True),
+            lengths=None if lengths is None else lengths.to(device),
         )
 
 
@@ -85,6 +84,10 @@ class Part:
         size = batch_size // parts
         firsts = [(microbatch * self.ranks + self.rank) * size for microbatch in range(self.microbatches)]
         return [range(first, first + size) for first in firsts]
+
+    def places(self, batch_size: int) -> Counters:
+        """The same places, one behind the other."""
+        return np.concatenate([np.array(run, dtype=np.uint64) for run in self.runs(batch_size)])
 
 
 WHOLE = Part()
@@ -140,8 +143,13 @@ class Loader(EndlessLoader):
         windows: Literal["packed", "random"] = "packed",
         seed: int = 0,
         part: Part = WHOLE,
+        documents: bool = True,
     ) -> None:
-        """Raises DataError where the stream is smaller than one window, or the batch cannot be divided."""
+        """`documents`: batches say which document each token belongs to.
+
+        Raises:
+            DataError: the stream is smaller than one window, or the batch cannot be divided.
+        """
         _check_size(stream, seq_len + 1, seq_len)
         if windows not in ("packed", "random"):
             raise DataError(f"data.windows {windows!r} is unknown; use packed or random")
@@ -150,8 +158,9 @@ class Loader(EndlessLoader):
         self._stream = stream
         self._seq_len = seq_len
         self._batch_size = batch_size
-        self._places = np.concatenate([np.array(run, dtype=np.uint64) for run in part.runs(batch_size)])
+        self._places = part.places(batch_size)
         self._windows = windows
+        self._documents = documents
         self._seed = seed
         self._key = key_from(f"windows {seed}")
 
@@ -168,9 +177,13 @@ class Loader(EndlessLoader):
     def next_batch(self) -> Batch:
         """The next `batch_size` windows, or this rank's of them; a batch may end one epoch and begin the next."""
         counters = np.uint64(self._drawn) + self._places
-        starts = self._packed_starts(counters) if self._windows == "packed" else self._random_starts(counters)
         self._drawn += self._batch_size
-        return _gather(self._stream, starts, self._seq_len)
+        return self.windows_at(counters)
+
+    def windows_at(self, counters: Counters) -> Batch:
+        """The windows with these numbers [B], wherever the loader stands."""
+        starts = self._packed_starts(counters) if self._windows == "packed" else self._random_starts(counters)
+        return _gather(self._stream, starts, self._seq_len, self._documents)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -198,10 +211,11 @@ def num_windows(stream: TokenStream, seq_len: int) -> int:
     return -(-(stream.num_tokens - 1) // seq_len)
 
 
-def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int) -> Iterator[Batch]:
+def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int, documents: bool = True) -> Iterator[Batch]:
     """Goes through a stream once in consecutive windows, so that every token but the first is predicted once.
 
     The last window may be shorter; it is padded on the right, with label -100 and its true length in `lengths`.
+    `documents`: batches say which document each token belongs to.
 
     Raises:
         DataError: the stream has nothing to predict.
@@ -210,25 +224,20 @@ def held_out_windows(stream: TokenStream, seq_len: int, batch_size: int) -> Iter
     count = num_windows(stream, seq_len)
     for begin in range(0, count, batch_size):
         starts = np.arange(begin, min(begin + batch_size, count), dtype=np.int64) * seq_len
-        yield _gather(stream, starts, seq_len)
+        yield _gather(stream, starts, seq_len, documents)
 
 
-def _gather(stream: TokenStream, starts: NDArray[np.int64], seq_len: int) -> Batch:
+def _gather(stream: TokenStream, starts: NDArray[np.int64], seq_len: int, documents: bool) -> Batch:
     """The windows that start at `starts` [B], padded where the stream ends before they do."""
-    places = starts[:, None] + np.arange(seq_len + 1)
-    missing = places >= stream.num_tokens
-    padded = bool(missing[-1, -1])
-    if padded:
-        places = np.where(missing, stream.num_tokens - 1, places)
-    window = np.asarray(stream.tokens)[places].astype(np.int64)
-    documents = np.searchsorted(np.asarray(stream.document_starts), places[:, :-1], side="right") - 1
-    tokens, lengths = window[:, :-1].copy(), None
-    if padded:
-        true = np.minimum(stream.num_tokens - 1 - starts, seq_len)
-        tokens[np.arange(seq_len) >= true[:, None]] = PADDING
-        window[missing] = IGNORED
-        lengths = torch.from_numpy(true)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(window), torch.from_numpy(documents), lengths)
+    window = stream.windows(starts, seq_len + 1)
+    numbers = torch.from_numpy(stream.documents(starts, seq_len)) if documents else None
+    tokens, true = window[:, :-1].copy(), stream.num_tokens - 1 - starts
+    if (true >= seq_len).all():
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(window), numbers)
+    lengths = np.minimum(true, seq_len)
+    tokens[np.arange(seq_len) >= lengths[:, None]] = PADDING
+    window[np.arange(seq_len + 1) > lengths[:, None]] = IGNORED
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(window), numbers, torch.from_numpy(lengths))
 
 
 def _check_size(stream: TokenStream, least: int, seq_len: int) -> None:

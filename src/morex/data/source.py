@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from morex.config import Config
 from morex.data.encoding import Tokenizer
 from morex.data.errors import DataError
-from morex.data.loader import Batch, Loader, Part, held_out_windows
+from morex.data.loader import Batch, EndlessLoader, Loader, Part, held_out_windows
 from morex.data.loader import num_windows as windows_of
+from morex.data.mixture import MixtureLoader
 from morex.data.prepare import PreparedData, prepare
 from morex.data.stream import TokenStream
 from morex.data.tasks.example import Example
@@ -41,24 +42,34 @@ def prepare_source(config: Config, tokenizer: Tokenizer | None = None) -> Prepar
 
 def training_loader(
     source: PreparedData | PreparedTask, config: Config, rank: int = 0, ranks: int = 1
-) -> Loader | TaskLoader:
+) -> EndlessLoader:
     """Training batches in the order of train.seed, or one rank's part of them.
 
     Raises:
-        DataError: a batch cannot be divided over the ranks and their microbatches.
+        DataError: a batch cannot be divided over the ranks and their microbatches, or a mixture would run dry.
     """
-    train = config.train
+    train, masked = config.train, config.data.mask_documents
     part = Part(rank, ranks, train.accumulation)
     if isinstance(source, PreparedTask):
         return TaskLoader(source, train.batch_size, train.seed, part)
-    return Loader(source.train, train.seq_len, train.batch_size, config.data.windows, train.seed, part)
+    settings = (train.seq_len, train.batch_size, config.data.windows, train.seed, part, masked)
+    if not source.members:
+        return Loader(source.train, *settings)
+    mixture = MixtureLoader(source.members, *settings)
+    mixture.refuse_to_run_dry(train.steps)
+    return mixture
 
 
-def held_out_batches(held_out: TokenStream | HeldOut, seq_len: int, batch_size: int) -> Iterator[Batch]:
-    """The whole held-out set once: windows of `seq_len` tokens, or examples, which have their own lengths."""
+def held_out_batches(
+    held_out: TokenStream | HeldOut, seq_len: int, batch_size: int, documents: bool = True
+) -> Iterator[Batch]:
+    """The whole held-out set once: windows of `seq_len` tokens, or examples, which have their own lengths.
+
+    `documents`: windows say which document each token belongs to.
+    """
     if isinstance(held_out, HeldOut):
         return held_out.batches(batch_size)
-    return held_out_windows(held_out, seq_len, batch_size)
+    return held_out_windows(held_out, seq_len, batch_size, documents)
 
 
 def first_part(held_out: TokenStream | HeldOut, num_tokens: int, seq_len: int) -> TokenStream | HeldOut:
@@ -83,12 +94,8 @@ def halves(held_out: TokenStream | HeldOut, seq_len: int) -> tuple[TokenStream |
     if isinstance(held_out, HeldOut):
         first, second = held_out.examples[:middle], held_out.examples[middle:]
         return replace(held_out, examples=first), replace(held_out, examples=second)
-    cut, starts, num_bytes = middle * seq_len, held_out.document_starts, max(1, held_out.num_bytes // 2)
-    later = np.concatenate([[0], starts[starts > cut] - cut]).astype(np.int64)
-    return (
-        TokenStream(held_out.tokens[: cut + 1], starts[starts <= cut], num_bytes),
-        TokenStream(held_out.tokens[cut:], later, num_bytes),
-    )
+    cut = middle * seq_len
+    return held_out.part(0, cut + 1), held_out.part(cut, held_out.num_tokens)
 
 
 def mean_length(source: PreparedData | PreparedTask, config: Config) -> int:
@@ -120,4 +127,5 @@ def _first_examples(task: PreparedTask, seed: int) -> list[Example]:
 def beginning(held_out: TokenStream | HeldOut, limit: int) -> list[int]:
     """The first tokens of a held-out set, at most `limit`; of a task those of its first question."""
     tokens = held_out.examples[0].prompt if isinstance(held_out, HeldOut) else held_out.tokens
-    return [int(token) for token in tokens[:limit]]
+    ids: list[int] = np.asarray(tokens[:limit]).tolist()
+    return ids

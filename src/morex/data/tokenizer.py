@@ -15,7 +15,7 @@ from morex.data.symbols import SymbolTokenizer
 from morex.files import cache_folder
 from morex.sections.data import TokenizerConfig
 
-__all__ = ["KINDS", "Tokenizer", "check_vocabulary", "load_tokenizer", "make_tokenizer"]
+__all__ = ["KINDS", "Tokenizer", "check_vocabulary", "load_tokenizer", "make_tokenizer", "ready_tokenizer"]
 
 # Part of every key: raise it when the same settings come to mean another tokenizer.
 FORMAT = 1
@@ -53,13 +53,11 @@ def make_tokenizer(wanted: TokenizerConfig, vocab_size: int, source: TextSource)
     Raises:
         DataError: there is no such tokenizer, or a trained one does not go with the model's `vocab_size`.
     """
-    if wanted.kind == "byte":
-        return ByteTokenizer()
+    ready = ready_tokenizer(wanted)
+    if ready is not None:
+        return ready
     if wanted.kind == "char":
         return _cached(key_of(FORMAT, "char", source.content), lambda: CharTokenizer(characters_of(source.texts())))
-    if wanted.kind == "hf":
-        assert wanted.path is not None
-        return subword.read_hf(wanted.path)
     size = wanted.vocab_size or vocab_size
     subword.check_bpe_size(size)
     if size > vocab_size:
@@ -69,6 +67,16 @@ def make_tokenizer(wanted: TokenizerConfig, vocab_size: int, source: TextSource)
         )
     key = key_of(FORMAT, "bpe", source.content, *source.split, size)
     return _cached(key, lambda: subword.train_bpe(source.training_texts(), size))
+
+
+def ready_tokenizer(wanted: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer that the config asks for, where it needs no text. Raises DataError where there is no such one."""
+    if wanted.kind == "byte":
+        return ByteTokenizer()
+    if wanted.kind == "hf":
+        assert wanted.path is not None
+        return subword.read_hf(wanted.path)
+    return None
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -108,7 +108,9 @@ def evaluate(
     depths = depths_to_measure(config, deepest) if by_depth else []
 
     def measure(policy: Depth) -> Measured:
-        return _measure(model, held_out_batches(held_out, seq_len, batch_size), policy, autocast, mask_documents)
+        return _measure(
+            model, held_out_batches(held_out, seq_len, batch_size, mask_documents), policy, autocast, mask_documents
+        )
 
     was_training = model.training
     model.eval()

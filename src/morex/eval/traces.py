@@ -64,7 +64,7 @@ def traced_batches(
         mask_documents: tokens attend only to their own document.
     """
     device = next(model.parameters()).device
-    for batch in held_out_batches(held_out, seq_len, batch_size):
+    for batch in held_out_batches(held_out, seq_len, batch_size, mask_documents):
         rows, time = batch.tokens.shape
         sent, traces = batch.to(device), []
         for depth in depths:

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 
 from morex.config import Config
-from morex.data.corpora import lasting_name
-from morex.data.loader import Loader
+from morex.data.corpora import located
+from morex.data.loader import EndlessLoader
 from morex.data.prepare import PreparedData
 from morex.data.source import mean_length, prepare_source, training_loader
-from morex.data.tasks.loader import TaskLoader
 from morex.data.tasks.prepared import PreparedTask
 from morex.data.tokenizer import load_tokenizer
 from morex.eval.loss import depths_to_measure
@@ -55,7 +54,7 @@ class Training:
     model: LanguageModel
     optimizer: torch.optim.Optimizer
     data: PreparedData | PreparedTask
-    loader: Loader | TaskLoader
+    loader: EndlessLoader
     state: TrainState
     counts: Count
     seq_len: int
@@ -218,10 +217,8 @@ def _resolved(config: Config, stored: Config | None, device: torch.device) -> Co
         precision = stored.train.precision if stored is not None else train.precision
         train = train.model_copy(update={"precision": precision})
     name = resolve_precision(train.precision, device, config.model.d_model)
-    held_out = config.data.val_corpus
-    located = {"corpus": lasting_name(config.data.corpus), "val_corpus": held_out and lasting_name(held_out)}
-    data = config.data.model_copy(update=located)
-    return config.model_copy(update={"train": train.model_copy(update={"precision": name}), "data": data})
+    train = train.model_copy(update={"precision": name})
+    return config.model_copy(update={"train": train, "data": located(config.data)})
 
 
 def _continued_budget(

@@ -1,0 +1,114 @@
+"""Batches of text to tokens, in this process or in others; the result is the same and in the same order."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from morex.data.encoding import Ids, Tokenizer
+from morex.data.errors import DataError
+from morex.data.split import SIDES, Piece, Side
+from morex.data.stream import Places
+from morex.data.tokenizer import KINDS
+
+# Batches for each process that wait for it or to be written: enough that none is ever idle.
+AHEAD = 3
+
+
+class Encoded(NamedTuple):
+    """Some of one side of a text as tokens."""
+
+    tokens: Ids
+    """[N], each document's end-of-text token included."""
+    starts: Places
+    """Places in them where documents start."""
+    num_bytes: int
+    """UTF-8 bytes of the text."""
+
+
+def encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[Side, Encoded]:
+    """The tokens of pieces of text, side by side; a side without pieces has no entry."""
+    ids = tokenizer.encode_batch([piece.text for piece in pieces]) if pieces else []
+    sides: dict[Side, Encoded] = {}
+    for side in SIDES:
+        own = [(piece, tokens) for piece, tokens in zip(pieces, ids, strict=True) if piece.side == side]
+        if own:
+            sides[side] = _joined(tokenizer, own)
+    return sides
+
+
+def _joined(tokenizer: Tokenizer, pieces: Sequence[tuple[Piece, Ids]]) -> Encoded:
+    end: list[Ids] = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id], tokenizer.dtype)]
+    parts: list[Ids] = []
+    starts, place, num_bytes = [], 0, 0
+    for piece, tokens in pieces:
+        if piece.first:
+            starts.append(place)
+        own = [tokens, *end] if piece.last else [tokens]
+        parts += own
+        place += sum(map(len, own))
+        num_bytes += len(piece.text.encode("utf-8"))
+    return Encoded(np.concatenate(parts).astype(tokenizer.dtype, copy=False), np.array(starts, np.int64), num_bytes)
+
+
+def encoded(
+    batches: Iterable[Sequence[Piece]], tokenizer: Tokenizer, workers: int
+) -> Generator[Mapping[Side, Encoded], None, None]:
+    """The tokens of each batch of pieces, in order.
+
+    Args:
+        workers: processes that encode; 0: this one, with the tokenizer's own threads.
+
+    Raises:
+        DataError: a text has no tokens, or a process was ended from outside.
+    """
+    if workers == 0:
+        for batch in batches:
+            yield encode(tokenizer, batch)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer.settings(),))
+    waiting: deque[Future[dict[Side, Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"one of the {workers} processes that encode was ended, perhaps for want of memory; run the command again, "
+            "with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_own: list[Tokenizer] = []
+
+
+def _start(settings: dict[str, Any]) -> None:
+    """The start of a process that encodes: it works on one thread, and ends when the one that started it does."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _own[:] = [KINDS[settings["kind"]].from_settings(settings)]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(pieces: Sequence[Piece]) -> dict[Side, Encoded]:
+    return encode(_own[0], pieces)
