@@ -6,11 +6,13 @@ The corpus `classic_books` with GPT-2's tokenizer, whole books and then each par
 JSON lines. The command is timed whole: start of the interpreter, reading twice, split, encoding, checksums, writing. Of
 the tokenizer its calls alone are timed, on documents that are in memory already, with a thread for each core, in
 batches of some megabytes: `encode_batch`, and `encode_batch_fast`, which leaves offsets out. All take turns, round by
-round, each in a process of its own; medians.
+round, each in a process of its own; medians. Seconds of the clock and of the cores: the second also mean something on
+a machine that others use.
 """
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from morex.data.corpora import open_corpus
 from morex.study.bench import write_json
 
 ROUNDS = 3
-MEGABYTES = int(os.environ.get("PREPARE_MEGABYTES", "64"))
+MEGABYTES = int(os.environ.get("PREPARE_MEGABYTES", "128"))
 TOKENIZER = Path(os.environ["MOREX_DATA"]) / "tokenizers" / "gpt2"
 BATCH_BYTES = 1 << 23
 TIMED = """
@@ -40,10 +42,10 @@ for line in Path(sys.argv[1]).open(encoding="utf-8"):
     if size >= int(sys.argv[4]):
         batches.append([])
         size = 0
-start = time.perf_counter()
+start, used = time.perf_counter(), time.process_time()
 for batch in batches:
     encode(batch, add_special_tokens=False)
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time() - used)
 """
 
 
@@ -63,20 +65,23 @@ def paragraphs() -> Iterator[str]:
     return (part for book in books() for part in book.split("\n\n") if part.strip())
 
 
-def tokenizer_seconds(path: Path, call: str) -> float:
-    """Seconds of the tokenizer's own calls."""
+def tokenizer_seconds(path: Path, call: str) -> tuple[float, float]:
+    """Seconds of the tokenizer's own calls, by the clock and of all cores."""
     words = [sys.executable, "-c", TIMED, str(path), str(TOKENIZER), call, str(BATCH_BYTES)]
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    clock, cores = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+    return float(clock), float(cores)
 
 
-def prepare_seconds(path: Path, out: Path) -> float:
-    """Seconds of the command, whole."""
+def prepare_seconds(path: Path, out: Path) -> tuple[float, float]:
+    """Seconds of the command, whole, by the clock and of all cores."""
     words = [sys.executable, "-m", "morex", "data", "prepare", "vanilla", "--out", str(out), "--shard-size", "32"]
     for change in (f"data.corpus={path}", f"data.tokenizer={{kind: hf, path: {TOKENIZER}}}", "model.vocab_size=50257"):
         words += ["--set", change]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(words, check=True, capture_output=True)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, used
 
 
 def main() -> None:
@@ -94,12 +99,15 @@ def main() -> None:
             for number in range(ROUNDS):
                 taken = {"prepare": prepare_seconds(path, Path(place) / f"{name}-{number}")}
                 taken |= {call: tokenizer_seconds(path, call) for call in ("encode_batch", "encode_batch_fast")}
-                print(name, {key: round(value, 2) for key, value in taken.items()}, flush=True)
+                print(
+                    name, {key: tuple(round(value, 2) for value in values) for key, values in taken.items()}, flush=True
+                )
                 rounds.append(taken)
-            median = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+            median = {key: statistics.median(one[key][0] for one in rounds) for key in rounds[0]}
             ratios = {
-                f"{call}_ratio": statistics.median(one[call] / one["prepare"] for one in rounds)
+                f"{call}_{what}": statistics.median(one[call][kind] / one["prepare"][kind] for one in rounds)
                 for call in ("encode_batch", "encode_batch_fast")
+                for kind, what in enumerate(("ratio", "core_seconds_ratio"))
             }
             row = {
                 "documents_are": name,

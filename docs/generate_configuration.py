@@ -112,9 +112,11 @@ def _kinds(section: Schema) -> list[str]:
 
 
 def _targets(field: Schema) -> list[str]:
-    """Names of the sections that a field may hold."""
+    """Names of the sections that a field may hold, or that its list holds."""
     if "$ref" in field:
         return [field["$ref"].rsplit("/", 1)[-1]]
+    if isinstance(field.get("items"), dict):
+        return _targets(field["items"])
     return [
         target for key in ("oneOf", "anyOf", "allOf") for option in field.get(key, []) for target in _targets(option)
     ]
@@ -122,6 +124,8 @@ def _targets(field: Schema) -> list[str]:
 
 def _type(field: Schema, definitions: Schema) -> str:
     targets = _targets(field)
+    if targets and field.get("type") == "array":
+        return "list of sections"
     if targets:
         kinds = [kind for target in targets for kind in _kinds(definitions[target])]
         return f"section, by `kind`: {', '.join(f'`{kind}`' for kind in kinds)}" if len(targets) > 1 else "section"

@@ -179,6 +179,10 @@ def shrunk(words: list[str]) -> list[str]:
         case ["train", source, *rest] if "--resume" not in words:
             own = [change for option, change in pairwise(rest) if option == "--set"]
             changes = TINY_TASK if on_generated_task(load_config(source, own)) else [*changes, *TINY_MODEL]
+        case ["data", "prepare", *_]:
+            changes = ["data.tokenizer.vocab_size=400"]
+        case ["data", "check", *_]:
+            return words
         case ["data", source, *_] if on_generated_task(load_config(source)):
             changes = TINY_TASK
         case ["data", *_]:

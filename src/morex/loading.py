@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -356,11 +356,13 @@ def _kinds_with(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
 
 
 def places(kind: type[BaseModel], name: str) -> list[str]:
-    """Dotted paths of the keys with this name anywhere in a config class, in order, each once."""
+    """Dotted paths of the keys with this name anywhere in a config class, lists apart, in order, each once."""
     found: dict[str, None] = {}
     for key, field in kind.model_fields.items():
         if key == name:
             found[key] = None
+        if get_origin(field.annotation) is tuple:
+            continue
         for section in _sections(field.annotation):
             found |= {f"{key}.{below}": None for below in places(section, name)}
     return list(found)

@@ -68,10 +68,10 @@ def test_a_folder_holds_what_the_cache_does(config: DataConfig, tmp_path: Path) 
 
 
 def test_the_number_of_processes_changes_nothing(config: DataConfig, tmp_path: Path) -> None:
-    folders = {workers: tmp_path / str(workers) for workers in (0, 1, 3)}
+    folders = {workers: tmp_path / str(workers) for workers in (0, 3)}
     for workers, folder in folders.items():
         made(config, folder, workers)
-    assert content(folders[0]) == content(folders[1]) == content(folders[3])
+    assert content(folders[0]) == content(folders[3])
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

@@ -28,12 +28,12 @@ def describe(data: DataConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
     """Documents, bytes and tokens of both sides of the split, the tokenizer, and how the text begins.
 
     Returns:
-        corpus, split (`document`, `position`, `corpus` or `member`), documents, left_out (documents that are on neither side,
-        because they are held out as well), bytes, tokens, bytes_per_token, tokenizer {kind, vocab_size, eos_id}, train
-        and val {documents, bytes, tokens, bytes_per_token, windows, share}, sample (the first 200 characters), folder
-        (of the token shards, None for a mixture), mixture [{corpus, weight, share, documents, tokens}]. `share` is that
-        of the bytes, of a member of a mixture that of the training windows; its documents and tokens are of its training
-        side; `windows` are of `seq_len` tokens.
+        corpus, split (`document`, `position`, `corpus` or `member`), documents, left_out (documents that are on neither
+        side, because they are held out as well), bytes, tokens, bytes_per_token, tokenizer {kind, vocab_size, eos_id},
+        train and val {documents, bytes, tokens, bytes_per_token, windows, share}, sample (the first 200 characters),
+        folder (of the token shards, None for a mixture), mixture [{corpus, weight, share, documents, tokens}]. `share`
+        is that of the bytes, of a member of a mixture that of the training windows; its documents and tokens are those
+        of its training side; `windows` are of `seq_len` tokens.
 
     Raises:
         DataError: as `prepare`.
