@@ -15,6 +15,7 @@ from cli.shell import TINY, Shell, contents
 from documents import CORPUS
 
 COMMANDS = ["presets", "train", "eval", "generate", "chat", "analyze", "compare", "bench", "data"]
+PARTS = ["data describe", "data prepare", "data check", "bench train", "bench decode", "bench kv"]
 
 
 # What it costs to start, and what help says
@@ -41,7 +42,7 @@ def test_without_a_command_it_shows_the_help(shell: Shell) -> None:
     assert shell.succeeds("bench").out == shell.succeeds("bench", "--help").out
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench train", "bench decode", "bench kv"])
+@pytest.mark.parametrize("command", [*COMMANDS, *PARTS])
 def test_help_has_examples(command: str, shell: Shell) -> None:
     text = shell.succeeds(*command.split(), "--help").out
     examples = re.findall(rf"^    morex {command}\b.*$", text.partition("Examples:")[2], re.M)
@@ -97,6 +98,51 @@ def test_data_says_what_is_left_out_of_training(shell: Shell) -> None:
     words = ["data", "vanilla", "--set", "data.corpus=train.jsonl", "--set", "data.val_corpus=held-out.jsonl"]
     words += ["--set", "data.column=body", "--set", "data.tokenizer.kind=byte", "--set", "train.seq_len=64"]
     assert "Left out of training: 3 documents" in shell.succeeds(*words).out
+
+
+def test_data_describes_by_either_name(shell: Shell) -> None:
+    words = ["vanilla", "--set", f"data.corpus={CORPUS}", "--set", "data.tokenizer.kind=byte", "--json"]
+    assert shell.succeeds("data", *words).json == shell.succeeds("data", "describe", *words).json
+    assert shell.succeeds("data", "--json", *words[:-1]).json == shell.succeeds("data", *words).json
+
+
+def test_shards_are_prepared_checked_and_trained_on(shell: Shell) -> None:
+    own = ["--set", f"data.corpus={CORPUS}", "--set", "data.tokenizer.kind=byte", "--set", "data.val_fraction=0.1"]
+    made = shell.succeeds("data", "prepare", "vanilla", "--out", "shards", "--workers", "1", *own, "--json").json
+    assert made["train"]["shards"] == 1 and made["kept"] == 0
+    assert made["train"]["bytes"] + made["val"]["bytes"] == Path(CORPUS).stat().st_size
+    before = contents(Path("shards"))
+    again = shell.succeeds("data", "prepare", "vanilla", "--out", "shards", *own)
+    assert "Found finished and whole: 2 shards." in again.out and "--set data.corpus=shards" in again.out
+    assert contents(Path("shards")) == before
+    assert shell.succeeds("data", "check", "shards", "--json").json["train"] == made["train"]
+    described = shell.succeeds("data", "vanilla", "--set", "data.corpus=shards", "--json").json
+    assert described["tokens"] == made["train"]["tokens"] + made["val"]["tokens"] and described["folder"] == "shards"
+    shell.succeeds("train", "vanilla", "--out", "text", *TINY, *own)
+    shell.succeeds("train", "vanilla", "--out", "run", *TINY, "--set", "data.corpus=shards")
+    losses = [json.loads(Path(run, "summary.json").read_text())["val_loss"] for run in ("text", "run")]
+    assert losses[0] == losses[1]
+    assert morex.load_config("run/config.yaml").data.corpus == str(Path("shards").absolute())
+    Path("shards", "val-00000.tokens").write_bytes(b"")
+    assert "has changed since it was indexed" in shell.refuses("eval", "run")
+
+
+def test_a_mixture_is_trained_on_and_goes_on(shell: Shell) -> None:
+    Path("other.txt").write_text("another text, which is not that of the corpus; " * 400)
+    mixture = f"data.mixture=[{{corpus: {CORPUS}, weight: 3}}, {{corpus: other.txt, epochs: 9}}]"
+    words = [*TINY, "--set", mixture, "--set", "data.tokenizer.kind=byte", "--set", "train.schedule=constant"]
+    assert (
+        "Member other.txt: 25.00% of the windows"
+        in shell.succeeds("data", "vanilla", *words[words.index("--set") :]).out
+    )
+    shell.succeeds("train", "vanilla", "--out", "run", *words)
+    shell.succeeds("train", "--resume", "run", "--set", "train.steps=5")
+    shell.succeeds("train", "vanilla", "--out", "whole", *words, "--set", "train.steps=5")
+    resumed, whole = (json.loads(Path(run, "summary.json").read_text()) for run in ("run", "whole"))
+    assert (resumed["val_loss"], resumed["final_train_loss"]) == (whole["val_loss"], whole["final_train_loss"])
+    dry = shell.refuses("train", "vanilla", "--out", "dry", *words, "--set", "train.steps=100000")
+    assert "data.mixture runs dry: 100,000 steps" in dry and "other.txt" in dry
+    assert not Path("dry", "metrics.jsonl").exists()
 
 
 # train, eval, generate

@@ -102,26 +102,24 @@ class MixtureLoader(EndlessLoader):
             for number, member in enumerate(members)
         ]
         self._shares = Shares([member.config.weight for member in members], seed)
-        self._batch_size = batch_size
+        self._seq_len, self._batch_size, self._documents = seq_len, batch_size, documents
         self._places = part.places(batch_size)
 
     def next_batch(self) -> Batch:
         """The next `batch_size` windows, or this rank's of them."""
         corpora, numbers = self._shares.places(np.uint64(self._drawn) + self._places)
         self._drawn += self._batch_size
-        order = np.argsort(corpora, kind="stable")
-        taken = [
-            loader.windows_at(numbers[corpora == number])
-            for number, loader in enumerate(self._loaders)
-            if (corpora == number).any()
-        ]
-        back = torch.from_numpy(np.argsort(order, kind="stable"))
-        ids = [batch.document_ids for batch in taken if batch.document_ids is not None]
-        return Batch(
-            torch.cat([batch.tokens for batch in taken])[back],
-            torch.cat([batch.labels for batch in taken])[back],
-            torch.cat(ids)[back] if ids else None,
-        )
+        labels = np.empty((len(corpora), self._seq_len + 1), np.int64)
+        documents = np.empty((len(corpora), self._seq_len), np.int64) if self._documents else None
+        for number, loader in enumerate(self._loaders):
+            mine = np.flatnonzero(corpora == number)
+            if len(mine):
+                batch = loader.windows_at(numbers[mine])
+                labels[mine] = batch.labels.numpy()
+                if documents is not None and batch.document_ids is not None:
+                    documents[mine] = batch.document_ids.numpy()
+        tokens = torch.from_numpy(labels[:, :-1].copy())
+        return Batch(tokens, torch.from_numpy(labels), None if documents is None else torch.from_numpy(documents))
 
     def refuse_to_run_dry(self, steps: int) -> None:
         """Raises DataError where so many steps would see a corpus more often than it may be seen."""

@@ -10,6 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,14 +54,18 @@ class Joined:
 
     def searchsorted(self, values: Places, side: Literal["left", "right"] = "left") -> Places:
         """Where values [N] belong, the numbers ascending: as that of numpy's arrays."""
-        heads = [int(part[0]) + shift for part, shift in zip(self._parts, self._shifts, strict=True)]
-        owners = np.maximum(np.searchsorted(heads, values, side=side) - 1, 0)
+        owners = np.maximum(np.searchsorted(self._heads, values, side=side) - 1, 0)
         found = np.empty(len(values), np.int64)
         for number in np.unique(owners):
             part, mine = self._parts[number], owners == number
             place = part.searchsorted(values[mine] - self._shifts[number], side=side)
             found[mine] = place + self._ends[number] - len(part)
         return found
+
+    @cached_property
+    def _heads(self) -> Places:
+        """The first number of each part."""
+        return np.array([int(part[0]) + shift for part, shift in zip(self._parts, self._shifts, strict=True)])
 
     def tolist(self) -> list[int]:
         """All numbers."""
