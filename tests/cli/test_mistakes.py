@@ -73,7 +73,7 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["data", "prepare", "vanilla"], "Missing option.*--out"),
         (["data", "prepare", "vanilla", "--out", "shards", "--workers", "0"], "--workers"),
         (["data", "prepare", "vanilla", "--out", "shards", "--set", "data.task.kind=parity"], "cannot be prepared"),
-        (["data", "check", "nowhere"], "'nowhere' has no token shards: there is no index.json"),
+        (["data", "check", "nowhere"], "'nowhere' has no token shards: there is no shards.json"),
         (["data", "vanilla", "--set", "data.corpus=memory://nowhere"], "'memory://nowhere' is not there"),
         (["train", "vanilla", "--set", "data.mixture=[{corpus: a, weight: -1}]"], "data.mixture.0.weight -1"),
         (["train", "vanilla", "--set", "data.mixture=[{corpus: a, wieght: 1}]"], "data.mixture.0.wieght.*'weight'"),

@@ -141,7 +141,7 @@ def test_a_signal_stops_all_at_the_same_step(shell: Shell, number: signal.Signal
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, errors
+    assert process.returncode == 0, errors
     assert errors.count("go on with `morex train --resume run`") == 1 and "Traceback" not in errors
     [checkpoint] = run.checkpoints.glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))

@@ -296,7 +296,7 @@ def damage_starts(folder: Path) -> None:
 
 
 def damage_index(folder: Path) -> None:
-    (folder / "index.json").write_text('{"format": 1')
+    (folder / "shards.json").write_text('{"format": 1')
 
 
 def remove_file(folder: Path) -> None:

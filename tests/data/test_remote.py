@@ -57,7 +57,7 @@ def test_shards_are_read_from_elsewhere(
     assert there.train.tokens.tolist() == here.train.tokens.tolist()
     assert there.val.tokens.tolist() == here.val.tokens.tolist()
     assert there.content == here.content and there.tokenizer.kind == "byte"
-    assert {"index.json", "settings.json", "train-00000.tokens", "val-00000.tokens"} <= copies(cache)
+    assert {"shards.json", "settings.json", "train-00000.tokens", "val-00000.tokens"} <= copies(cache)
 
 
 def test_what_was_copied_is_not_copied_again(
@@ -88,7 +88,7 @@ def test_copying_goes_on_where_it_was_ended(
         with pytest.raises(KeyboardInterrupt):
             prepare(byte_config("memory://bucket/shards"), 257, 32)
     there = set(opened)
-    assert "train-00000.tokens" in there and "index.json" not in copies(cache)
+    assert "train-00000.tokens" in there and "shards.json" not in copies(cache)
     opened.clear()
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -126,7 +126,7 @@ def test_shards_that_have_changed_are_refused(
     memory.pipe("/bucket/shards/val-00000.tokens", bytes(changed))
     words = ("memory://bucket/shards", "val-00000.tokens", "has changed since it was indexed", "SHA-256")
     refused(lambda: prepare(byte_config("memory://bucket/shards"), 257, 32), *words)
-    assert "val-00000.tokens" not in copies(cache) and "index.json" not in copies(cache)
+    assert "val-00000.tokens" not in copies(cache) and "shards.json" not in copies(cache)
     memory.pipe("/bucket/shards/val-00000.tokens", (folder / "val-00000.tokens").read_bytes())
     prepare(byte_config("memory://bucket/shards"), 257, 32)
 
@@ -144,8 +144,8 @@ def test_places_that_do_not_serve_are_refused(
     put(memory, folder)
     memory.rm("/bucket/shards/train-00001.tokens")
     refused(reading("memory://bucket/shards"), "is not there", "train-00001.tokens")
-    memory.pipe("/bucket/shards/index.json", b"{}")
-    refused(reading("memory://bucket/shards"), "index.json that is none of token shards")
+    memory.pipe("/bucket/shards/shards.json", b"{}")
+    refused(reading("memory://bucket/shards"), "shards.json that is none of token shards")
 
     def unreachable(*words: object, **more: object) -> None:
         raise ConnectionError("no route to host")

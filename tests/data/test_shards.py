@@ -234,8 +234,8 @@ def flip(path: Path) -> None:
         (lambda folder: (folder / "train-00001.tokens").unlink(), ("train-00001.tokens' is missing", "restore")),
         (lambda folder: flip(folder / "val-00000.tokens"), ("val-00000.tokens' has changed", "SHA-256")),
         (lambda folder: (folder / "train-00000.tokens").write_bytes(b""), ("has changed", "0 bytes, not")),
-        (lambda folder: (folder / "index.json").write_text('{"format": 2'), ("index.json", "none of token shards")),
-        (lambda folder: (folder / "index.json").write_text('{"format": 1}'), ("index.json", "format")),
+        (lambda folder: (folder / "shards.json").write_text('{"format": 2'), ("shards.json", "none of token shards")),
+        (lambda folder: (folder / "shards.json").write_text('{"format": 1}'), ("shards.json", "format")),
         (lambda folder: (folder / "tokenizer" / "settings.json").write_text("{"), ("tokenizer", "damaged")),
         (lambda folder: ByteLess().save(folder / "tokenizer"), ("another tokenizer", "restore")),
     ],
@@ -315,3 +315,9 @@ def test_shards_are_described(config: DataConfig, tmp_path: Path) -> None:
         assert of_shards[key] == of_text[key]
     train = prepare(config, 300, 16).train.tokens[:200]
     assert of_shards["sample"] == ByteTokenizer().decode(train) and of_shards["mixture"] == []
+
+
+def test_a_folder_of_text_may_have_an_index_of_its_own(jsonl: Write, stories: list[str], byte_config: Config) -> None:
+    path = jsonl(stories)
+    (path.parent / "index.json").write_text("{}")
+    assert prepare(byte_config(path.parent), 300, 16).documents == len(stories)

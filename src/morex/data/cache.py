@@ -89,9 +89,9 @@ def write_faults(path: Path, elsewhere: str = "let MOREX_CACHE name a folder tha
         raise DataError(f"cannot write '{path}': {error.strerror or error}; free some space, or {elsewhere}") from error
 
 
-def sweep(folder: Path) -> None:
-    """Removes what processes that were killed long ago have left in a folder."""
-    for left in folder.glob(f"{TEMPORARY}*"):
+def sweep(folder: Path, pattern: str = f"{TEMPORARY}*") -> None:
+    """Removes what processes that were killed long ago have left in a folder, under names of this pattern."""
+    for left in folder.glob(pattern):
         try:
             abandoned = time.time() - left.stat().st_mtime > ABANDONED_AFTER_SECONDS
         except FileNotFoundError:

@@ -1,6 +1,6 @@
 """A folder of token shards: both sides of a split in files of one size, the tokenizer, and the index of them all.
 
-    index.json        what the text, the split and the tokenizer are; counts and checksum of each shard
+    shards.json       what the text, the split and the tokenizer are; counts and checksum of each shard
     tokenizer/        the tokenizer that made the tokens
     train-00000.tokens, ...   val-00000.tokens, ...
 
@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from morex.data.cache import key_of, sweep
+from morex.data.cache import TEMPORARY, key_of, sweep
 from morex.data.encoded import Encoded
 from morex.data.encoding import Tokenizer
 from morex.data.errors import DataError
@@ -28,7 +28,7 @@ from morex.data.tokenizer import load_tokenizer
 from morex.files import sha256, sync_folder, write_json
 
 FORMAT = 2
-INDEX = "index.json"
+INDEX = "shards.json"
 TOKENIZER = "tokenizer"
 SHARD_BYTES = 1 << 28
 # More than this is checked by size alone when it is opened: reading it all would cost too much each time.
@@ -234,9 +234,13 @@ class ShardFolder:
         elif any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise DataError(f"folder '{folder}' is not empty and holds no token shards; name another folder")
         self.kept = len(self._index.named())
-        tokenizer.save(folder / TOKENIZER)
-        write_json(folder / INDEX, self._index.model_dump())
-        sweep(folder)
+        try:  # what is whole is left alone: somebody may be reading it
+            tokenizer_of(folder, plan, f"folder '{folder}'")
+        except DataError:
+            tokenizer.save(folder / TOKENIZER)
+        self._note()
+        for pattern in (f"{TEMPORARY}*", f".{INDEX}.*"):
+            sweep(folder, pattern)
 
     @property
     def index(self) -> Index:
@@ -279,6 +283,7 @@ class ShardFolder:
         self._note(**{side: (*self._index.shards(side), shard)})
 
     def _note(self, **changes: object) -> None:
+        """Writes the index, changed so."""
         self._index = self._index.model_copy(update=changes)
         write_json(self._folder / INDEX, self._index.model_dump())
 

@@ -85,8 +85,9 @@ def open_run(path: Path, overrides: Sequence[str] = (), device: str = "auto") ->
     data = prepare_source(config, tokenizer)
     has_data = any(override.startswith("data.") for override in overrides)
     if not has_data and trained_on(checkpoint)["text"] != data.content:
+        same = f"data.seed={config.data.seed}" if config.data.mixture else f"data.corpus={config.data.corpus}"
         raise ConfigError(
             f"{config.data.described} has changed since '{path}' was trained, and its held-out set with it; put the "
-            f"old one back, or ask for the new one with --set data.corpus={config.data.corpus}"
+            f"old one back, or ask for the new one with --set {same}"
         )
     return OpenRun(run, int(read_state(checkpoint)["step"]), config, model, tokenizer, data)
