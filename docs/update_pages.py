@@ -4,7 +4,8 @@
 
 README.md gets the table, the findings, the machine and a picture of the study `demo`, docs/studies/NAME.md those of any
 other study, NAME-MORE included, with its accuracies by recursions where benchmarks/depth.py measured them, and what its
-routers do where benchmarks/routing.py did; docs/speed.md gets the training benchmarks.
+routers do where benchmarks/routing.py did; docs/speed.md gets the training benchmarks, and what compiling gains where
+benchmarks/compiled.py measured it.
 """
 
 import argparse
@@ -43,6 +44,10 @@ SPEED_HEADINGS = (
     "preset", "twin", "tokens of a step", "precision", "threads", "tokens/s", "FLOP ratio", "time ratio", "explained",
     "time ratio to unrouted", "times as fast as fp32", "peak memory",
 )  # fmt: skip
+COMPILED_HEADINGS = (
+    "preset", "tokens of a step", "precision", "threads", "tokens/s", "plain tokens/s", "times as fast",
+    "matrix products of a plain step", "at most times as fast", "time to compile",
+)  # fmt: skip
 MOST_COLUMNS = 12
 # Quantities of `morex analyze` that pages show, where a study has them.
 ROUTING_SHOWN = (
@@ -73,6 +78,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
             fill(page, f"{name}-{part}", section(measured_part))
     measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
+    compiled = root / "benchmarks" / "results" / "compiled.json"
+    if compiled.is_file():
+        fill(root / "docs" / "speed.md", "compiled-table", compiled_section(compiled))
     print(f"wrote {page.relative_to(root)}, docs/images/{name}.png and docs/speed.md")
 
 
@@ -203,6 +211,28 @@ def speed_section(path: Path) -> str:
     machine = content["machine"]
     where = f"on {machine['cpu']}, torch {machine['versions']['torch']}"
     return f"`{machine['command']}` {where} (`{path.name}`):\n\n{_table(SPEED_HEADINGS, map(_speed_row, rows))}\n"
+
+
+def compiled_section(path: Path) -> str:
+    """What compiling gains, and what it could at most, as Markdown."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    machine = content["machine"]
+    lines = [
+        [
+            f"`{row['preset']}`",
+            f"{row['batch_size']} x {row['seq_len']:,}",
+            row["precision"],
+            str(row["threads"]),
+            *(f"{row[key]:,.0f}" for key in ("tokens_per_s", "plain_tokens_per_s")),
+            f"{row['speedup']:.2f}",
+            f"{1 / row['most_speedup']:.0%}",
+            f"{row['most_speedup']:.2f}",
+            f"{row['compile_seconds']:.0f} s",
+        ]
+        for row in content["rows"]
+    ]
+    where = f"on {machine['device_name']}, torch {machine['versions']['torch']}"
+    return f"`{machine['command']}` {where} (`{path.name}`):\n\n{_table(COMPILED_HEADINGS, lines)}"
 
 
 def find_picture(study: Path, name: str) -> Path:

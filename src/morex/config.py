@@ -274,10 +274,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _steps_can_be_computed_again(self) -> Self:
-        if self.train.recompute == "steps" and self.model.kv == "refresh":
+        if self.train.recompute != "nothing" and self.model.kv == "refresh":
             raise ValueError(
-                "train.recompute 'steps' computes a step again after the others, and under model.kv 'refresh' it would "
-                "then read their keys; use train.recompute 'nothing' or another model.kv"
+                f"train.recompute {self.train.recompute!r} computes a step again after the others, and under model.kv "
+                "'refresh' it would then read their keys; use train.recompute 'nothing' or another model.kv"
             )
         return self
 

@@ -8,6 +8,7 @@ from morex.train import precision
 from morex.train.precision import autocast_dtype, cpu_has_bf16, resolve_device, resolve_precision, weight_dtype
 
 CPU = torch.device("cpu")
+FORMATS = "fp32", "bf16", "fp16", "fp64"
 
 
 @pytest.mark.parametrize(
@@ -25,14 +26,14 @@ def test_auto_on_cuda_needs_the_hardware(supported: bool, expected: str, monkeyp
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: supported)
     assert resolve_precision("auto", torch.device("cuda"), 32) == expected
     if not supported:
-        with pytest.raises(ConfigError, match=r"train\.precision 'bf16' is not supported by cuda; use fp32"):
+        with pytest.raises(ConfigError, match=r"train\.precision 'bf16' is not supported by cuda; use fp32 or fp16"):
             resolve_precision("bf16", torch.device("cuda"), 32)
 
 
 def test_named_formats_are_taken_as_they_are() -> None:
-    assert [resolve_precision(name, CPU, 32) for name in ("fp32", "bf16", "fp64")] == ["fp32", "bf16", "fp64"]
-    assert [weight_dtype(name) for name in ("fp32", "bf16", "fp64")] == [torch.float32, torch.float32, torch.float64]
-    assert [autocast_dtype(name) for name in ("fp32", "bf16", "fp64")] == [None, torch.bfloat16, None]
+    assert [resolve_precision(name, CPU, 32) for name in FORMATS] == list(FORMATS)
+    assert [weight_dtype(name) for name in FORMATS] == [torch.float32, torch.float32, torch.float32, torch.float64]
+    assert [autocast_dtype(name) for name in FORMATS] == [None, torch.bfloat16, torch.float16, None]
 
 
 def test_the_hardware_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

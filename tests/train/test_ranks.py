@@ -41,7 +41,13 @@ LONG = (
 )
 """Families that are trained for fifty steps, the others for eight."""
 VARIED = "dense", "threshold", "experts routed"
-"""Families that are also trained with a copy of the weights on each rank, and with steps that are computed again."""
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"shards": 1},
+    {"recompute": "steps"},
+    {"recompute": "selective"},
+    {"recompute": "recursions", "compile": True},
+)
+"""Families that are also trained in these ways: with a copy of the weights on each rank, and so on."""
 
 
 def on_ranks(ranks: int, jobs: list[tuple[Config, Path, bool]], tmp_path: Path) -> None:
@@ -84,7 +90,7 @@ def test_two_ranks_are_one_process(corpus: Path, tmp_path: Path) -> None:
     plan: list[tuple[str, str, int, dict[str, Any]]] = []
     plan += [(name, "fp64", 50 if name in LONG else 8, {}) for name in FAMILIES]
     plan += [(name, "fp32", 5, {}) for name in LONG]
-    plan += [(name, "fp64", 5, change) for name in VARIED for change in ({"shards": 1}, {"recompute": "steps"})]
+    plan += [(name, "fp64", 5, change) for name in VARIED for change in CHANGES]
     jobs, wrong = [], {}
     for name, precision, steps, change in plan:
         preset, overrides = FAMILIES[name]

@@ -44,6 +44,10 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def loss(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Mean loss of logits [N, C] on ids [N]."""
+        return mean_cross_entropy(logits, wanted)
+
     def capped(self, logits: Tensor) -> Tensor:
         """Logits within the bound, where there is one."""
         if self.cap is None:
@@ -87,7 +91,7 @@ class LanguageModelHead(Head):
         if kept is not None and labels is None:
             return self.logits(x[kept], embedding).view(packing.rows, -1, embedding.shape[0]), None
         flat = self.logits(x, embedding)
-        loss = None if labels is None else mean_cross_entropy(flat, packing.gather(_next_tokens(labels, time)))
+        loss = None if labels is None else self.loss(flat, packing.gather(_next_tokens(labels, time)))
         return _arranged(flat, kept, packing, time), loss
 
     def read_exits(

@@ -16,14 +16,14 @@ from morex.cache.fixed import FixedCache
 from morex.cache.latest import LatestVisits
 from morex.cache.slots import CallStore, KVRule, SlotStore, views_of
 from morex.depth.policy import DepthPolicy
-from morex.depth.router import DepthRouter, Routing
+from morex.depth.router import DepthRouter, Routing, Visit
 from morex.depth.schedule import Group, Schedule, Step
 from morex.model.trace import GroupTrace
 from morex.nn.attention import Local
 from morex.nn.block import WHOLE, Block, StepParts
 from morex.nn.injection import Injection
 from morex.nn.packing import Packing
-from morex.nn.signals import Choice, Exits, RouterStats, Signals, loss_name
+from morex.nn.signals import Choice, Exits, Reports, RouterStats, Signals, loss_name
 
 
 class Record:
@@ -109,19 +109,39 @@ class Pass:
         parts: StepParts | None = None,
         counts: bool = True,
     ) -> Tensor:
-        """One step: a block, with what the step brings, on the packed tokens x [M, D]."""
+        """One step, its reports recorded: a block, with what the step brings, on the packed tokens x [M, D]."""
+        x, reports = self.step(block, step, x, packing, parts, counts)
+        if counts:
+            self.report(name, packing, reports)
+        return x
+
+    def step(
+        self,
+        block: nn.Module,
+        step: Step,
+        x: Tensor,
+        packing: Packing,
+        parts: StepParts | None = None,
+        counts: bool = True,
+    ) -> tuple[Tensor, Reports]:
+        """One step, [M, D] -> [M, D] and what its mixer's routers report."""
         local = None if self.windows is None else self.windows.at(self.schedule.place(step))
         # What does not count leaves no key behind.
         views = views_of(step, self.rule, self.cache, self.call) if counts else None
         parts = WHOLE if parts is None else parts
-        x, reports = block(x, packing, views, local, replace(parts, traces=True) if self.record.traces else parts)
-        for part, signals in reports.items() if counts else ():
+        found: tuple[Tensor, Reports] = block(
+            x, packing, views, local, replace(parts, traces=True) if self.record.traces else parts
+        )
+        return found
+
+    def report(self, name: str, packing: Packing, reports: Reports) -> None:
+        """Records what a step of the packing's tokens reported."""
+        for part, signals in reports.items():
             path = f"{name}.mixer.{part}"
             self.record.add(path, signals)
             if self.record.traces and signals.choices:
                 frames = partial(self._spread, packing)
                 self.record.choices.setdefault(path, []).extend(choice.each(frames) for choice in signals.choices)
-        return x
 
     def _spread(self, packing: Packing, values: Tensor, missing: float) -> Tensor:
         """Values of packed tokens [M, ...] -> the frame of the batch [B, T, ...]."""
@@ -211,11 +231,9 @@ class Core(nn.Module):
             with own.router.gradient(policy, r):
                 visit = own.router.visit(h, routing, r)
                 if visit is not None:
-                    y = own.enter(h, injected, visit.packing, r)
-                    for i, step in enumerate(steps):
-                        index, parts = step.block - self.schedule.prelude, own.parts(r, i)
-                        path = f"stack.core.blocks.{index}"
-                        y = run.run(self.blocks[index], step, y, visit.packing, path, parts, not visit.is_dummy)
+                    y, reports = self.recursion(own.enter(h, injected, visit.packing, r), visit, steps, own, run)
+                    for step, of_step in zip(steps, reports, strict=True):
+                        run.report(f"stack.core.blocks.{self._index(step)}", visit.packing, of_step)
                     h = own.router.bring_back(h, y, routing, visit)
             if run.record.traces:
                 states.append(packing.pad(h.detach()))
@@ -224,6 +242,24 @@ class Core(nn.Module):
         if run.record.traces:
             run.record.groups[name] = _trace(routing, states, packing.pad(start))
         return h
+
+    def recursion(
+        self, y: Tensor, visit: Visit, steps: Sequence[Step], own: RoutedGroup, run: Pass
+    ) -> tuple[Tensor, list[Reports]]:
+        """The steps of one recursion on its visiting tokens y [M, D] -> [M, D], and what each step reports.
+
+        It records nothing, so that it may be computed again.
+        """
+        found = []
+        for i, step in enumerate(steps):
+            block, parts = self.blocks[self._index(step)], own.parts(visit.recursion, i)
+            y, reports = run.step(block, step, y, visit.packing, parts, not visit.is_dummy)
+            found.append({} if visit.is_dummy else reports)
+        return y, found
+
+    def _index(self, step: Step) -> int:
+        """Which of the core's blocks a step runs."""
+        return step.block - self.schedule.prelude
 
 
 class Stack(nn.Module):
@@ -237,6 +273,12 @@ class Stack(nn.Module):
         self.core = core
         self.coda = nn.ModuleList(coda)
         self.rule, self.windows = rule, windows
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, each once."""
+        found: list[Any] = [*self.prelude, *self.core.blocks, *self.coda]
+        return found
 
     def forward(
         self,

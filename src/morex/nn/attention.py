@@ -150,10 +150,25 @@ class Local:
 
 def turn(heads: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
     """Queries or keys [N, H, dim] of the packing's tokens, turned by their positions."""
-    if rope is None:
-        return heads
-    wide = torch.promote_types(heads.dtype, torch.float32)
-    return rotate(heads, packing.turns(heads.shape[-1], rope, wide))
+    turns = _turns(heads, packing, heads.shape[-1], rope)
+    return heads if turns is None else rotate(heads, turns)
+
+
+def _turns(x: Tensor, packing: Packing, dim: int, rope: Rope | None) -> tuple[Tensor, Tensor] | None:
+    """By what heads of the packing's tokens turn, for states x; None: not at all."""
+    return None if rope is None else packing.turns(dim, rope, torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Which heads an attention makes of its tokens at one step."""
+
+    is_joint: bool = False
+    """Whether queries, keys and values are one product, as `fast.attend` takes it."""
+    turns: tuple[Tensor, Tensor] | None = None
+    """By what queries and keys turn, as `rotate` takes it."""
+    writes: bool = True
+    """Whether there are keys and values, or queries alone."""
 
 
 class Attention(nn.Module):
@@ -194,37 +209,70 @@ class Attention(nn.Module):
             local: of a local step.
             changes: of the maps `q`, `k`, `v` and `o` at this step.
         """
-        rope, window = (self.shape.rope, None) if local is None else (local.rope, local.window)
-        if view is None and not changes and self._has_fast_path(x, packing, window):
-            return self._fast(x, packing, rope)
-        own, dropout, writes = changes or {}, self.dropout if self.training else 0.0, view is None or view.writes
-        q, *written = self._heads(x, packing, rope, writes, own)
-        y = None
-        if writes:
-            k, v = written
-            if view is None or view.append(k, v, packing):
-                y = attend(q, k, v, packing, self.shape.scale, window, dropout)
-        if y is None:
-            assert view is not None
-            y = attend_cached(q, packing, view.read(), self.shape.scale, window, dropout)
-        return changed(self.o, y.reshape(x.shape[0], -1), own.get("o"))
+        projection = self.projection(x, packing, view, local, changes)
+        projected = self.project(x, projection, changes)
+        return self.output(self.mix(projected, projection, packing, view, local), changes)
 
-    def _heads(self, x: Tensor, packing: Packing, rope: Rope | None, writes: bool, own: Changes) -> list[Tensor]:
-        """Queries [N, H, dim] of x [N, D], and if it `writes`, keys and values [N, KV, dim]."""
-        dim, maps = self.shape.head_dim, (self.q, self.k, self.v) if writes else (self.q,)
+    def projection(
+        self,
+        x: Tensor,
+        packing: Packing,
+        view: KeyView | None = None,
+        local: Local | None = None,
+        changes: Changes | None = None,
+    ) -> Projection:
+        """Which heads `project` makes for `mix`; arguments as of `forward`."""
+        rope, window = self._sight(local)
+        if view is None and not changes and self._has_fast_path(x, packing, window):
+            return Projection(is_joint=True)
+        turns = _turns(x, packing, self.shape.head_dim, rope)
+        return Projection(turns=turns, writes=view is None or view.writes)
+
+    def project(self, x: Tensor, projection: Projection, changes: Changes | None = None) -> list[Tensor]:
+        """From x [N, D] queries [N, H, dim], and maybe keys and values [N, KV, dim]; or all in one [N, C * dim]."""
+        own, dim = changes or {}, self.shape.head_dim
+        if projection.is_joint:
+            weight = fast.joint_weight(self.q.weight, self.k.weight, self.v.weight, dim, self.shape.scale)
+            return [F.linear(x, weight)]
+        maps, turns = (self.q, self.k, self.v) if projection.writes else (self.q,), projection.turns
         is_known = not own and not self.shape.bias and self.norm_q is None
         if is_known and fast.takes_rows(x, *[linear.weight for linear in maps]):
-            turns = None if rope is None else packing.turns(dim, rope, torch.float32)
             return fast.project(x, [linear.weight for linear in maps], turns, dim)
         made = [
             changed(linear, x, own.get(name)).view(x.shape[0], -1, dim)
             for name, linear in zip("qkv", maps, strict=False)
         ]
-        turned = [
-            turn(_normed(heads, norm), packing, rope)
-            for heads, norm in zip(made, (self.norm_q, self.norm_k), strict=False)
-        ]
-        return turned + made[2:]
+        normed = [_normed(heads, norm) for heads, norm in zip(made, (self.norm_q, self.norm_k), strict=False)]
+        return [heads if turns is None else rotate(heads, turns) for heads in normed] + made[2:]
+
+    def mix(
+        self,
+        projected: list[Tensor],
+        projection: Projection,
+        packing: Packing,
+        view: KeyView | None = None,
+        local: Local | None = None,
+    ) -> Tensor:
+        """From what `project` made, what each token's queries find [N, H * dim]; other arguments as of `forward`."""
+        rope, window = self._sight(local)
+        q, *written = projected
+        if projection.is_joint:
+            return fast.attend(q, self.shape.frames(packing, rope, torch.promote_types(q.dtype, torch.float32)))
+        dropout = self.dropout if self.training else 0.0
+        if written:
+            k, v = written
+            if view is None or view.append(k, v, packing):
+                return attend(q, k, v, packing, self.shape.scale, window, dropout).flatten(1)
+        assert view is not None
+        return attend_cached(q, packing, view.read(), self.shape.scale, window, dropout).flatten(1)
+
+    def output(self, heads: Tensor, changes: Changes | None = None) -> Tensor:
+        """Heads [N, H * dim] -> [N, D]."""
+        return changed(self.o, heads, (changes or {}).get("o"))
+
+    def _sight(self, local: Local | None) -> tuple[Rope | None, int | None]:
+        """How heads turn at a step, and how far they see."""
+        return (self.shape.rope, None) if local is None else (local.rope, local.window)
 
     def _has_fast_path(self, x: Tensor, packing: Packing, window: int | None) -> bool:
         # fp16 stays where it is: its range is too small for sums in another order.
@@ -232,13 +280,6 @@ class Attention(nn.Module):
         is_known = not self.shape.bias and self.norm_q is None and not drops
         sees_all = window is None or window >= packing.span
         return is_known and sees_all and has_fast_rows(packing) and x.dtype != torch.float16 and fast.available(x)
-
-    def _fast(self, x: Tensor, packing: Packing, rope: Rope | None) -> Tensor:
-        shape = self.shape
-        weight = fast.joint_weight(self.q.weight, self.k.weight, self.v.weight, shape.head_dim, shape.scale)
-        projected = F.linear(x, weight)
-        wide = torch.promote_types(projected.dtype, torch.float32)
-        return self.o(fast.attend(projected, shape.frames(packing, rope, wide)))
 
 
 def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:

@@ -87,10 +87,10 @@ class Block(nn.Module):
         """
         changes = (parts.changes,) if parts.changes else ()  # which expert layers do not know
         view = None if views is None else views.attention
-        branch = self.attention(self._norm("norm1", parts, x), packing, view, local, *changes)
-        x = self._join(x, branch, "norm1_after", parts)
-        branch, reports = self.mixer(self._norm("norm2", parts, x), packing, views, *changes, traces=parts.traces)
-        return self._join(x, branch, "norm2_after", parts), reports
+        branch = self.attention(self.norm("norm1", parts, x), packing, view, local, *changes)
+        x = self.join(x, branch, "norm1_after", parts)
+        branch, reports = self.mixer(self.norm("norm2", parts, x), packing, views, *changes, traces=parts.traces)
+        return self.join(x, branch, "norm2_after", parts), reports
 
     def plain_weights(self, parts: StepParts) -> tuple[list[Tensor], float] | None:
         """Weights as `fast.Walk` takes them and the norms' epsilon; None where `forward` does anything else besides."""
@@ -112,16 +112,16 @@ class Block(nn.Module):
         q, k, v, o, gate, up, down = [linear.weight for linear in maps]
         return [norm1.weight, q, k, v, o, norm2.weight, gate, up, down], norm1.eps
 
-    def _norm(self, name: str, parts: StepParts, x: Tensor) -> Tensor:
+    def norm(self, name: str, parts: StepParts, x: Tensor) -> Tensor:
         """x [N, D] through the block's norm of this name, or the step's."""
         norm = parts.norms[name] if name in parts.norms else getattr(self, name)
         normed: Tensor = norm(x)
         return normed
 
-    def _join(self, x: Tensor, branch: Tensor, norm_after: str, parts: StepParts) -> Tensor:
+    def join(self, x: Tensor, branch: Tensor, norm_after: str, parts: StepParts) -> Tensor:
         """The residual stream [N, D] with a branch [N, D]."""
         if self.placement == "pre_post":
-            branch = self._norm(norm_after, parts, branch)
+            branch = self.norm(norm_after, parts, branch)
         branch = dropped(branch, self.dropout, self.training)
         joined = x + branch if parts.scale == 1 else x + parts.scale * branch
-        return self._norm(norm_after, parts, joined) if self.placement == "sandwich" else joined
+        return self.norm(norm_after, parts, joined) if self.placement == "sandwich" else joined

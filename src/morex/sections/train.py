@@ -56,12 +56,18 @@ class TrainConfig(Section):
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     anomaly: AnomalyConfig = AnomalyConfig()
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """`bf16` is autocast over fp32 weights; `auto` is resolved once by device and width and written to the run."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """`bf16` and `fp16` are autocast over fp32 weights, `fp16` with dynamic loss scaling; `auto` is resolved once by
+    device and width and written to the run."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    recompute: Literal["nothing", "steps"] = "nothing"
-    """`steps`: a step keeps its input alone and computes the rest once more where the backward pass needs it."""
+    recompute: Literal["nothing", "selective", "steps", "recursions"] = "nothing"
+    """What is computed once more where the backward pass needs it. `steps`: a step keeps its input alone. `recursions`:
+    a whole recursion of the core does. `selective`: a step keeps its input and the results of linear maps, and norms,
+    activations and attention are computed again."""
+    compile: bool = False
+    """Whether torch compiles what blocks do before and behind attention, and the loss. On a CPU that takes a C++
+    compiler."""
     shards: PositiveInt | None = None
     """Ranks that one copy of weights, gradients and optimizer state is divided over; 1 gives each rank a copy;
     default: all of them."""
@@ -89,6 +95,15 @@ class TrainConfig(Section):
     def policy(self) -> str | None:
         """The depth policy of training and its evaluations; None: the router's."""
         return None if self.depth == "router" else self.depth
+
+    @model_validator(mode="after")
+    def _shows_operators(self) -> Self:
+        if self.compile and self.recompute == "selective":
+            raise ValueError(
+                "train.recompute 'selective' chooses among operators, and blocks that train.compile has compiled show "
+                "none; use train.recompute 'steps' or 'recursions', or leave train.compile out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

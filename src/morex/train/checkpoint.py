@@ -62,6 +62,7 @@ RESUMABLE = frozenset(
         "anomaly.limit",
         "save_in_background",
         "recompute",
+        "compile",
         "shards",
         "threads",
         "precision",
@@ -98,6 +99,8 @@ class TrainState:
     """Digests of text and tokenizer, to notice a corpus that has changed."""
     loader: dict[str, Any] = field(default_factory=dict)
     """Place in the data."""
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """Of a training in fp16."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Self:

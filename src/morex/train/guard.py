@@ -51,20 +51,27 @@ class Guard:
         """From what `dataclasses.asdict` made of one."""
         return cls(**{**content, "loss": Running(**content["loss"]), "grad_norm": Running(**content["grad_norm"])})
 
-    def fault(self, config: AnomalyConfig, losses: Mapping[str, float], objective: str, grad_norm: float) -> str | None:
+    def fault(
+        self, config: AnomalyConfig, losses: Mapping[str, float], objective: str, grad_norm: float | None
+    ) -> str | None:
         """What is wrong with a step before its update, in words; None where nothing is.
 
         Args:
             losses: by name.
             objective: name of the one that is watched for spikes.
+            grad_norm: None where there is nothing to judge.
         """
-        values = {f"loss '{name}'": loss for name, loss in losses.items()} | {"gradient norm": grad_norm}
+        values = {f"loss '{name}'": loss for name, loss in losses.items()}
+        if grad_norm is not None:
+            values["gradient norm"] = grad_norm
         for what, value in values.items():
             if not math.isfinite(value):
                 return f"{what} is {value}"
         if config.z_score is None:
             return None
         for what, running in ((f"loss '{objective}'", self.loss), ("gradient norm", self.grad_norm)):
+            if what not in values:
+                continue
             away = running.deviations(values[what])
             if running.number >= config.window and away > config.z_score:
                 mean = f"{away:.1f} standard deviations above its mean of {running.mean:.4g}"

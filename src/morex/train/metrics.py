@@ -76,7 +76,10 @@ class MetricsWriter:
 def training_line(
     t: Training, lr: float, losses: Mapping[str, float], grad_norm: float, stats: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """A line about the step just done; `loss` is the objective's of that step's tokens, no running mean."""
+    """A line about the step just done; `loss` is the objective's of that step's tokens, no running mean.
+
+    A gradient norm of None is one that overflowed in fp16, whose update was left out.
+    """
     objective = t.model.head.objective
     tokens_per_s, flops_per_s = t.pace.since_last(t.state)
     return {
@@ -87,10 +90,11 @@ def training_line(
         "flops": t.state.flops,
         "loss": losses[objective],
         "lr": lr,
-        "grad_norm": grad_norm,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "tokens_per_s": tokens_per_s,
         "flops_per_s": flops_per_s,
         "memory_bytes": t.memory.bytes(),
+        **t.loss_scale.report(),
         "losses": dict(losses),
         **{f"loss_{name}": value for name, value in losses.items() if name != objective},
         **router_report(stats),

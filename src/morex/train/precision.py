@@ -26,13 +26,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device, d_model: int) -> str:
-    """`fp32`, `bf16` or `fp64`; `auto` is bf16 where the hardware gains from it, else fp32.
+    """`fp32`, `bf16`, `fp16` or `fp64`; `auto` is bf16 where the hardware gains from it, else fp32.
 
     On CUDA that is every device with bf16 units; on a CPU one with AMX or AVX-512 bf16, from width 256 on.
     """
     if name != "auto":
         if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ConfigError(f"train.precision 'bf16' is not supported by {device}; use fp32")
+            raise ConfigError(f"train.precision 'bf16' is not supported by {device}; use fp32 or fp16")
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -45,10 +45,10 @@ def cpu_has_bf16() -> bool:
 
 
 def weight_dtype(precision: str) -> torch.dtype:
-    """Format of the weights: bf16 is autocast over fp32 weights."""
+    """Format of the weights: bf16 and fp16 are autocast over fp32 weights."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Format that autocast computes in, or None for none."""
-    return torch.bfloat16 if precision == "bf16" else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

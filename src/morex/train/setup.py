@@ -32,6 +32,7 @@ from morex.train.checkpoint import (
     refuse_other_config,
 )
 from morex.train.errors import CheckpointError, RunFolderError
+from morex.train.loss_scale import LossScale
 from morex.train.memory import PeakMemory, keep_freed_memory
 from morex.train.optim import build_optimizer, same_path
 from morex.train.parallel import parallelise
@@ -61,6 +62,7 @@ class Training:
     """Tokens of the sequence that a training token is in, on average: what FLOPs are counted at."""
     device: torch.device
     autocast: torch.dtype | None
+    loss_scale: LossScale
     memory: PeakMemory
     pace: "Pace"
     ranks: Ranks = ALONE
@@ -113,6 +115,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
     parallelise(model, config.train, ranks, device.type)
     optimizer = build_optimizer(model, config.train)
+    loss_scale = LossScale(device.type, config.train.precision == "fp16")
     torch.manual_seed(config.train.seed + ranks.rank)
     state = TrainState(data=_identity(data))
     with ranks.agreed():
@@ -120,6 +123,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
             state = load_checkpoint(checkpoint, model, optimizer, config, ranks.rank, verified=True)
             _refuse_other_data(run, config, state.data, _identity(data))
             loader.load_state_dict(state.loader)
+            loss_scale.load_state_dict(state.loss_scale)
         state.max_seconds = max_seconds
         if ranks.is_first:
             _write_start(run, config, data, device, None if stored is None else state.step)
@@ -136,6 +140,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
         seq_len=seq_len,
         device=device,
         autocast=autocast_dtype(config.train.precision),
+        loss_scale=loss_scale,
         memory=memory,
         pace=Pace(state.tokens, state.flops, state.seconds),
         ranks=ranks,

@@ -119,13 +119,16 @@ def loop(t: Training, console: Console) -> None:
             lr = set_learning_rate(t)
             losses, stats = forward_backward(t, batch)
             grad_norm = clip_gradients(t)
-            fault = state.guard.fault(plan.anomaly, losses, t.model.head.objective, grad_norm)
+            # A gradient that overflows for its scale in fp16 is no fault: its update is left out, and the scale falls.
+            overflows = t.loss_scale.explains(grad_norm)
+            fault = state.guard.fault(plan.anomaly, losses, t.model.head.objective, None if overflows else grad_norm)
             if fault is not None:
+                t.loss_scale.pass_over()
                 t.optimizer.zero_grad(set_to_none=True)
                 state.seconds += time.perf_counter() - started
                 handle_anomaly(t, fault, metrics, display)
                 continue
-            t.optimizer.step()
+            t.loss_scale.step(t.optimizer)
             t.optimizer.zero_grad(set_to_none=True)
             state.step += 1
             t.model.update_routers(stats, state.step)
@@ -134,7 +137,8 @@ def loop(t: Training, console: Console) -> None:
             state.flops += tokens * flops_per_token(t, stats)
             state.seconds += time.perf_counter() - started
             state.last_loss = losses[t.model.head.objective]
-            state.guard.accept(plan.anomaly, state.step, state.last_loss, grad_norm)
+            if not overflows:
+                state.guard.accept(plan.anomaly, state.step, state.last_loss, grad_norm)
 
             if state.step == 1 or is_due(t, plan.log_every):
                 metrics.write(training_line(t, lr, losses, grad_norm, stats))
@@ -170,7 +174,7 @@ def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], Route
             )
         assert out.loss is not None
         loss = out.loss if weight == 1 else out.loss + (weight - 1) * out.losses[objective]
-        (loss * share).backward()
+        t.loss_scale.scaled(loss * share).backward()
         for name, loss in out.losses.items():
             weighted = loss.detach() * (share * weight if name == objective else share)
             means[name] = means[name] + weighted if name in means else weighted
@@ -204,6 +208,7 @@ def flops_per_token(t: Training, stats: RouterStats) -> float:
 def clip_gradients(t: Training) -> float:
     """Scales the gradients down to `train.clip` and returns their norm before."""
     limit = t.config.train.clip or math.inf
+    t.loss_scale.unscale(t.optimizer)
     return gradient_norm(t.model, limit)
 
 
@@ -277,7 +282,7 @@ def evaluate_held_out(t: Training, metrics: MetricsWriter, display: ProgressDisp
 
 def save(t: Training) -> None:
     """Saves a checkpoint of this step."""
-    t.state.loader = t.loader.state_dict()
+    t.state.loader, t.state.loss_scale = t.loader.state_dict(), t.loss_scale.state_dict()
     [peak] = t.ranks.most(max(t.state.peak_memory_bytes, t.memory.bytes()))
     t.state.peak_memory_bytes = round(peak)
     asked = t.config.train.save_in_background

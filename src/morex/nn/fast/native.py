@@ -112,6 +112,8 @@ def likeliest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def takes_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether `few_norms` may take x [..., D] and a weight [D], and is faster than torch."""
+    if torch.compiler.is_compiling():  # whose graphs would be for so many numbers alone
+        return False
     fits = x.dtype in MULTIPLIED and 0 < x.numel() <= FEW_NUMBERS and weight.dim() == 1
     return fits and weight.dtype == x.dtype and weight.is_contiguous() and may_run(x, weight)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 _is_enabled = True
 
@@ -52,14 +53,20 @@ def available(*tensors: Tensor) -> bool:
     """Whether fast paths may run on these: on a CPU.
 
     Not under torch.compile, which fuses the plain path itself, nor under a dispatch mode such as a FLOP counter, which
-    would not see into products that are written in place.
+    would not see into products that are written in place. Selective recomputation, which is one, has no need to.
     """
-    if not _is_enabled or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if not _is_enabled or torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and _is_watched()):
         return False
     for tensor in tensors:  # noqa: SIM110 - a generator takes three times as long
         if not tensor.is_cpu:
             return False
     return True
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode wants to see every operator."""
+    recomputes = _CachingTorchDispatchMode, _CachedTorchDispatchMode
+    return not all(isinstance(mode, recomputes) for mode in _get_current_dispatch_mode_stack())
 
 
 def usable(*tensors: Tensor, under_autocast: bool = False) -> bool:
