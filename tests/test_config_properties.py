@@ -31,7 +31,11 @@ def expert_routers() -> Any:
     """top_k may be more than the experts there are, which must be refused."""
     required = {"experts": st.integers(1, 4), "top_k": st.integers(1, 3)}
     weights = st.sampled_from([0.0, 0.01])
-    return section(required, {"balance_weight": weights, "z_weight": weights, "bias_rate": weights})
+    steps = st.sampled_from([0, 3])
+    return section(
+        required,
+        {"balance_weight": weights, "z_weight": weights, "bias_rate": weights, "balance_warmup_steps": steps},
+    )
 
 
 def mixers() -> Any:
@@ -126,6 +130,7 @@ def depths() -> Any:
             {"kind": st.just("sampled")},
             {
                 "spread": st.sampled_from([0.0, 0.5]),
+                "curriculum_steps": st.sampled_from([0, 5]),
                 "gradient_recursions": st.sampled_from([None, 1, 8]),
                 "state": st.sampled_from(["input", "random"]),
             },
@@ -189,6 +194,7 @@ def models() -> Any:
             "norm": st.sampled_from(["rms", "rms", "rms_plus_one", "layer"]),
             "norm_placement": st.sampled_from(["pre", "sandwich", "pre_post"]),
             "embedding_scale": st.booleans(),
+            "width_scaling": st.sampled_from([None, {"base_width": 3}, {"base_width": 64, "base_head_dim": 2}]),
             "logit_cap": st.sampled_from([None, 3.0]),
             "norm_eps": st.sampled_from([1e-6, 1e-2]),
         },

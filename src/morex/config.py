@@ -27,6 +27,7 @@ from morex.sections.mixers import ExpertsConfig, FeedForwardConfig, MixerConfig
 from morex.sections.schedule import ScheduleConfig
 from morex.sections.tasks import GeneratedTaskConfig
 from morex.sections.train import EvalConfig, TrainConfig
+from morex.sections.width import WidthScalingConfig
 
 
 class ModelConfig(Section):
@@ -55,6 +56,8 @@ class ModelConfig(Section):
     """N(0, init_std); `scaled` divides residual projections by sqrt(2 L), L the unrolled depth."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
+    width_scaling: WidthScalingConfig | None = None
+    """How the width goes into initial weights, learning rates, logits and attention; default: not at all."""
     seed: Seed = 0
     """Seed of the initial weights."""
     attention: AttentionConfig = AttentionConfig()
@@ -90,6 +93,11 @@ class ModelConfig(Section):
         return alone or self.schedule.sharing == "none"
 
     @property
+    def width_ratio(self) -> float:
+        """Width over the width that initial weights and learning rates are meant for."""
+        return 1.0 if self.width_scaling is None else self.d_model / self.width_scaling.base_width
+
+    @property
     def windows_move(self) -> bool:
         """Whether the number of recursions says which steps are global: all rows of a batch then take as many."""
         schedule = self.schedule.resolved
@@ -114,6 +122,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"input_injection {self.input_injection!r} goes into recursions, and schedule.sharing 'none' has none; "
                 "use input_injection 'none' or another sharing"
+            )
+        if self.width_scaling is not None and self.embedding_scale:
+            raise ValueError(
+                "embedding_scale multiplies embeddings by sqrt(d_model), and width_scaling keeps their size the same "
+                "at every width; leave one of them out"
             )
         self._check_relaxations(recursions)
         if isinstance(self.mixer, ExpertsConfig) and self.mixer.has_blocks:

@@ -197,6 +197,17 @@ def test_resume_of_a_run_by_config_and_out(shell: Shell) -> None:
     assert re.search(r"steps +3\b", result.out)
 
 
+def test_a_branch_of_a_run(shell: Shell) -> None:
+    plan = ["--set", "train.schedule=trapezoid", "--set", "train.budgets=[3]", "--set", "train.checkpoint_every=0"]
+    shell.succeeds("train", "vanilla", "--out", "long", *TINY, *plan, "--set", "train.steps=6")
+    shell.succeeds("train", "--branch", "long", "--set", "train.steps=3")
+    shell.succeeds("train", "vanilla", "--out", "alone", *TINY, *plan, "--set", "train.steps=3")
+    branch, alone = (json.loads(Path(run, "summary.json").read_text()) for run in ("long-3", "alone"))
+    assert branch["steps"] == alone["steps"] == 3 and branch["val_loss"] == alone["val_loss"]
+    sentence = shell.refuses("train", "--branch", "long/checkpoints/step-6", "--set", "train.steps=4")
+    assert "long' has the learning rates of train.steps 4" in sentence and not Path("long-4").exists()
+
+
 def test_eval_repeats_the_summary(trained: Path, shell: Shell) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     result = shell.succeeds("eval", trained, "--json").json

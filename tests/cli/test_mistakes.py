@@ -54,6 +54,8 @@ TINY_CORPUS = ["--tiny", "--set", f"data.corpus={CORPUS}", "--set", "data.tokeni
         (["train", "vanilla", "--resume"], "--resume needs the run"),
         (["train", "--resume", "nowhere", "--out", "nowhere"], "unknown preset 'nowhere'"),
         (["train", "--resume", "nowhere"], "'nowhere' is not a run folder: it has no config.yaml"),
+        (["train", "--branch", "nowhere"], "'nowhere' is neither a run folder nor a checkpoint"),
+        (["train", "--branch", "--resume", "nowhere"], "leave --resume and --tiny out"),
         (["eval", "nowhere"], "'nowhere' is neither a run folder nor a checkpoint"),
         (["generate", "nowhere", "--prompt", "a"], "'nowhere' is neither a run folder nor a checkpoint"),
         (["generate", "nowhere"], "nothing to continue"),

@@ -58,6 +58,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "recurrent experts": ("more-a", ()),
     "shared recurrent block": ("more-b", ("train.accumulation=2",)),
     "recurrent layer": ("more-c", ("model.mixer.router.bias_rate=0.01",)),
+    "muon": ("mor-expert", ("train.optimizer=muon", "train.accumulation=2")),
+    "muon with experts": ("more-tuned", ("train.optimizer=muon",)),
     "random windows": ("more-baseline", ("data.windows=random",)),
 }
 

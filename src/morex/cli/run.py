@@ -45,6 +45,7 @@ SUMMARY_ROWS = {
         "morex train vanilla --set train.steps=200 --set data.corpus=book.txt",
         "morex train my-config.yaml --tiny --set train.device=cpu",
         "morex train --resume runs/first",
+        "morex train --branch runs/long --set train.steps=500 --out runs/long-500",
     )
 )
 def train(
@@ -56,6 +57,12 @@ def train(
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; CONFIG may then be the run folder.")
+    ] = False,
+    branch: Annotated[
+        bool,
+        typer.Option(
+            "--branch", help="Begin a run from a checkpoint of another; CONFIG is its run or checkpoint folder."
+        ),
     ] = False,
     tiny: Tiny = False,
     ranks: Annotated[
@@ -82,7 +89,10 @@ def train(
     machines = Nodes.asked(nodes, node, head)
     if machines.count > 1:  # read when torch is imported; it warns, with a stack trace, of a machine that leaves first
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
+    if branch:
+        settings, folder = _branch_to_train(config, overrides or [], out, resume or tiny)
+    else:
+        settings, folder = _run_to_train(config, overrides or [], out, resume, tiny)
     count = ranks_to_start(ranks, settings.train.device)
     if count > 1 or (machines.count > 1 and "WORLD_SIZE" not in os.environ):
         from morex.train.runs import RunFolder as Run
@@ -92,7 +102,7 @@ def train(
     from morex.train.trainer import train as train_run
 
     progress = console(stderr=True)
-    summary = train_run(settings, folder, resume=resume, console=progress)
+    summary = train_run(settings, folder, resume=resume, console=progress, branch_of=Path(config) if branch else None)
     if os.environ.get("RANK", "0") != "0":  # one of several ranks, the first of which says it
         return
     print_table(
@@ -147,6 +157,17 @@ def evaluate(
         print_table(*accuracy_table(result, named, by_difficulty))
     else:
         print_table([f"{result.tokens:,} tokens", "loss", "perplexity", "bits per byte"], _loss_rows(result, named))
+
+
+def _branch_to_train(source: str, overrides: list[str], out: Path | None, others: bool) -> "tuple[Config, Path]":
+    """The config of a branch and the folder that it goes to; `others`: whether options were given that do not fit."""
+    if others:
+        raise ConfigError("--branch begins a new run from a checkpoint; leave --resume and --tiny out")
+    from morex.train.opening import run_of
+
+    run = run_of(Path(source)).path
+    config = load_config(run / "config.yaml", overrides)
+    return config, out or run.with_name(f"{run.name}-{config.train.steps}")
 
 
 def _run_to_train(

@@ -122,6 +122,9 @@ class DepthRouter(nn.Module):
     """Whether the loss of training reads norm and head on the state of every recursion."""
     is_causal = True
     """Whether eval mode has a rule that sees no later token."""
+    warmth: Tensor
+    """Share of the losses in `warming` that counts, [1], where there are any."""
+    warming: tuple[str, ...] = ()
     scores_are: ClassVar[ScoreKind] = None
     """What `Routing.scores` mean, for those who read them in a trace."""
 

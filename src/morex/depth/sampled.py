@@ -2,10 +2,11 @@
 
     r = 1 + Poisson(exp(t)),  t ~ Normal(ln R - s^2 / 2, s)
 
-Its mean is R + 1. The draw is a function of (seed, step): the same on all ranks and in all microbatches of a step. The
-gradient goes through the last k recursions only; what is injected into these gets its gradient through them. The first
-state is the group's input, or random in training and zero in eval mode, so that a trained model may start anywhere.
-Inference takes R recursions, any other number, or what an exit rule says.
+Its mean is R + 1; a curriculum lets R rise in a line from 0 (McLeish et al. 2025, arXiv 2511.07384). The draw is a
+function of (seed, step): the same on all ranks and in all microbatches of a step. The gradient goes through the last k
+recursions only; what is injected into these gets its gradient through them. The first state is the group's input, or
+random in training and zero in eval mode, so that a trained model may start anywhere. Inference takes R recursions, any
+other number, or what an exit rule says.
 """
 
 import math
@@ -43,16 +44,22 @@ class SampledRouter(ExitRuleRouter):
         state: str,
         state_std: float,
         seed: int,
+        curriculum_steps: int = 0,
     ) -> None:
         super().__init__(d_model, recursions)
         self.spread, self.gradient_recursions, self.seed = spread, gradient_recursions, seed
-        self.state, self.state_std = state, state_std
+        self.state, self.state_std, self.curriculum_steps = state, state_std, curriculum_steps
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
 
     def settle(self, policy: DepthPolicy) -> DepthPolicy:
         if not self.training or policy.kind != "router":
             return policy
-        return replace(policy, recursions=draw(self.recursions, self.spread, self.seed, int(self.step)))
+        step = int(self.step)
+        return replace(policy, recursions=draw(self.mean_at(step), self.spread, self.seed, step))
+
+    def mean_at(self, step: int) -> float:
+        """R in the draw after `step` optimizer steps."""
+        return self.recursions * min(1.0, (step + 1) / max(1, self.curriculum_steps))
 
     @contextmanager
     def gradient(self, policy: DepthPolicy, r: int) -> Iterator[None]:
@@ -81,6 +88,7 @@ class SampledRouter(ExitRuleRouter):
 
     @staticmethod
     def train_visits(taken: int | None, recursions: int, **options: Any) -> tuple[float, float]:
+        # Of a curriculum, this is what comes after it.
         kept = options["gradient_recursions"]
         if taken is not None:
             return taken, taken if kept is None else min(taken, kept)

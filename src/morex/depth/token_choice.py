@@ -40,6 +40,7 @@ class TokenChoiceRouter(DepthRouter):
         bias_rate: float,
         router: str,
         z_weight: float,
+        balance_warmup_steps: int = 0,
     ) -> None:
         super().__init__(d_model, recursions)
         self.activation, self.temperature, self.gate = score, temperature, gate
@@ -48,6 +49,10 @@ class TokenChoiceRouter(DepthRouter):
         self.score = ScoreNet(d_model, recursions, router)
         if balance == "loss":
             self.loss_weights["depth_balance"] = balance_weight
+        self.balance_warmup_steps = balance_warmup_steps
+        if balance_warmup_steps:
+            self.warming = ("depth_balance",)
+            self.register_buffer("warmth", torch.zeros(1))
         if z_weight:
             self.loss_weights["router_z"] = z_weight
         self.register_buffer("bias", torch.zeros(recursions))
@@ -114,6 +119,8 @@ class TokenChoiceRouter(DepthRouter):
 
     @torch.no_grad()
     def update(self, stats: dict[str, Tensor], step: int) -> None:
+        if self.balance_warmup_steps:
+            self.warmth.fill_(min(1.0, step / self.balance_warmup_steps))
         if self.bias_rate and "chosen" in stats:
             share = stats["chosen"].to(self.bias.dtype) / stats["chosen"].sum().clamp(min=1)
             self.bias += self.bias_rate * (share.mean() - share).sign()

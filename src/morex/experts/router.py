@@ -16,9 +16,18 @@ class ExpertRouter(nn.Module):
     """
 
     bias: Tensor
+    warmth: Tensor
+    """Share of the balance loss that counts, [1], where there is a warm-up."""
 
     def __init__(
-        self, d_model: int, experts: int, top_k: int, balance_weight: float, z_weight: float, bias_rate: float
+        self,
+        d_model: int,
+        experts: int,
+        top_k: int,
+        balance_weight: float,
+        z_weight: float,
+        bias_rate: float,
+        balance_warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, d_model))
@@ -26,6 +35,10 @@ class ExpertRouter(nn.Module):
         weights = {"expert_balance": balance_weight, "expert_z": z_weight}
         self.loss_weights = {name: weight for name, weight in weights.items() if weight}
         self.register_buffer("bias", torch.zeros(experts))
+        self.balance_warmup_steps = balance_warmup_steps
+        self.warming = ("expert_balance",) if balance_warmup_steps else ()
+        if balance_warmup_steps:
+            self.register_buffer("warmth", torch.zeros(1))
 
     def forward(self, x: Tensor, with_stats: bool = True) -> tuple[Tensor, Tensor, Signals]:
         """x [N, D] -> chosen experts [N, K], their weights [N, K], and the report, `with_stats` statistics in it."""
@@ -81,7 +94,9 @@ class ExpertRouter(nn.Module):
 
     @torch.no_grad()
     def update(self, stats: dict[str, Tensor], step: int) -> None:
-        """Moves the loss-free bias against the load after optimizer step `step`."""
+        """Moves the loss-free bias against the load, and the warm-up, after optimizer step `step`."""
+        if self.balance_warmup_steps:
+            self.warmth.fill_(min(1.0, step / self.balance_warmup_steps))
         if self.bias_rate:
             share = stats["load"].to(self.bias.dtype) / stats["load"].sum().clamp(min=1)
             self.bias += self.bias_rate * (share.mean() - share).sign()

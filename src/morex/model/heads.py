@@ -20,12 +20,13 @@ class Head(nn.Module):
     objective = ""
     """Name of the loss that the model learns from."""
 
-    def __init__(self, cap: float | None) -> None:
+    def __init__(self, cap: float | None, scale: float = 1.0) -> None:
         """Args:
         cap: keeps logits within this bound, cap * tanh(logits / cap); None: no bound.
+        scale: of the states that become logits.
         """
         super().__init__()
-        self.cap = cap
+        self.cap, self.scale = cap, scale
 
     def check(self, labels: Tensor | None, shape: tuple[int, int], keep: int | Tensor) -> None:
         """Refuses labels and `keep` that do not go with a batch of this shape [B, T]. Raises ValueError."""
@@ -48,6 +49,10 @@ class Head(nn.Module):
         """Mean loss of logits [N, C] on ids [N]."""
         return mean_cross_entropy(logits, wanted)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """States as the linear map of the head takes them."""
+        return x if self.scale == 1 else x * self.scale
+
     def capped(self, logits: Tensor) -> Tensor:
         """Logits within the bound, where there is one."""
         if self.cap is None:
@@ -63,8 +68,8 @@ class LanguageModelHead(Head):
     objective = "lm"
     weight: nn.Parameter | None
 
-    def __init__(self, d_model: int, vocab_size: int, tied: bool, cap: float | None) -> None:
-        super().__init__(cap)
+    def __init__(self, d_model: int, vocab_size: int, tied: bool, cap: float | None, scale: float = 1.0) -> None:
+        super().__init__(cap, scale)
         self.vocab_size = vocab_size
         self.register_parameter("weight", None if tied else nn.Parameter(torch.empty(vocab_size, d_model)))
 
@@ -82,7 +87,7 @@ class LanguageModelHead(Head):
 
     def logits(self, x: Tensor, embedding: Tensor) -> Tensor:
         """States [N, D] -> logits [N, V]."""
-        return self.capped(linear(x, embedding if self.weight is None else self.weight))
+        return self.capped(linear(self.scaled(x), embedding if self.weight is None else self.weight))
 
     def forward(
         self, x: Tensor, packing: Packing, time: int, embedding: Tensor, labels: Tensor | None, keep: int | Tensor
@@ -138,11 +143,11 @@ class ClassifierHead(Head):
 
     objective = "classification"
 
-    def __init__(self, d_model: int, classes: int, pooling: str, cap: float | None) -> None:
+    def __init__(self, d_model: int, classes: int, pooling: str, cap: float | None, scale: float = 1.0) -> None:
         """Args:
         pooling: `last` or `mean`, what a sequence's tokens become.
         """
-        super().__init__(cap)
+        super().__init__(cap, scale)
         self.weight, self.bias = nn.Parameter(torch.empty(classes, d_model)), nn.Parameter(torch.empty(classes))
         self.classes, self.pooling = classes, pooling
 
@@ -166,7 +171,7 @@ class ClassifierHead(Head):
     def forward(
         self, x: Tensor, packing: Packing, time: int, embedding: Tensor, labels: Tensor | None, keep: int | Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        logits = self.capped(F.linear(self.pool(x, packing), self.weight, self.bias))
+        logits = self.capped(F.linear(self.scaled(self.pool(x, packing)), self.weight, self.bias))
         return logits, None if labels is None else mean_cross_entropy(logits, labels)
 
 

@@ -9,6 +9,10 @@
 | every other matrix, embeddings, routers | N(0, std) | N(0, std) |
 
 L is the unrolled depth: each token adds 2 L branches to the residual stream (Radford et al. 2019, section 2.3).
+
+Where the width is `ratio` times the one that std is meant for, std is divided by sqrt(ratio) for `hidden` parameters
+and by ratio for `output` ones (`morex.model.roles`): variances 1 / fan-in and 1 / fan-in^2 (Yang et al. 2022, arXiv
+2203.03466, table 3).
 """
 
 import math
@@ -17,15 +21,17 @@ import torch
 from torch import nn
 
 from morex.depth.router import DepthRouter
+from morex.model.roles import roles
 from morex.nn.norm import RMSNormPlusOne
 
 RESIDUAL = ("o", "down")
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, seed: int) -> None:
+def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, seed: int, ratio: float = 1.0) -> None:
     """Draws all parameters on the CPU from one generator, in the order of their names' first appearance."""
     generator, owners = torch.Generator().manual_seed(seed), dict(model.named_modules())
+    known, divisors = roles(model), {"hidden": math.sqrt(ratio), "output": ratio, "input": 1.0}
     for name, parameter in model.named_parameters():
         owner, role = ["", *name.split(".")][-2:]
         role = owner if role == "weight" and owner != "router" and not owner.isdigit() else role
@@ -40,5 +46,6 @@ def initialise(model: nn.Module, std: float, kind: str, unrolled_depth: int, see
                 parameter.zero_()
             continue
         scale = std / math.sqrt(2 * unrolled_depth) if kind == "scaled" and role in RESIDUAL else std
+        scale /= divisors[known[name]]
         drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator)
         parameter.copy_(drawn)

@@ -56,7 +56,7 @@ class Output:
     all exits; the one under `logits`, the exits that its rule takes, is `lm_at_exit` then.
     """
     loss_weights: dict[str, float] = field(default_factory=dict)
-    """Weight of each auxiliary loss in `loss`."""
+    """Weight of each auxiliary loss in `loss`, after its warm-up where it has one."""
     stats: RouterStats = field(default_factory=RouterStats)
     """Router statistics by module path, for `update_routers`; none with a cache, which goes with decoding."""
     trace: Trace | None = None
@@ -77,9 +77,11 @@ class LanguageModel(nn.Module):
         mixer = config.mixer
         self._num_experts = 0 if isinstance(mixer, FeedForwardConfig) else mixer.router.experts
         self.loss_weights: dict[str, float] = {}
+        self._warming: dict[str, DepthRouter | ExpertRouter] = {}
         for path, module in self.named_modules():
             if isinstance(module, DepthRouter | ExpertRouter):
                 self.loss_weights |= {loss_name(path, name): weight for name, weight in module.loss_weights.items()}
+                self._warming |= {loss_name(path, name): module for name in module.warming}
 
     def forward(
         self,
@@ -205,7 +207,8 @@ class LanguageModel(nn.Module):
         if self.training:
             for name, weight in self.loss_weights.items():
                 if name in out.losses:
-                    loss = loss + weight * out.losses[name]
+                    own = weight * out.losses[name]
+                    loss = loss + (own * self._warming[name].warmth[0] if name in self._warming else own)
         return loss
 
     def read(self, x: Tensor) -> Tensor:
@@ -257,7 +260,7 @@ def build_model(
         model = LanguageModel(config)
     if torch.device(device).type != "meta":
         depth = config.schedule.resolved.unrolled_depth
-        initialise(model, config.init_std, config.init, depth, config.seed)
+        initialise(model, config.init_std, config.init, depth, config.seed, config.width_ratio)
     return model.to(dtype=dtype) if dtype is not None else model
 
 
@@ -270,10 +273,10 @@ def _stack(config: ModelConfig) -> Stack:
 
 
 def _head(config: ModelConfig) -> Head:
-    head, d_model = config.head, config.d_model
+    head, d_model, scale = config.head, config.d_model, 1 / config.width_ratio
     if isinstance(head, ClassifierHeadConfig):
-        return ClassifierHead(d_model, head.classes, head.pooling, config.logit_cap)
-    return LanguageModelHead(d_model, config.vocab_size, config.tie_embeddings, config.logit_cap)
+        return ClassifierHead(d_model, head.classes, head.pooling, config.logit_cap, scale)
+    return LanguageModelHead(d_model, config.vocab_size, config.tie_embeddings, config.logit_cap, scale)
 
 
 def _windows(config: ModelConfig) -> Windows | None:
@@ -325,7 +328,10 @@ def attention_shape(config: ModelConfig) -> AttentionShape:
     scaling = attention.rope_scaling
     stretch = None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"kind"}))
     rope = Rope(attention.rope_base, stretch) if attention.positions == "rope" else None
-    return AttentionShape(rope=rope, **attention.options(config.d_model))
+    options = attention.options(config.d_model)
+    if config.width_scaling is not None and attention.scale is None:
+        options["scale"] = config.width_scaling.attention_scale(options["head_dim"])
+    return AttentionShape(rope=rope, **options)
 
 
 def _block(config: ModelConfig, has_norms: bool = True) -> Block:

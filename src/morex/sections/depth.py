@@ -135,6 +135,8 @@ class TokenChoiceConfig(ChoosingConfig):
     """How depths are kept in use: a balance loss, or a bias on the choice that is moved after every step."""
     balance_weight: NonNegative = 0.1
     """Weight of the balance loss R * sum f_i P_i."""
+    balance_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the weight of the balance loss rises from 0."""
     bias_rate: NonNegative = 0.001
     """Rate u of the loss-free bias."""
     router: Literal["linear", "mlp"] = "linear"
@@ -197,6 +199,8 @@ class SampledConfig(RouterConfig):
     eval."""
     state_std: NonNegative = math.sqrt(2 / 5)
     """Standard deviation of the random first state."""
+    curriculum_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which R rises in a line from 0 in the draws: the mean from 1 recursion to 1 + R."""
     seed: Seed = 0
     """Seed of the draws."""
 

@@ -46,6 +46,8 @@ class ExpertRouterConfig(Section):
     """Experts that each token visits, K. For K = 1 the probability itself is the weight."""
     balance_weight: NonNegative = 0.01
     """Weight of the Switch balance loss E * sum(load * importance), 1.0 at balance."""
+    balance_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the weight of the balance loss rises from 0."""
     z_weight: NonNegative = 0.0
     """Weight of the router z-loss, the mean squared logsumexp of the logits."""
     bias_rate: NonNegative = 0.0

@@ -35,6 +35,8 @@ class TrainConfig(Section):
     depth: Literal["router", "difficulty"] = "router"
     """Who decides how often tokens recur, in training and its evaluations: the model's router, or for a generated task
     the difficulty, which each example then takes as many recursions as (depth.kind 'fixed')."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks, each expert's by themselves, and AdamW for everything else."""
     lr: PositiveFloat = 1e-3
     """Highest learning rate."""
     schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
@@ -43,16 +45,21 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises from 0."""
     cooldown_fraction: Share = 0.2
     """Share of the steps in which `trapezoid` falls to min_lr_ratio."""
+    budgets: tuple[PositiveInt, ...] = ()
+    """Numbers of steps below `steps` for which a `trapezoid` run can be branched: it saves, and keeps, a checkpoint
+    where the cool-down of each would begin."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Last learning rate over the highest."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
     """`matrices` spares norms, biases and embeddings; `all` spares nothing."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     eps: PositiveFloat = 1e-8
     """Term in AdamW's denominator."""
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Decay rate of Muon's momentum."""
     clip: NonNegative = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     anomaly: AnomalyConfig = AnomalyConfig()
@@ -77,6 +84,10 @@ class TrainConfig(Section):
     """Seed of everything random in training, the order of windows included."""
     log_every: PositiveInt = 10
     """Steps between metric lines."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Who is told of metric lines as well; metrics.jsonl has them in any case."""
+    project: Annotated[str, Field(min_length=1)] = "morex"
+    """Name that trackio and wandb keep runs under."""
     eval_every: Annotated[int, Field(ge=0)] = 250
     """Steps between evaluations of the held-out set; 0 evaluates at the end only."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 500
@@ -95,6 +106,24 @@ class TrainConfig(Section):
     def policy(self) -> str | None:
         """The depth policy of training and its evaluations; None: the router's."""
         return None if self.depth == "router" else self.depth
+
+    def cooldown_steps(self, steps: int) -> int:
+        """Steps of the cool-down in a `trapezoid` run of so many steps."""
+        return max(1, round(self.cooldown_fraction * steps))
+
+    @property
+    def branch_points(self) -> frozenset[int]:
+        """Steps at which the cool-downs of `budgets` begin."""
+        return frozenset(budget - self.cooldown_steps(budget) for budget in self.budgets)
+
+    @model_validator(mode="after")
+    def _budgets_of_a_trapezoid(self) -> Self:
+        if self.budgets and self.schedule != "trapezoid":
+            raise ValueError(
+                f"train.budgets are for train.schedule 'trapezoid', which is flat until a cool-down, and it is "
+                f"{self.schedule!r}; use 'trapezoid', or leave train.budgets out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shows_operators(self) -> Self:

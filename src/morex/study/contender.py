@@ -51,7 +51,7 @@ class Contender:
                 even = [1 / module.experts] * module.experts
                 # The router's own choice is made too, so that it costs what it costs.
                 module.choose = drawn_experts(loads or even, module.top_k, module.choose)  # type: ignore[method-assign, assignment]
-        self.optimizer = build_optimizer(self.model, config.train)
+        self.optimizer = build_optimizer(self.model, config.train, config.model.width_ratio)
         self.autocast = autocast_dtype(shape.precision)
         self.steps = 0
         self.active: list[tuple[float, ...]] = []

@@ -23,6 +23,7 @@ from morex.data.tokenizer import Tokenizer, load_tokenizer
 from morex.files import sha256, sync_folder, write_json
 from morex.loading import validate
 from morex.model.lm import LanguageModel, build_model
+from morex.sections.train import TrainConfig
 from morex.train import storage
 from morex.train.errors import CheckpointError, RunFolderError
 from morex.train.guard import Guard
@@ -50,6 +51,7 @@ RESUMABLE = frozenset(
     f"train.{key}"
     for key in (
         "steps",
+        "budgets",
         "log_every",
         "eval_every",
         "checkpoint_every",
@@ -67,6 +69,8 @@ RESUMABLE = frozenset(
         "threads",
         "precision",
         "device",
+        "trackers",
+        "project",
     )
 )
 """Options that may differ between a checkpoint and the run that goes on from it."""
@@ -153,7 +157,7 @@ def save_checkpoint(
         temporary.rename(target)
         sync_folder(run.checkpoints)
         _remove_leftovers(run)
-        _drop_old(run, config.train.keep_checkpoints, config.train.keep_every)
+        _drop_old(run, config.train)
 
     def abandon() -> None:
         if ranks.is_first:
@@ -270,8 +274,13 @@ def list_checkpoints(run: RunFolder) -> list[Path]:
     """Checkpoint folders of a run, oldest first, intact or not."""
     if not run.checkpoints.is_dir():
         return []
-    steps = {int(path.name[5:]): path for path in run.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name)}
-    return [steps[step] for step in sorted(steps)]
+    found = [path for path in run.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    """Step that a checkpoint folder is named by."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -336,10 +345,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") ->
             yield f"{at}{key}", before, after
 
 
-def _drop_old(run: RunFolder, keep: int, keep_every: int | None) -> None:
-    """Removes all but the newest checkpoints and those at multiples of `keep_every`."""
-    for path in list_checkpoints(run)[:-keep]:
-        if keep_every is None or int(path.name[5:]) % keep_every:
+def _drop_old(run: RunFolder, plan: TrainConfig) -> None:
+    """Removes all but the newest checkpoints, those at multiples of `keep_every` and those to branch from."""
+    for path in list_checkpoints(run)[: -plan.keep_checkpoints]:
+        step = _step(path)
+        if step not in plan.branch_points and (plan.keep_every is None or step % plan.keep_every):
             shutil.rmtree(path)
 
 

@@ -1,10 +1,9 @@
 """What a run writes down about itself: the lines of metrics.jsonl, and the summary at its end."""
 
 import contextlib
-import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +15,7 @@ from morex.eval.accuracy import Scores
 from morex.eval.loss import EvalResult
 from morex.experts.router import ExpertRouter
 from morex.files import write_whole
-from morex.train.runs import read_json_lines
+from morex.train.runs import encoded, read_json_lines
 from morex.train.setup import Training
 
 
@@ -27,10 +26,13 @@ class MetricsWriter:
         path: metrics.jsonl; lines of later steps, which a run wrote after its last checkpoint, are dropped.
         step: step that the run continues from.
         speaks: whether this is the rank that writes; another writes nothing.
+        tell: gets each line once it is on disk.
     """
 
-    def __init__(self, path: Path, step: int, speaks: bool = True) -> None:
-        self._path, self._speaks = path, speaks
+    def __init__(
+        self, path: Path, step: int, speaks: bool = True, tell: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
+        self._path, self._speaks, self._tell = path, speaks, tell
         self._descriptor: int | None = None
         self.drop_after(step)
 
@@ -54,7 +56,7 @@ class MetricsWriter:
         self._close()
         if self._path.exists():
             kept = [line for line in read_json_lines(self._path) if line["step"] <= step]
-            write_whole(self._path, "".join(_encode(line) for line in kept))
+            write_whole(self._path, "".join(encoded(line) for line in kept))
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -62,7 +64,7 @@ class MetricsWriter:
         if self._descriptor is None:
             return
         before = os.fstat(self._descriptor).st_size
-        left = memoryview(_encode(line).encode())
+        left = memoryview(encoded(line).encode())
         try:
             while left:
                 left = left[os.write(self._descriptor, left) :]
@@ -71,6 +73,8 @@ class MetricsWriter:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, before)
             raise
+        if self._tell is not None:
+            self._tell(line)
 
 
 def training_line(
@@ -220,7 +224,3 @@ def router_state(model: nn.Module) -> dict[str, dict[str, list[float | None]]]:
                     plain = [value if math.isfinite(value) else None for value in values.tolist()]
                     state.setdefault(path, {})[name] = plain
     return state
-
-
-def _encode(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"

@@ -5,6 +5,7 @@
 - checkpoints/step-N/: see `morex.train.checkpoint`
 - tokenizer/: the tokenizer that made the tokens
 - env.json: versions, device, CPU, threads, commit
+- trackers.json: names that other trackers know the run by; only where there are any
 - summary.json: the end of the run in numbers; only finished runs have it
 - heartbeat.json: a sign of life, while it trains; it stays where the training was killed
 """
@@ -14,7 +15,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -153,6 +154,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return files.read_json(path)
     except ValueError as error:
         raise RunFolderError(str(error)) from None
+
+
+def encoded(line: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -114,7 +114,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     memory = PeakMemory(device)
     model = build_model(config.model, device=device, dtype=weight_dtype(config.train.precision)).train()
     parallelise(model, config.train, ranks, device.type)
-    optimizer = build_optimizer(model, config.train)
+    optimizer = build_optimizer(model, config.train, config.model.width_ratio)
     loss_scale = LossScale(device.type, config.train.precision == "fp16")
     torch.manual_seed(config.train.seed + ranks.rank)
     state = TrainState(data=_identity(data))
@@ -151,7 +151,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
 def _settled(run: RunFolder, config: Config, resume: bool, device: torch.device) -> tuple[Config | None, Config]:
     """Config of the run to resume, and the config of this training."""
     stored = _stored_config(run, resume)
-    config = _resolved(config, stored, device)
+    config = resolved(config, stored, device)
     if stored is not None:
         refuse_other_config(f"run folder '{run.path}'", stored.to_dict(), config)
     depths_to_measure(config.model, config.eval.deepest)  # refused now, not at the first evaluation
@@ -215,7 +215,7 @@ def _stored_config(run: RunFolder, resume: bool) -> Config | None:
     return None
 
 
-def _resolved(config: Config, stored: Config | None, device: torch.device) -> Config:
+def resolved(config: Config, stored: Config | None, device: torch.device) -> Config:
     """The config with its precision settled, by the run that goes on or by device and width, and its corpus located."""
     train = config.train
     if train.precision == "auto":

@@ -23,6 +23,7 @@ from morex.loading import is_depth_routed
 from morex.model.count import count
 from morex.nn import ranks as together
 from morex.nn.signals import RouterStats
+from morex.train.branch import begin_branch
 from morex.train.checkpoint import load_checkpoint, save_checkpoint
 from morex.train.errors import AnomalyError, Interrupted, disk_full_explained
 from morex.train.interrupt import stop_on_signals
@@ -34,6 +35,7 @@ from morex.train.progress import ProgressDisplay
 from morex.train.ranks import Ranks, started
 from morex.train.runs import RunFolder
 from morex.train.setup import Pace, Training, begin, cpu_threads
+from morex.train.trackers import Trackers, refuse_absent
 from morex.train.watchdog import Watchdog
 
 
@@ -43,6 +45,7 @@ def train(
     resume: bool = False,
     max_seconds: float | None = None,
     console: Console | None = None,
+    branch_of: str | Path | None = None,
 ) -> dict[str, Any]:
     """Trains a model into a run folder and returns what its summary.json says.
 
@@ -54,6 +57,7 @@ def train(
         max_seconds: end the run after so much training time, with learning rates planned for it; `train.steps` still
             limits it. A resumed run keeps its own unless another is given.
         console: where progress goes, by default the terminal; `Console(quiet=True)` shows nothing.
+        branch_of: a run or checkpoint folder that the run begins from, as `begin_branch` says.
 
     Raises:
         ConfigError: the config, the corpus, the run folder or its checkpoint cannot be used.
@@ -62,7 +66,11 @@ def train(
         DiskFullError: no space left; what was saved before is intact.
     """
     with started(cfg.train.device) as ranks:
-        return _train(cfg, run_dir, resume, max_seconds, console, ranks)
+        if branch_of is not None:
+            with ranks.agreed():
+                if ranks.is_first:
+                    begin_branch(Path(branch_of), Path(run_dir), cfg)
+        return _train(cfg, run_dir, resume or branch_of is not None, max_seconds, console, ranks)
 
 
 def _train(
@@ -72,6 +80,7 @@ def _train(
     with ExitStack() as held:
         run = RunFolder(Path(ranks.from_first(run_dir)))
         with ranks.agreed():
+            refuse_absent(cfg.train.trackers)
             if resume:
                 run.config()  # where there is no run, say so before a folder is made
             held.enter_context(disk_full_explained(f"run folder '{run.path}'", run.how_to_go_on))
@@ -97,7 +106,8 @@ def loop(t: Training, console: Console) -> None:
     with (
         saving_finished(t),
         stop_on_signals(console) as stop,
-        MetricsWriter(t.run.metrics_path, state.step, speaks=t.ranks.is_first) as metrics,
+        Trackers(t.run, t.config, console, speaks=t.ranks.is_first) as trackers,
+        MetricsWriter(t.run.metrics_path, state.step, t.ranks.is_first, trackers.log) as metrics,
         ProgressDisplay(console, *progress(t)) as display,
         Watchdog(t.run, t.ranks, plan.hang_seconds) as watchdog,
     ):
@@ -109,7 +119,8 @@ def loop(t: Training, console: Console) -> None:
                 save_and_stop(t, round(signal_number))
             if is_due(t, plan.eval_every) and not is_evaluated(t):
                 evaluate_held_out(t, metrics, display)
-            if is_due(t, plan.checkpoint_every) and t.saved_step != state.step:
+            is_branch_point = state.step in plan.branch_points
+            if (is_due(t, plan.checkpoint_every) or is_branch_point) and t.saved_step != state.step:
                 save(t)
             if is_done(t):
                 break
@@ -260,7 +271,7 @@ def set_learning_rate(t: Training) -> float:
         steps = min(steps, max(state.step + 1, round(state.step * state.max_seconds / state.seconds)))
     lr = learning_rate(t.config.train, state.step, steps)
     for group in t.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
     return lr
 
 
