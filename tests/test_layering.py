@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"experts"},
     {"model"},
     {"data", "eval", "infer", "convert"},
-    {"train", "study", "serve", "analysis"},
+    {"train", "study", "scaling", "serve", "analysis"},
     {"cli", "__main__"},
 ]
 LIGHT = ["config", "sections", "loading", "files", "depth.schedule"]

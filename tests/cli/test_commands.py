@@ -14,7 +14,20 @@ import morex
 from cli.shell import TINY, Shell, contents
 from documents import CORPUS
 
-COMMANDS = ["presets", "train", "eval", "generate", "chat", "analyze", "compare", "bench", "data"]
+COMMANDS = [
+    "presets",
+    "train",
+    "eval",
+    "generate",
+    "chat",
+    "analyze",
+    "compare",
+    "bench",
+    "data",
+    "plan",
+    "runs",
+    "export",
+]
 PARTS = ["data describe", "data prepare", "data check", "bench train", "bench decode", "bench kv"]
 
 

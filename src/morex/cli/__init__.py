@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from morex.cli import analysis, corpora, decoding, folders, generation, listing, run, studies
+from morex.cli import analysis, corpora, decoding, folders, generation, listing, run, scaling, studies
 from morex.cli.app import Settings, app
 from morex.loading import closest, places
 from morex.train.errors import Interrupted, TrainingError
 
 __all__ = ["app", "main"]
-COMMANDS = (listing, corpora, run, folders, generation, analysis, studies, decoding)
+COMMANDS = (listing, corpora, run, folders, generation, analysis, studies, decoding, scaling)
 """Importing these modules adds their commands to the application, in this order."""
 FIRST_SPEAKS = 5
 """Seconds in which the first of several ranks says what went wrong."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, put_rows, score_costs
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 from morex.nn.packing import Packing
 from morex.nn.signals import Exits, Signals
 
@@ -117,4 +117,5 @@ class ExitGateRouter(DepthRouter):
         unit = score_costs(d_model, 1, "linear")
         # After the last recursion nobody is asked: all leave.
         asked = 0.0 if taken is not None else sum(shares[:-1])
-        return Costs(unit.parameters + 1, unit.per_token * asked)
+        kept = Kept.alike(4.0 * d_model * len(shares))  # states, of which the first norm keeps none that is scored
+        return Costs(unit.parameters + 1, unit.per_token * asked, kept=kept)

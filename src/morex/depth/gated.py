@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, score_costs
 from morex.nn import ranks
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 
 
 class GatedRouter(DepthRouter):
@@ -100,7 +100,11 @@ class LearnedGateRouter(GatedRouter):
     def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
         nets = scored(options["capacities"], options["score"])
         used = len(nets) if taken is None else sum(r < taken for r in nets)
-        return nets_costs(d_model, len(nets), used, options["router"])
+        # The states that are scored, at recursion 1 those of the first norm; what the core makes of those that go on.
+        states = sum(r > 0 for r in nets) * (5 if options["router"] == "mlp" else 1)
+        weighted = sum(options["shares"]) if options["score"] != "unweighted" else 0.0
+        kept = Costs(kept=Kept.alike(4.0 * d_model * (states + weighted)))
+        return nets_costs(d_model, len(nets), used, options["router"]) + kept
 
 
 def scored(capacities: tuple[float, ...], score: str) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, add_rows, put_rows, score_costs
 from morex.nn import ranks
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
@@ -113,4 +113,5 @@ class HaltingRouter(DepthRouter):
     ) -> Costs:
         unit = score_costs(d_model, 1, "linear")
         # The tokens of the last recursion are not asked: they stop in any case.
-        return Costs(unit.parameters + 1, unit.per_token * sum(shares[:-1]))
+        kept = Kept.alike(4.0 * d_model * sum(shares))  # the states that are scored and weighted
+        return Costs(unit.parameters + 1, unit.per_token * sum(shares[:-1]), kept=kept)

@@ -14,7 +14,7 @@ from torch import Tensor
 from morex.depth.policy import DepthPolicy
 from morex.depth.router import DepthRouter, Routing, ScoreNet, Visit, replace_rows, score_costs
 from morex.nn import ranks
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
@@ -115,7 +115,11 @@ class TokenChoiceRouter(DepthRouter):
 
     @staticmethod
     def costs(d_model: int, recursions: int, taken: int | None = None, **options: Any) -> Costs:
-        return score_costs(d_model, recursions, options["router"])
+        # The last state and its gate; what the core makes, where it is weighted or put into the rows of some tokens.
+        made = sum(share for share in options["shares"] if share < 1 or options["gate"] == "each")
+        weighted = made + (options["gate"] != "each")
+        kept = 4.0 * d_model * (weighted + (4 if options["router"] == "mlp" else 0))
+        return score_costs(d_model, recursions, options["router"]) + Costs(kept=Kept.alike(kept))
 
     @torch.no_grad()
     def update(self, stats: dict[str, Tensor], step: int) -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from morex.experts.attention import outlives
-from morex.experts.moe import MoE
+from morex.experts.moe import MoE, kept_rows
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 from morex.nn.mixers import ExpertViews, feed_forward_costs
 from morex.nn.moves import move
 from morex.nn.packing import Packing
@@ -92,7 +92,14 @@ class LayerRecurrentExperts(MoE):
         """Closed-form costs; `options` are those of the constructor that cost nothing."""
         router, one = expert_router_costs(d_model, experts), feed_forward_costs(expert, d_model, d_ff)
         per_token = steps * (router.per_token + top_k * one.per_token)
-        return Costs(router.parameters + experts * one.parameters, per_token)
+        # The state of a step, which the router takes as it is; before the first step that is the layer's input.
+        kept = router.kept + kept_rows(expert, d_model, d_ff) * top_k + Kept(4.0 * d_model, 0.0, 4.0 * d_model, 0.0)
+        return Costs(
+            router.parameters + experts * one.parameters,
+            per_token,
+            kept=kept * steps,
+            kept_weights=one.cast_weights * (experts * steps),
+        )
 
 
 def temperature(logits: Tensor, floor: float) -> Tensor:

@@ -1,5 +1,7 @@
 """`moe`: feed-forward experts."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from morex.experts.dispatch import dispatch, expert_linear, is_apart
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 from morex.nn.mixers import ACTIVATIONS, GATED, OF_GATE, ExpertViews, feed_forward_costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports
@@ -65,4 +67,18 @@ class MoE(nn.Module):
     def costs(d_model: int, experts: int, top_k: int, shape: AttentionShape, expert: str, d_ff: int) -> Costs:
         """Closed-form costs."""
         one = feed_forward_costs(expert, d_model, d_ff)
-        return expert_router_costs(d_model, experts) + Costs(experts * one.parameters, top_k * one.per_token)
+        own = Costs(
+            experts * one.parameters,
+            top_k * one.per_token,
+            kept=kept_rows(expert, d_model, d_ff) * top_k,
+            kept_weights=one.cast_weights * experts,  # slices of stacks, which autocast casts at every visit
+        )
+        return expert_router_costs(d_model, experts) + own
+
+
+def kept_rows(expert: str, d_model: int, d_ff: int) -> Kept:
+    """What a token keeps in one feed-forward expert: its row, what the net keeps, and what the expert returns."""
+    kept = feed_forward_costs(expert, d_model, d_ff).kept
+    if expert in ("gelu", "relu"):
+        kept = replace(kept, fast_fp32=4.0 * d_ff)
+    return kept + Kept(8.0 * d_model, 2.0 * d_model, 8.0 * d_model, 2.0 * d_model) + Kept.alike(28.0)

@@ -8,6 +8,8 @@ A latent state s meets the input x again at every step, with weights shared over
 The input's half of the adapter is the same at every step and is computed once.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +17,9 @@ from morex.experts.attention import ExpertRows, attend_alone, attend_routed, cac
 from morex.experts.dispatch import expert_linear, expert_rows
 from morex.experts.moe import expert_gated
 from morex.nn import fast
-from morex.nn.attention import AttentionShape
-from morex.nn.costs import AttentionCosts, Costs
-from morex.nn.mixers import ExpertViews
+from morex.nn.attention import AttentionShape, kept_heads
+from morex.nn.costs import AttentionCosts, Costs, Kept, Rows, linear_costs
+from morex.nn.mixers import ExpertViews, feed_forward_costs
 from morex.nn.moves import Watch
 from morex.nn.norm import rms_norm
 
@@ -102,11 +104,32 @@ def recurrent_costs(
     once = d_model * d_model
     each = d_model * d_model + d_model * (queries + keys) * (2 if routed else 1) + 3 * d_model * d_ff
     visits = top_k * steps
-    pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False)
+
+    def kept(rows: Rows) -> Kept:
+        return kept_heads(shape, rows if experts == 1 else replace(rows, are_even=False)) * visits
+
+    pairs = AttentionCosts(4.0 * queries * visits, top_k / experts, 2.0 * keys * visits, rereads=False, kept=kept)
     parameters = experts * (once + each + NORMS * d_model)
+    joint = Kept(fast_fp32=4.0 * d_model * (queries + 2 * keys if routed else d_model))
     return Costs(
         parameters,
         2.0 * (visits * each + top_k * once),
         (pairs,) if routed else (),
         per_token_stopped=2.0 * top_k * d_model * d_model,  # no gradient goes into the first state
+        kept=_kept(d_model, d_ff, routed, steps, experts) * top_k,
+        kept_weights=linear_costs(1, each + once).cast_weights * (experts * steps) + joint * experts,
     )
+
+
+def _kept(d_model: int, d_ff: int, routed: bool, steps: int, experts: int) -> Kept:
+    """What a token keeps in one block, attention's heads left out: four norms and the net a step, its input once.
+
+    The second norm's output is the third one's input, and in bf16 what the first two norms take is bf16 itself. With
+    several experts norms have a row of weights for each token.
+    """
+    own = 4.0 * d_model
+    maps = (4 if routed else 2) * 2.0 * d_model
+    step = Kept(11 * own + 16, 6 * own + 16 + maps, 4 * own + 16, 5 * own + 16)
+    step += feed_forward_costs("swiglu", d_model, d_ff).kept
+    rows = NORMS * own if experts > 1 else 0.0
+    return step * steps + Kept(2 * own + rows, 2 * own + rows, 3 * own, 2 * own + rows)

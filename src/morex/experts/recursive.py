@@ -34,9 +34,9 @@ from morex.experts.dispatch import dispatch, expert_rows, own_weights
 from morex.experts.moe import expert_gated
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
-from morex.nn.attention import AttentionShape
-from morex.nn.costs import AttentionCosts, Costs
-from morex.nn.mixers import ExpertViews
+from morex.nn.attention import AttentionShape, kept_heads
+from morex.nn.costs import AttentionCosts, Costs, Kept, Rows, linear_costs
+from morex.nn.mixers import ExpertViews, feed_forward_costs
 from morex.nn.norm import rms_norm
 from morex.nn.packing import Packing
 from morex.nn.signals import Reports, Signals
@@ -187,11 +187,13 @@ class RecursiveExperts(nn.Module):
         branch: str,
         keep_unused_qk: bool,
         step_shares: tuple[float, ...],
+        always: bool = True,
     ) -> Costs:
         """Closed-form costs without those of the depth router.
 
         Args:
             step_shares: share of an expert's tokens that takes each step.
+            always: whether that is all of them, without a router that is asked.
 
         Folding W_o W_v is one matrix product an expert and a forward pass; spread over a batch's tokens it is left out.
         """
@@ -203,8 +205,27 @@ class RecursiveExperts(nn.Module):
         mixing = 2 * d_model * (queries + keys) if routed else d_model * d_model
         visits = top_k * sum(step_shares)
         per_pair = 4.0 * queries * top_k * sum(share**2 for share in step_shares)
-        pairs = AttentionCosts(per_pair, top_k / experts, 2.0 * keys * visits, rereads=False)
+
+        def kept(rows: Rows) -> Kept:
+            return kept_heads(shape, replace(rows, are_even=False)) * visits
+
+        pairs = AttentionCosts(per_pair, top_k / experts, 2.0 * keys * visits, rereads=False, kept=kept)
         per_token = visits * 2.0 * (mixing + 3 * d_model * d_ff)
         alone = 0.0 if routed else visits * 2.0 * (d_model * (queries + keys) - mixing)
-        own = Costs(parameters, per_token, (pairs,) if routed else (), per_token_alone=alone)
+        # A step's norms with a row of weights for each token, its maps' inputs and its net; fast, no more than it must.
+        maps, net = (3 if routed else 1) * 2.0 * d_model, feed_forward_costs("swiglu", d_model, d_ff)
+        fast_step = 8.0 * d_model + 8 if always else 24.0 * d_model + 8
+        step = Kept(32.0 * d_model + 8, 24.0 * d_model + 8 + maps, fast_step, 18.0 * d_model + 8) + net.kept
+        once = Kept.alike(4.0 * d_model + 28)
+        if branch == "output":
+            once += Kept(12.0 * d_model + 4, 12.0 * d_model + 4, 4.0, 8.0 * d_model + 4)
+        mapped = linear_costs(d_model, queries + keys + d_model if routed else d_model).cast_weights
+        own = Costs(
+            parameters,
+            per_token,
+            (pairs,) if routed else (),
+            per_token_alone=alone,
+            kept=step * visits + once * top_k,
+            kept_weights=(net.cast_weights + mapped) * (experts * len(step_shares)),
+        )
         return expert_router_costs(d_model, experts) + own

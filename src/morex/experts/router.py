@@ -1,11 +1,13 @@
 """The expert router: linear, softmax, top-k; weights renormalised for K > 1 (Shazeer et al. 2017, section 2)."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.nn import ranks
-from morex.nn.costs import Costs, linear_costs
+from morex.nn.costs import Costs, Kept, linear_costs
 from morex.nn.signals import Choice, Signals
 
 
@@ -103,5 +105,7 @@ class ExpertRouter(nn.Module):
 
 
 def expert_router_costs(d_model: int, experts: int) -> Costs:
-    """Closed-form costs of `ExpertRouter`."""
-    return linear_costs(d_model, experts)
+    """Closed-form costs of `ExpertRouter`; its input counts as kept where others take a cast of it."""
+    scores = 4.0 * (3 * experts + 1) + 12.0
+    kept = Kept.alike(scores, scores + 4.0 * d_model)
+    return replace(linear_costs(d_model, experts), kept=kept, cast_weights=Kept())

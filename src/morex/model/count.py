@@ -169,6 +169,8 @@ def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = Non
     norms += [shape.head_dim] * (2 if config.attention.qk_norm else 0)
     for channels in norms:
         own += norm_costs(config.norm, channels)
+    if config.attention.qk_norm:
+        own += Costs(kept=norm_costs(config.norm, shape.head_dim).kept * (shape.heads + shape.kv_heads - 2))
     if isinstance(mixer, FeedForwardConfig):
         return own + feed_forward_costs(mixer.kind, d_model, mixer.hidden(d_model))
     experts, top_k = mixer.router.experts, mixer.router.top_k
@@ -177,7 +179,9 @@ def block_costs(config: ModelConfig, step_shares: tuple[float, ...] | None = Non
         kind, steps, of_router = ROUTERS[router.kind], mixer.num_steps, router.options(mixer.num_steps)
         options["step_shares"] = step_shares or kind.shares(steps, **of_router)
         asked = kind.costs(d_model, steps, shares=options["step_shares"], **of_router)
-        own += Costs(asked.parameters, top_k * asked.per_token, per_token_stopped=top_k * asked.per_token_stopped)
+        per_token, stopped = top_k * asked.per_token, top_k * asked.per_token_stopped
+        own += Costs(asked.parameters, per_token, per_token_stopped=stopped, kept=asked.kept * top_k)
+        options["always"] = router.kind == "fixed"
     return own + EXPERTS[mixer.kind].costs(d_model, experts, top_k, shape, **options)
 
 

@@ -1,13 +1,15 @@
 """Causal attention with grouped key/value heads over flat tokens, with or without cached keys."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.nn import fast
-from morex.nn.costs import AttentionCosts, Costs, linear_costs
+from morex.nn.costs import AttentionCosts, Costs, Kept, Rows, linear_costs
 from morex.nn.keys import NEVER, Keys, KeyView, PagedKeys
 from morex.nn.linear import Linear
 from morex.nn.low_rank import Changes, changed
@@ -302,10 +304,44 @@ def attention_maps(d_model: int, shape: AttentionShape) -> dict[str, tuple[int, 
 
 
 def attention_costs(d_model: int, shape: AttentionShape) -> Costs:
-    """Closed-form costs of `Attention`, its norms left out."""
+    """Closed-form costs of `Attention`, its norms left out; its input counts as kept where it is cast."""
     heads, kv_heads, head_dim = shape.heads, shape.kv_heads, shape.head_dim
     queries, keys = linear_costs(d_model, heads * head_dim), linear_costs(d_model, 2 * kv_heads * head_dim)
     output = linear_costs(heads * head_dim, d_model)
-    pairs = AttentionCosts(4.0 * heads * head_dim, key_values=2 * kv_heads * head_dim)
+    kept = partial(kept_heads, shape)
+    pairs = AttentionCosts(4.0 * heads * head_dim, key_values=2 * kv_heads * head_dim, kept=kept)
     biases = shape.bias * (heads + 2 * kv_heads) * head_dim + shape.output_bias * d_model
-    return queries + keys + output + Costs(biases, 0.0, (pairs,), keys.per_token)
+    joined = replace(queries + keys, cast_weights=Kept(0.0, 2.0 * (queries.parameters + keys.parameters)))
+    return joined + output + Costs(biases, 0.0, (pairs,), keys.per_token)
+
+
+def kept_heads(shape: AttentionShape, rows: Rows) -> Kept:
+    """What a token's heads keep: queries, keys, values, outputs and one number a head.
+
+    The fast path for short rows keeps the probabilities too. The plain one keeps what stands in frames with padding as
+    it was before as well, and a mask as it is and as numbers.
+    """
+    queries, keys = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim * rows.makes_keys
+    once = 2 * queries + keys
+    values, mask = once if rows.are_even else 2 * once, 5.0 * rows.masked
+    plain, cast = (size * values + 4.0 * shape.heads + mask for size in (4, 2))
+    if not has_fast_heads(shape, rows):
+        return Kept.alike(plain, cast)
+    fast_heads = 4.0 * (queries + keys) + 4.0 * shape.heads * fast.mean_keys(rows.width)
+    return Kept(plain, cast, fast_heads + 4.0 * queries, fast_heads + 2.0 * queries)
+
+
+def kept_beside_heads(d_model: int, shape: AttentionShape, rows: Rows) -> Costs:
+    """What a visit of `Attention` keeps beside its heads: its input where it is cast, and joint or cast weights."""
+    queries, keys = shape.heads * shape.head_dim, 2 * shape.kv_heads * shape.head_dim * rows.makes_keys
+    maps = 3 if rows.makes_keys else 1
+    copies = Kept.alike(0.0, 2.0 * maps * d_model)
+    if not has_fast_heads(shape, rows):
+        return Costs(kept=copies)
+    joint = d_model * (queries + keys)  # one map of three
+    return Costs(kept=replace(copies, fast_bf16=2.0 * d_model), kept_weights=Kept(0.0, 0.0, 4.0 * joint, 2.0 * joint))
+
+
+def has_fast_heads(shape: AttentionShape, rows: Rows) -> bool:
+    """Whether a CPU takes such rows by the fast path."""
+    return not (shape.bias or rows.is_plain or rows.masked) and fast.fits(math.ceil(rows.width))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.nn import fast
-from morex.nn.costs import Costs, linear_costs
+from morex.nn.costs import Costs, Kept, linear_costs
 from morex.nn.keys import KeyView
 from morex.nn.linear import Linear, linear
 from morex.nn.low_rank import Changes, changed
@@ -109,6 +109,13 @@ def feed_forward_maps(kind: str, d_model: int, d_ff: int) -> dict[str, tuple[int
     return gate | {"up": (d_model, d_ff), "down": (d_ff, d_model)}
 
 
+HIDDEN = {"swiglu": 4, "geglu": 4, "gelu": 2, "relu": 1}
+"""Tensors of the hidden width that are kept by kind; the fast swiglu keeps two."""
+
+
 def feed_forward_costs(kind: str, d_model: int, d_ff: int) -> Costs:
-    """Closed-form costs of a feed-forward mixer."""
-    return linear_costs(d_model, (3 if kind in GATED else 2) * d_ff)
+    """Closed-form costs of a feed-forward mixer; its input counts as kept where it is cast."""
+    own = linear_costs(d_model, (3 if kind in GATED else 2) * d_ff)
+    values, copies = HIDDEN[kind] * d_ff, (2 if kind in GATED else 1) * d_model
+    cast = 2.0 * (values + copies)
+    return own + Costs(kept=Kept(4.0 * values, cast, 4.0 * (2 * d_ff if kind == "swiglu" else values), cast))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from morex.nn import fast
-from morex.nn.costs import Costs
+from morex.nn.costs import Costs, Kept
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,5 +54,12 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {
 
 
 def norm_costs(kind: str, channels: int) -> Costs:
-    """Closed-form costs of a norm; its few FLOPs a channel are left out."""
-    return Costs((2 if kind == "layer" else 1) * channels)
+    """Closed-form costs of a norm; its few FLOPs a channel are left out.
+
+    It keeps its input and its output, which without autocast is the input of the maps behind it; the plain RMSNorm also
+    the input times what normalises it.
+    """
+    if kind == "layer":
+        return Costs(2 * channels, kept=Kept.alike(8 * channels + 8, 4 * channels + 8))
+    own = 4 * channels
+    return Costs(channels, kept=Kept(3 * own + 4, 2 * own + 4, 2 * own + 4, own + 4))

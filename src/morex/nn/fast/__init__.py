@@ -6,7 +6,7 @@ leaves, rotation as a complex product, gathers whose gradient is a gather, resid
 fewer tensors kept for the backward pass.
 """
 
-from morex.nn.fast.causal import attend, fits, joint_weight
+from morex.nn.fast.causal import attend, fits, joint_weight, mean_keys
 from morex.nn.fast.experts import recursive_experts
 from morex.nn.fast.feed_forward import feed_forward_experts, swiglu
 from morex.nn.fast.frame import Frames
@@ -56,6 +56,7 @@ __all__ = [
     "is_native",
     "joint_weight",
     "likeliest",
+    "mean_keys",
     "project",
     "reads_pages",
     "recurrent_experts",

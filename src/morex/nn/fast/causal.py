@@ -27,6 +27,11 @@ def blocks_of(width: int) -> list[slice]:
     return [slice(start, min(start + size, width)) for start in range(0, width, size)]
 
 
+def mean_keys(width: float) -> float:
+    """Keys that a query keeps the probability of, on average, in rows of about this width."""
+    return width if width <= ONE_BLOCK else (width + BLOCK) / 2
+
+
 def causal_rows(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
     """Causal attention inside each row, scale 1.
 

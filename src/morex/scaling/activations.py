@@ -1,0 +1,221 @@
+"""What a forward pass keeps for its backward pass, in closed form: the parts' `Kept`, by the tokens that visit them.
+
+A block keeps nothing of a token that does not visit it, so recursion r keeps c_r of what the first one keeps. Padding
+is left out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from morex.config import ModelConfig
+from morex.depth.routers import ROUTERS
+from morex.model.count import block_costs, expected_shares, head_costs, lora_costs, router_costs
+from morex.model.lm import attention_shape
+from morex.nn.attention import has_fast_heads, kept_beside_heads
+from morex.nn.costs import Kept, Rows
+from morex.nn.norm import norm_costs
+from morex.sections.head import ClassifierHeadConfig
+
+Format = Literal["fp32", "bf16", "fp64"]
+WIDE = 4
+"""Bytes of a value of the residual stream, which autocast leaves alone."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that the forward pass of one microbatch keeps."""
+
+    blocks: float
+    """Of prelude and coda."""
+    recursions: tuple[float, ...]
+    """Of the core at each recursion that has a gradient."""
+    routers: float
+    """Of the depth routers, and of what recursions meet again."""
+    ends: float
+    """Of embedding, last norm and the input of the head."""
+    weights: float
+    """Copies of weights, cast to bf16 or joined, that the backward pass will read."""
+    cast: float
+    """Copies of weights that autocast holds until the forward pass ends, whether they are kept or not."""
+    again: float
+    """Of one step, which is there while it is computed again; 0 without recomputation."""
+    recomputed: float
+    """Of all steps together, as they come and go while they are computed again; 0 without recomputation."""
+    probabilities: float
+    """What the loss keeps: logarithms of the probabilities of all ids, at each exit that it reads."""
+    logits: float
+    """The logits, which the output holds."""
+
+    @property
+    def kept(self) -> float:
+        """All that the backward pass will read, as the forward pass leaves it."""
+        return self.blocks + sum(self.recursions) + self.routers + self.ends + self.weights + self.probabilities
+
+
+def activations(
+    config: ModelConfig,
+    rows: int,
+    seq_len: int,
+    precision: Format = "fp32",
+    has_fast_paths: bool = False,
+    recompute: bool = False,
+    shares: tuple[float, ...] | None = None,
+    mask_documents: bool = False,
+) -> Activations:
+    """Counts what a microbatch keeps.
+
+    Args:
+        config: the model.
+        rows, seq_len: of the microbatch.
+        precision: `bf16` is autocast over fp32 weights.
+        has_fast_paths: whether those for a CPU run.
+        recompute: whether a step keeps its input alone (`train.recompute: steps`).
+        shares: share of the tokens active at recursion r = 1..R, where it was measured.
+        mask_documents: whether tokens see their own document alone.
+    """
+    schedule = config.schedule.resolved
+    active = shares or trained_shares(config, seq_len)
+    own = _Microbatch(config, rows, seq_len, precision, has_fast_paths, mask_documents)
+    once, core = own.rows_of(1.0, 0), [own.rows_of(share, r) for r, share in enumerate(active, start=1)]
+
+    def kept(share: float, visited: Rows) -> float:
+        return share * own.values(config.d_model) if recompute else own.step(share, visited)
+
+    groups = len(schedule.groups)
+    selections = sum(own.rotations(share, visited) for share, visited in zip(active, core, strict=True) if share < 1)
+    rotated = 0.0 if recompute else own.rotations(1.0, once) + groups * selections
+    probabilities, logits = own.logits(len(active))
+    outer = schedule.prelude + schedule.coda
+    steps = outer * own.step(1.0, once) + schedule.core * sum(map(own.step, active, core))
+    cast = own.cast()
+    joint = outer * own.joint(once) + schedule.core * sum(own.joint(r) for r in core)
+    return Activations(
+        blocks=outer * kept(1.0, once) + rotated,
+        recursions=tuple(schedule.core * one for one in map(kept, active, core)),
+        routers=groups * own.routers(active),
+        ends=own.ends(),
+        weights=own.cast_head() if recompute else cast + joint,
+        cast=cast,
+        again=max(own.step(1.0, visited) + own.joint(visited) for visited in (once, *core[:1])) if recompute else 0.0,
+        recomputed=steps if recompute else 0.0,
+        probabilities=probabilities,
+        logits=logits,
+    )
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """Bytes of the parts, for all tokens of a microbatch."""
+
+    config: ModelConfig
+    rows: int
+    seq_len: int
+    precision: Format
+    has_fast_paths: bool
+    mask_documents: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    def bytes(self, kept: Kept) -> float:
+        """What is kept in this format and on this path."""
+        narrow = self.precision == "bf16"
+        if self.has_fast_paths:
+            found = kept.fast_bf16 if narrow else kept.fast_fp32
+        else:
+            found = kept.bf16 if narrow else kept.fp32
+        return found * (2 if self.precision == "fp64" else 1)
+
+    def values(self, count: float) -> float:
+        """Of so many values a token, in the format of the weights."""
+        return self.tokens * count * WIDE * (2 if self.precision == "fp64" else 1)
+
+    def rows_of(self, share: float, recursion: int) -> Rows:
+        """The rows of a step that this share of the tokens takes; recursion 0 is prelude and coda."""
+        config, attention = self.config, self.config.attention
+        masked = self.mask_documents or (attention.window is not None and attention.window < self.seq_len)
+        rereads = recursion > 0 and config.kv != "per_recursion" and not self._takes_all
+        is_plain = rereads or attention.qk_norm or config.dropout.attention > 0 or (config.lora is not None)
+        makes_keys = not (rereads and config.kv == "shared_first" and recursion > 1)
+        reads = self.seq_len if rereads and recursion > 1 else share * self.seq_len if masked else 0.0
+        return Rows(share * self.seq_len, share == 1 or self._is_even, is_plain, makes_keys, reads)
+
+    @property
+    def _takes_all(self) -> bool:
+        return self.config.depth.kind in ("fixed", "sampled", "exit_gate")
+
+    @property
+    def _is_even(self) -> bool:
+        """Whether all sequences have as many active tokens."""
+        return self.config.depth.kind in ("expert_choice", "random")
+
+    def step(self, share: float, rows: Rows) -> float:
+        """Of one step that this share of the tokens takes, copies of weights left out."""
+        block, shape = block_costs(self.config), attention_shape(self.config)
+        kept = block.kept + kept_beside_heads(self.config.d_model, shape, rows).kept
+        if self.config.dropout.residual:  # what was dropped, in bytes, and what it was dropped from
+            kept += Kept.alike(2.0 * self.config.d_model)
+        for attention in block.attention:
+            own = rows if attention.rereads else Rows(share * attention.share * self.seq_len)
+            kept += attention.kept(own)
+        return share * self.tokens * self.bytes(kept)
+
+    def joint(self, rows: Rows) -> float:
+        """Of weights that a step makes for itself."""
+        beside = kept_beside_heads(self.config.d_model, attention_shape(self.config), rows).kept_weights
+        return self.bytes(block_costs(self.config).kept_weights + beside)
+
+    def cast_head(self) -> float:
+        """Of the head's weights, which is never computed again."""
+        return self.bytes(head_costs(self.config).cast_weights)
+
+    def cast(self) -> float:
+        """Of weights that autocast casts once a pass."""
+        schedule = self.config.schedule.resolved
+        block = block_costs(self.config).cast_weights * schedule.num_blocks
+        return self.bytes(block + head_costs(self.config).cast_weights + lora_costs(self.config).cast_weights)
+
+    def rotations(self, share: float, rows: Rows) -> float:
+        """Of the cosines and sines of a selection of tokens; fast attention has its own, which nobody keeps."""
+        shape = attention_shape(self.config)
+        if shape.rope is None or (self.has_fast_paths and has_fast_heads(shape, rows)):
+            return 0.0
+        return share * self.values(2 * shape.head_dim)
+
+    def routers(self, active: tuple[float, ...]) -> float:
+        """Of the router of one group, and of what is injected there."""
+        kept = router_costs(self.config, active).kept
+        if self.config.input_injection == "concat":
+            # The states that the adapter takes; those of the input are the first norm's.
+            copies = Kept.alike(4.0 * self.config.d_model, 2.0 * self.config.d_model)
+            kept += copies * (1 + sum(active))
+        return self.tokens * self.bytes(kept)
+
+    def ends(self) -> float:
+        """Of embedding, last norm and the input of the head."""
+        d_model = self.config.d_model
+        return self.tokens * self.bytes(
+            norm_costs(self.config.norm, d_model).kept + Kept.alike(16.0, 16.0 + 2 * d_model)
+        )
+
+    def logits(self, recursions: int) -> tuple[float, float]:
+        """Logarithms of probabilities at all exits that the loss reads, and the logits that the output holds."""
+        if isinstance(self.config.head, ClassifierHeadConfig):
+            return 0.0, 0.0
+        exits = recursions if ROUTERS[self.config.depth.kind].reads_every_state else 1
+        per_exit = 1 if self.config.logit_cap is None else 2  # the tangent keeps what it makes
+        held = self.values(self.config.vocab_size)
+        return exits * per_exit * held, held / (2 if self.precision == "bf16" else 1)
+
+
+def trained_shares(config: ModelConfig, seq_len: int) -> tuple[float, ...]:
+    """Largest shares of the recursions of a training, those that have a gradient.
+
+    While capacities warm up all tokens take all recursions; where the number is drawn, it is the mean.
+    """
+    recursions, kind = config.schedule.recursions, ROUTERS[config.depth.kind]
+    if getattr(config.depth, "warmup_steps", 0):
+        return (1.0,) * recursions
+    drawn = kind.train_visits(None, recursions, **config.depth.options(recursions))
+    return expected_shares(config, seq_len) if drawn is None else (1.0,) * round(drawn[1])
