@@ -56,7 +56,17 @@ def devices() -> str:
 
 def plans(config: Config, target: float, device: Device) -> str:
     """The best layout for each number of devices."""
-    head = ["GPUs", "shards x copies", "microbatches", "recompute", "memory", "of it gathered", "of it passing", "step"]
+    head = [
+        "GPUs",
+        "shards x copies",
+        "microbatches",
+        "recompute",
+        "core units",
+        "memory",
+        "of it gathered",
+        "of it passing",
+        "step",
+    ]
     head += ["exchange exposed", "FLOP utilisation", "tokens a day", "days", "bound by"]
     rows = []
     for ranks in RANKS:
@@ -64,7 +74,7 @@ def plans(config: Config, target: float, device: Device) -> str:
             rows.append(row(plan(config, ranks, device, "bf16"), target))
         except ConfigError as error:
             said = str(error).partition(": ")[2].partition(",")[0]
-            rows.append([f"{ranks:,}", "does not fit", "", "", said, *[""] * (len(head) - 5)])
+            rows.append([f"{ranks:,}", "does not fit", "", "", "", said, *[""] * (len(head) - 6)])
     return table(head, rows)
 
 
@@ -75,6 +85,7 @@ def row(one: Plan, target: float) -> list[str]:
         f"{layout.shards} x {layout.copies}",
         str(layout.accumulation),
         "steps" if layout.recompute else "nothing",
+        "blocks" if layout.has_block_units else "core",
         *(human(size, "B") for size in (held.peak, held.gathered, held.passing)),
         f"{took.seconds:.3g} s",
         f"{took.exposed / took.seconds:.0%}",
@@ -90,7 +101,7 @@ def days(value: float) -> str:
 
 
 def core() -> str:
-    """What the core costs as one unit, and what it would cost as a unit for each block."""
+    """What the core costs as one unit, and with a unit for each block."""
     head = ["", "`mor-llm-medium`", "`mor-llm-large`"]
     rows: dict[str, list[str]] = {}
 
@@ -105,8 +116,8 @@ def core() -> str:
         put("its weights and gradients in fp32, gathered", human(2 * weights, "B"))
         put("its weights in bf16, cast once a pass", human(weights / 2, "B"))
         put("received for its weights in a microbatch", human(2 * weights, "B"))
-        put("one block's weights and gradients", human(8 * units.block, "B"))
-        put("received, were each block a unit", human(2 * recursions * weights, "B"))
+        put("the same with blocks as units", human(weights + 2 * weights / units.inner, "B"))
+        put("received for them in a microbatch", human(2 * recursions * weights, "B"))
     return table(head, list(rows.values()))
 
 

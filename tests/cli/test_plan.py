@@ -85,7 +85,10 @@ def test_this_machine_is_measured(shell: Shell, tmp_path: Path) -> None:
             ["plan", "vanilla", "--gpus", "7"],
             "train.batch_size 16 does not divide over 7 ranks; use train.batch_",
         ),
-        (["plan", "mor-llm-large", "--gpus", "8"], "no layout fits 8 x h100: at least"),
+        (
+            ["plan", "mor-llm-large", "--gpus", "8", "--set", "train.core_units=core"],
+            "no layout fits 8 x h100: at least",
+        ),
         (["plan", "vanilla", "--price", "-1"], "--price -1.0 must be 0 or more"),
         (["plan", "vanilla", "--json", "/nowhere/plan.json"], "--json '/nowhere/plan.json' cannot be written"),
         (["plan", "vanilla", "--device", "cpu", "--gpus", "4096", "--set", "train.batch_size=4096"], "cores of this"),

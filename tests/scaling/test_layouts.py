@@ -23,13 +23,15 @@ def medium(batch: int, *overrides: str) -> Config:
 @pytest.mark.parametrize(("batch", "ranks"), [(64, 8), (96, 12), (48, 16), (64, 64)])
 @pytest.mark.parametrize("device", ["h100", "rtx4090"])
 def test_nothing_that_fits_is_faster(batch: int, ranks: int, device: str) -> None:
-    """By brute force over every shards, accumulation and recompute, whether it divides or not."""
+    """By brute force over every shards, accumulation, recompute and core_units, whether it divides or not."""
     config, on = medium(batch), DEVICES[device]
     best = plan(config, ranks, on, "bf16")
     rows = batch // ranks
     every = [
-        evaluate(config, Layout(ranks, shards, parts, again), on, "bf16")
-        for shards, parts, again in product(range(1, ranks + 1), range(1, rows + 1), (False, True))
+        evaluate(config, Layout(ranks, shards, parts, again, by_block), on, "bf16")
+        for shards, parts, again, by_block in product(
+            range(1, ranks + 1), range(1, rows + 1), (False, True), (False, True)
+        )
         if ranks % shards == 0 and rows % parts == 0
     ]
     fitting = [one for one in every if one.memory.peak <= on.usable * on.memory]
@@ -64,7 +66,8 @@ def test_a_batch_that_does_not_divide() -> None:
 
 
 def test_a_model_that_does_not_fit_is_told_what_would() -> None:
-    large = morex.load_config("mor-llm-large", ["train.batch_size=8", "train.accumulation=1", "train.seq_len=256"])
+    batch = ["train.batch_size=8", "train.accumulation=1", "train.seq_len=256", "train.core_units=core"]
+    large = morex.load_config("mor-llm-large", batch)
     with pytest.raises(ConfigError) as error:
         plan(large, 8, DEVICES["h100"], "bf16")
     match = re.search(

@@ -65,6 +65,15 @@ def test_the_core_is_gathered_as_a_whole() -> None:
     assert held.states < 0.02 * held.gathered
 
 
+def test_blocks_as_units_leave_the_gradients_of_the_core() -> None:
+    config = morex.load_config("mor-llm-large", ["train.batch_size=1024", "train.seq_len=16"])
+    whole, parts = (memory(config, Layout(1024, 1024, 1, True, by_block), "bf16") for by_block in (False, True))
+    units = units_of(config.model)
+    saved = 4 * units.core * (1 - 2 / units.inner)
+    assert whole.peak - parts.peak > 0.95 * saved
+    assert parts.gathered > 4 * units.core
+
+
 def test_one_rank_gathers_nothing() -> None:
     config = morex.load_config("mor-expert")
     held = memory(config, Layout(1, 1, 1, False), "fp32")

@@ -49,6 +49,13 @@ def test_units_are_gathered_as_often_as_fsdp_gathers_them(config: Config) -> Non
     assert took(config, Layout(8, 4, 1, False)).exchanged == pytest.approx(gathers + reductions + copies)
 
 
+def test_blocks_as_units_are_gathered_for_every_use(config: Config) -> None:
+    """In both passes, R times each; their gradients are still exchanged once."""
+    units, part = units_of(config.model), 3 / 4
+    whole, parts = (took(config, Layout(4, 4, 1, False, by_block)).exchanged for by_block in (False, True))
+    assert parts - whole == pytest.approx(4 * part * 2 * (units.recursions - 1) * units.core)
+
+
 def test_inside_a_machine_links_count_and_between_them_the_network(config: Config) -> None:
     units = units_of(config.model)
     volume = 4 * (3 * units.total - units.root)

@@ -40,9 +40,13 @@ LONG = (
     *("moe loss-free", "experts routed", "recurrent layer"),
 )
 """Families that are trained for fifty steps, the others for eight."""
+BLOCKS = {"core_units": "blocks"}
+EXCHANGES = "allgather", "reduce_scatter"
 VARIED = "dense", "threshold", "experts routed"
 CHANGES: tuple[dict[str, Any], ...] = (
     {"shards": 1},
+    {"core_units": "blocks"},
+    {"core_units": "blocks", "recompute": "recursions"},
     {"recompute": "steps"},
     {"recompute": "selective"},
     {"recompute": "recursions", "compile": True},
@@ -166,13 +170,23 @@ def test_shared_weights_are_gathered_once_a_pass(tmp_path: Path) -> None:
     configs = [
         load_config("vanilla", [f"model.schedule={json.dumps(schedule)}"], tiny=True) for schedule, _ in schedules
     ]
+    by_block = [config.model_copy(update={"train": config.train.model_copy(update=BLOCKS)}) for config in configs]
     result, program = tmp_path / "counts.json", PROGRAM.with_name("gather_program.py")
-    torchrun(2, program, str(result), *[json.dumps(config.to_dict()) for config in configs])
-    for (schedule, units), (forward, backward) in zip(schedules, json.loads(result.read_text()), strict=True):
-        gathers = [sum(n for name, n in counts.items() if "allgather" in name) for counts in (forward, backward)]
-        scatters = [sum(n for name, n in counts.items() if "reduce_scatter" in name) for counts in (forward, backward)]
+    torchrun(2, program, str(result), *[json.dumps(config.to_dict()) for config in configs + by_block])
+    found = [
+        [[sum(n for name, n in counts.items() if kind in name) for counts in passes] for kind in EXCHANGES]
+        for passes in json.loads(result.read_text())
+    ]
+    for (schedule, units), config, (gathers, scatters), (many, parts) in zip(
+        schedules, configs, found[: len(configs)], found[len(configs) :], strict=True
+    ):
         # Both ends stay gathered until the backward pass is over.
-        assert gathers == [units, units - 1] and scatters == [0, units], (schedule, forward, backward)
+        assert gathers == [units, units - 1] and scatters == [0, units], schedule
+        # With blocks as units each is gathered for every use, and once more for the gradient of that; its gradients are
+        # added up. The core has no other weights here.
+        resolved = config.model.schedule.resolved
+        uses = resolved.unrolled_depth - (units - 2)
+        assert many == [units - 1 + uses, units - 2 + uses] and parts == [0, units - 1 + resolved.core], schedule
 
 
 def test_an_error_that_cannot_travel_says_the_same_in_another_class() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from morex.config import Config
@@ -72,10 +73,11 @@ def layouts(config: Config, ranks: int) -> Iterator[Layout]:
     if batch % ranks:
         return
     ways = (False,) if config.model.kv == "refresh" else (False, True)
+    kinds = {"core": (False,), "blocks": (True,), "auto": (False, True)}[config.train.core_units]
     for shards in _divisors(ranks):
         for accumulation in _divisors(batch // ranks):
-            for recompute in ways:
-                yield Layout(ranks, shards, accumulation, recompute)
+            for recompute, by_block in product(ways, kinds if ranks > 1 else (False,)):
+                yield Layout(ranks, shards, accumulation, recompute, by_block)
 
 
 def plan(config: Config, ranks: int, device: Device, precision: Format) -> Plan:
@@ -106,6 +108,7 @@ def as_row(one: Plan, target_tokens: float) -> dict[str, Any]:
         "copies": layout.copies,
         "accumulation": layout.accumulation,
         "recompute": "steps" if layout.recompute else "nothing",
+        "core_units": "blocks" if layout.has_block_units else "core",
         "memory": {
             "peak": held.peak,
             "moment": held.moment,

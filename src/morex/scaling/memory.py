@@ -2,7 +2,9 @@
 
 With several ranks FSDP2 gathers a unit's weights before its forward pass and again before its backward pass, and
 divides its gradients when that is done (`morex.train.parallel`). Units are the blocks of prelude and coda, the core,
-and the root: embedding, last norm and head, which stay gathered from the first use to the last.
+and the root: embedding, last norm and head, which stay gathered from the first use to the last. With blocks as units
+of the core (`train.core_units`) one block and the next are gathered at a time; gradients of all of them add up until
+their first recursion is done.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ class Layout:
     """Microbatches of a step."""
     recompute: bool
     """Whether steps are computed again (`train.recompute: steps`)."""
+    has_block_units: bool = False
+    """Whether each block of the core is a unit (`train.core_units: blocks`)."""
 
     @property
     def copies(self) -> int:
@@ -43,6 +47,9 @@ class Units:
     """Of one block of prelude or coda."""
     outer: int
     """Blocks of prelude and coda."""
+    inner: int
+    """Blocks of the core."""
+    recursions: int
 
     @property
     def total(self) -> int:
@@ -78,7 +85,8 @@ def units_of(config: ModelConfig) -> Units:
     schedule, counts = config.schedule.resolved, count(config)
     root = counts.parameters - counts.unique_non_embedding + norm_costs(config.norm, config.d_model).parameters
     block, outer = block_costs(config).parameters, schedule.prelude + schedule.coda
-    return Units(root, counts.parameters - root - block * outer, block, outer)
+    core = counts.parameters - root - block * outer
+    return Units(root, core, block, outer, schedule.core, schedule.recursions)
 
 
 def memory(config: Config, layout: Layout, precision: Format, has_fast_paths: bool = False) -> Memory:
@@ -137,6 +145,9 @@ def _moments(
             "optimizer": (own, 0.0),
         }
     root, core = size * units.root, size * units.core
+    # Of a core in blocks one is in use, and the next is there.
+    one = core / units.inner if layout.has_block_units else core
+    in_use = 2 * one if layout.has_block_units else core
     # Until the last microbatch of a step gradients add up undivided.
     before = size * units.total if layout.accumulation > 1 else 0.0
     of_core = max(before, root + core)
@@ -144,10 +155,10 @@ def _moments(
     neighbours = 2 * size * units.block if units.outer else 0
     return {
         # Weights are there twice while they are copied out of what was gathered.
-        "forward": (before + root + 2 * core, kept.blocks + max(kept.cast, kept.weights)),
+        "forward": (before + root + in_use + one, kept.blocks + max(kept.cast, kept.weights)),
         "loss": (before + root, at_loss),
-        "backward": (of_core + root + core + neighbours, inner + step),
-        # A copy of the core's gradients goes to the others, and a part comes back.
-        "reduction": (of_core + root + core + core / layout.shards + neighbours, kept.blocks + step - kept.again),
+        "backward": (of_core + root + in_use + neighbours, inner + step),
+        # A copy of a unit's gradients goes to the others, and a part comes back.
+        "reduction": (of_core + root + in_use + one / layout.shards + neighbours, kept.blocks + step - kept.again),
         "optimizer": (own, 0.0),
     }

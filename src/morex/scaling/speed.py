@@ -65,7 +65,8 @@ def step_time(config: Config, layout: Layout, device: Device, precision: Format,
     size = 8 if precision == "fp64" else 4
     update = OPTIMIZER_TRAFFIC * held.parameters / bandwidth
     if layout.ranks > 1:
-        traffic += COPY_TRAFFIC * size * (2 * units.total - units.root) / bandwidth
+        uses = units.recursions if layout.has_block_units else 1
+        traffic += COPY_TRAFFIC * size * (2 * (units.total + (uses - 1) * units.core) - units.root) / bandwidth
         update += COPY_TRAFFIC * size * units.total / bandwidth
     exchange = exposed = exchanged = 0.0
     if layout.ranks > 1:
@@ -128,9 +129,11 @@ class _Passes:
             reduces: whether it is the last of a step, which also exchanges gradients.
         """
         units = self._units()
-        gathers = [self._gather(parameters) for parameters, _ in units]
-        reductions = [self._reduce(parameters) if reduces else (0.0, 0.0) for parameters, _ in units]
-        # Forward: every unit once. Backward: the root is still there.
+        gathers = [self._gather(parameters) for parameters, *_ in units]
+        reductions = [
+            self._reduce(parameters) if reduces and is_first else (0.0, 0.0) for parameters, _, is_first in units
+        ]
+        # Forward: every use of a unit. Backward: the root is still there, and gradients go when all uses have theirs.
         forward = [seconds for seconds, _ in gathers]
         backward = [seconds for seconds, _ in gathers[1:]]
         reducing = [seconds for seconds, _ in reductions]
@@ -138,7 +141,7 @@ class _Passes:
         received = sum(size for _, size in [*gathers, *gathers[1:], *reductions])
         if not self.device.overlaps:
             return total, total, received
-        computing = [self.seconds * share / 3 for _, share in units]
+        computing = [self.seconds * share / 3 for _, share, _ in units]
         exposed = forward[0] + forward[1]
         for i in range(1, len(units)):
             following = forward[i + 1] if i + 1 < len(units) else 0.0
@@ -151,19 +154,29 @@ class _Passes:
             exposed += max(0.0, before + after - 2 * computing[i])
         return total, exposed + reducing[1] + reducing[0], received
 
-    def _units(self) -> list[tuple[int, float]]:
-        """Parameters and share of the computing of each unit, the root first."""
-        root, core, block = self.shares
-        outer = [(self.units.block, block)] * self.units.outer
-        inner = [*outer[: self.prelude], (self.units.core, core), *outer[self.prelude :]]
-        return [(self.units.root, root), *inner]
+    def _units(self) -> list[tuple[float, float, bool]]:
+        """Parameters, share of the computing, and whether it is the first use, of each use of a unit, the root first.
 
-    def _gather(self, parameters: int) -> tuple[float, float]:
+        Recursions of a core in blocks are taken to be alike.
+        """
+        root, core, block = self.shares
+        outer = [(self.units.block, block, True)] * self.units.outer
+        uses = [(float(self.units.core), core, True)]
+        if self.layout.has_block_units:
+            inner, recursions = self.units.inner, self.units.recursions
+            uses = [
+                (self.units.core / inner, core / inner / recursions, recursion == 0)
+                for recursion in range(recursions)
+                for _ in range(inner)
+            ]
+        return [(self.units.root, root, True), *outer[: self.prelude], *uses, *outer[self.prelude :]]
+
+    def _gather(self, parameters: float) -> tuple[float, float]:
         """Seconds and bytes of a unit's all-gather."""
         shards, whole = self.layout.shards, self.size * parameters
         return self._exchange(whole, shards, 1), whole * (shards - 1) / shards
 
-    def _reduce(self, parameters: int) -> tuple[float, float]:
+    def _reduce(self, parameters: float) -> tuple[float, float]:
         """Seconds and bytes of the reduce-scatter of a unit's gradients, and of adding up the copies'."""
         shards, copies = self.layout.shards, self.layout.copies
         seconds, size = self._gather(parameters)

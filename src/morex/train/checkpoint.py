@@ -66,6 +66,7 @@ RESUMABLE = frozenset(
         "recompute",
         "compile",
         "shards",
+        "core_units",
         "threads",
         "precision",
         "device",

@@ -1,8 +1,8 @@
 """What is done to a model from outside to train it: what is computed again, compiled, and divided over the ranks.
 
 The model knows nothing of that. The core, whose forward holds all recursions, is one unit, so that shared weights are
-gathered once a pass however often they recur; so is every block of prelude and coda. Embedding, last norm and head are
-gathered once for both ends of the pass, which a tied head needs.
+gathered once a pass however often they recur; of a large one each block is a unit. So is every block of prelude and
+coda. Embedding, last norm and head are gathered once for both ends of the pass, which a tied head needs.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,8 @@ from morex.nn.compiled import CompiledBlock, compiled_rows, missing_compiler
 from morex.sections.train import TrainConfig
 from morex.train.ranks import Ranks
 
+LARGE_CORE = 3_000_000_000
+"""Parameters of a core from which on its weights and gradients would fill a third of a GPU of 80 GB."""
 LINEAR = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 """Operators that `train.recompute: selective` keeps the results of."""
 
@@ -36,7 +38,7 @@ def parallelise(model: LanguageModel, config: TrainConfig, ranks: Ranks, device:
     Gradients are averaged over all ranks.
 
     Args:
-        config: of it `recompute`, `compile` and `shards`.
+        config: of it `recompute`, `compile`, `shards` and `core_units`.
         device: type of the device that computes.
 
     Raises:
@@ -47,7 +49,7 @@ def parallelise(model: LanguageModel, config: TrainConfig, ranks: Ranks, device:
         with ranks.agreed():
             compile_blocks(model, device)
     if ranks.size > 1:
-        divide(model, config.shards, ranks, device)
+        divide(model, config, ranks, device)
 
 
 def recompute(stack: Stack, what: str) -> None:
@@ -101,21 +103,34 @@ def compile_blocks(model: LanguageModel, device: str) -> None:
     model.head.loss = compiled_rows(mean_cross_entropy)  # type: ignore[method-assign]
 
 
-def divide(model: LanguageModel, shards: int | None, ranks: Ranks, device: str) -> None:
+def divide(model: LanguageModel, config: TrainConfig, ranks: Ranks, device: str) -> None:
     """Divides weights, gradients and optimizer state over the ranks.
 
     Args:
-        shards: `train.shards`.
+        config: of it `shards` and `core_units`.
 
     Raises:
-        ConfigError: the number of ranks is not a multiple of it.
+        ConfigError: the number of ranks is not a multiple of `train.shards`.
     """
-    shards = ranks.size if shards is None else shards
+    shards = ranks.size if config.shards is None else config.shards
     if ranks.size % shards:
         raise ConfigError(f"train.shards {shards} does not divide the {ranks.size} ranks of this training")
     mesh = init_device_mesh(device, (ranks.size // shards, shards), mesh_dim_names=("copies", "shards"))
-    for unit in (*model.stack.prelude, model.stack.core, *model.stack.coda, model):
+    stack = model.stack
+    parameters = sum(parameter.numel() for parameter in stack.core.parameters())
+    core: list[nn.Module] = [*stack.core.blocks] if has_block_units(config.core_units, parameters) else []
+    for unit in (*stack.prelude, *core, stack.core, *stack.coda, model):
         fully_shard(unit, mesh=mesh)
+
+
+def has_block_units(core_units: str, parameters: int) -> bool:
+    """Whether each block of the core is a unit of its own.
+
+    Args:
+        core_units: `train.core_units`.
+        parameters: of the core.
+    """
+    return core_units == "blocks" or (core_units == "auto" and parameters >= LARGE_CORE)
 
 
 def exchange_gradients(model: nn.Module, now: bool) -> None:
