@@ -10,7 +10,7 @@ from data.tasks.helpers import write_sets
 from documents import ROOT, code_blocks, run_page
 
 STUDIES = sorted((ROOT / "docs" / "studies").iterdir())
-COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "chat", "compare", "bench"}
+COMMANDS = {"presets", "data", "train", "eval", "analyze", "generate", "chat", "compare", "bench", "runs", "plan"}
 
 
 @pytest.fixture
