@@ -295,6 +295,40 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _experts_can_be_divided(self) -> Self:
+        train, mixer, depth = self.train, self.model.mixer, self.model.depth
+        if train.expert_shards == 1:
+            return self
+        asked = f"train.expert_shards {train.expert_shards}"
+        if not isinstance(mixer, ExpertsConfig):
+            raise ValueError(
+                f"{asked} divides experts, and model.mixer.kind {mixer.kind!r} has none; leave train.expert_shards out"
+            )
+        if mixer.router.experts % train.expert_shards:
+            raise ValueError(
+                f"{asked} does not divide the {mixer.router.experts} experts of model.mixer.router.experts; use a "
+                "divisor of their number"
+            )
+        # Ranks that exchange tokens run their experts equally often.
+        if not isinstance(depth, FixedConfig) or train.depth != "router":
+            decides = f"model.depth.kind {depth.kind!r}" if train.depth == "router" else f"train.depth {train.depth!r}"
+            raise ValueError(
+                f"{asked} has all ranks take the same recursions, and {decides} lets each take its own; use "
+                "model.depth.kind 'fixed' with train.depth 'router', or leave train.expert_shards out"
+            )
+        if not isinstance(mixer.steps_router, FixedConfig | None):
+            raise ValueError(
+                f"{asked} is for experts whose tokens all take every step, and model.mixer.depth.kind "
+                f"{mixer.steps_router.kind!r} decides that; use 'fixed', or leave train.expert_shards out"
+            )
+        if train.precision == "fp16":
+            raise ValueError(
+                f"{asked} is not for train.precision 'fp16', whose loss scale looks at all gradients together; use "
+                "'bf16', or leave train.expert_shards out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _task_fits(self) -> Self:
         task, model = self.data.task, self.model
         classes = model.head.classes if isinstance(model.head, ClassifierHeadConfig) else None

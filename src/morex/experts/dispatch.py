@@ -39,6 +39,10 @@ class Dispatch:
             return fast.gather_rows(x, self.token, self.places)
         return x[self.token]
 
+    def send(self, rows: Tensor) -> Tensor:
+        """Rows of the assignments [N * K, ...] as they are: all experts are here."""
+        return rows
+
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         """Rows y [N * K, D] and weights [N, K] -> the weighted sum per token [N, D]."""
         if fast.usable(y, weights):

@@ -7,10 +7,11 @@ An expert's attention runs causally over the tokens of a sequence that visit it 
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from morex.experts.attention import ExpertRows, outlives
-from morex.experts.dispatch import dispatch
+from morex.experts.attention import outlives
+from morex.experts.dispatch import Dispatch
+from morex.experts.divided import ExpertLayer, unvisited
 from morex.experts.recurrent import initial_state, recur, recurrent_costs, recurrent_parameters
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn.attention import AttentionShape
@@ -21,7 +22,7 @@ from morex.nn.packing import Packing
 from morex.nn.signals import Reports
 
 
-class HuginnExperts(nn.Module):
+class HuginnExperts(ExpertLayer):
     """E recurrent blocks, K of them for each token; weights stacked by expert."""
 
     def __init__(
@@ -54,13 +55,17 @@ class HuginnExperts(nn.Module):
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         chosen, weights, signals = self.router(x, not outlives(views))
-        sent = dispatch(chosen, self.router.experts)
-        states = initial_state(x, self.state_std, self.training).index_select(0, sent.token)
-        own: dict[str, Tensor] = dict(self.named_parameters(recurse=False))
-        rows = ExpertRows(packing, sent.token, sent.counts)
+        sent = self.dispatch(chosen)
+        own = sent if isinstance(sent, Dispatch) else sent.own
+        states = sent.send(initial_state(x, self.state_std, self.training).index_select(0, own.token))
+        inputs, rows = sent.gather(x), self.rows(sent, packing)
         # The states of a token in its K experts count as one vector.
-        watch = Watch(states, lambda s: s[sent.places].flatten(1)) if traces else None
-        y = recur(states, sent.gather(x), own, self.steps, self.shape, self.eps, rows, views, watch)
+        watch = Watch(states, lambda s: s[own.places].flatten(1)) if traces else None
+        stacks = self.stacks()
+        if inputs.shape[0]:
+            y = recur(states, inputs, stacks, self.steps, self.shape, self.eps, rows, views, watch)
+        else:
+            y = unvisited(inputs, stacks)
         if watch is not None:
             signals.choices = [replace(choice, moves=watch.moves) for choice in signals.choices]
         return sent.combine(y, weights), {"router": signals}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from morex.experts.attention import outlives
-from morex.experts.dispatch import dispatch, expert_linear, is_apart
+from morex.experts.dispatch import expert_linear, is_apart
+from morex.experts.divided import ExpertLayer, unvisited
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
 from morex.nn.attention import AttentionShape
@@ -26,7 +27,7 @@ def expert_gated(kind: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, c
     return torch.cat([GATED[kind](rows, g, u, d) for rows, g, u, d in parts])
 
 
-class MoE(nn.Module):
+class MoE(ExpertLayer):
     """E feed-forward nets, K of them for each token; weights stacked by expert [E, out, in]."""
 
     def __init__(
@@ -53,14 +54,16 @@ class MoE(nn.Module):
 
     def mix(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum of what the chosen experts [N, K] make of x [N, D], with these weights [N, K]."""
-        sent = dispatch(chosen, self.router.experts)
-        rows, counts = sent.gather(x), sent.counts
-        if self.kind in GATED:
-            return sent.combine(expert_gated(self.kind, rows, self.gate, self.up, self.down, counts), weights)
-        if fast.usable(rows, self.up, self.down):
-            y = fast.feed_forward_experts(rows, counts, self.kind, self.up, self.down, None)
+        sent = self.dispatch(chosen)
+        rows, counts, w = sent.gather(x), sent.counts, self.stacks()
+        if not rows.shape[0]:
+            y = unvisited(rows, w)
+        elif self.kind in GATED:
+            y = expert_gated(self.kind, rows, w["gate"], w["up"], w["down"], counts)
+        elif fast.usable(rows, w["up"], w["down"]):
+            y = fast.feed_forward_experts(rows, counts, self.kind, w["up"], w["down"], None)
         else:
-            y = expert_linear(ACTIVATIONS[self.kind](expert_linear(rows, self.up, counts)), self.down, counts)
+            y = expert_linear(ACTIVATIONS[self.kind](expert_linear(rows, w["up"], counts)), w["down"], counts)
         return sent.combine(y, weights)
 
     @staticmethod

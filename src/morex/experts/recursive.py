@@ -30,7 +30,8 @@ from morex.experts.attention import (
     fast_plan,
     outlives,
 )
-from morex.experts.dispatch import dispatch, expert_rows, own_weights
+from morex.experts.dispatch import Dispatch, expert_rows, own_weights
+from morex.experts.divided import ExpertLayer, unvisited
 from morex.experts.moe import expert_gated
 from morex.experts.router import ExpertRouter, expert_router_costs
 from morex.nn import fast
@@ -42,7 +43,7 @@ from morex.nn.packing import Packing
 from morex.nn.signals import Reports, Signals
 
 
-class RecursiveExperts(nn.Module):
+class RecursiveExperts(ExpertLayer):
     """E recursive transformers, K of them for each token; weights stacked by expert."""
 
     def __init__(
@@ -96,8 +97,12 @@ class RecursiveExperts(nn.Module):
             return y, {"router": signals}
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return self._compiled(x, packing, chosen, weights), {"router": signals}
-        sent = dispatch(chosen, self.router.experts)
-        rows = ExpertRows(packing, sent.token, sent.counts)
+        sent = self.dispatch(chosen)
+        rows = self.rows(sent, packing)
+        if not isinstance(sent, Dispatch):
+            own, stacks = sent.gather(x), self._used()
+            y = self._loop(own, rows, None, stacks)[0] if own.shape[0] else unvisited(own, stacks)
+            return sent.combine(y, weights), {"router": signals}
         if views is None and isinstance(self.depth, FixedRouter):
             stacks = self._used()
             plan = fast_plan(x, stacks, self.shape, self.eps, rows, together=False)
@@ -116,6 +121,8 @@ class RecursiveExperts(nn.Module):
         """The layer for few tokens x [N, D] that need nobody else, and no gradient; None where it is not so."""
         if self.scope != "token" or torch.is_grad_enabled() or not isinstance(self.depth, FixedRouter):
             return None
+        if self.peers is not None:
+            return None
         stacks = self._used()
         if fast.takes_tokens(x, stacks, self.router.top_k):
             return fast.few_tokens(x, chosen, weights, stacks, self.eps, self.shape.head_dim)
@@ -127,7 +134,7 @@ class RecursiveExperts(nn.Module):
     def _used(self) -> dict[str, Tensor]:
         """The stacked weights that are computed with."""
         unused = ("q", "k") if self.scope == "token" else ()
-        return {name: weight for name, weight in self._parameters.items() if weight is not None and name not in unused}
+        return {name: weight for name, weight in self.stacks().items() if name not in unused}
 
     def _compiled(self, x: Tensor, packing: Packing, chosen: Tensor, weights: Tensor) -> Tensor:
         """The layer for few tokens x [N, D] -> [N, D] in a graph of tensors: nobody asks how many go to whom."""

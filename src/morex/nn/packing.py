@@ -236,13 +236,16 @@ def pack_batch(
     return packing.select(real)
 
 
-def pack_rows(counts: Sequence[int], time: Tensor, positions: Tensor, span: int) -> Packing:
+def pack_rows(
+    counts: Sequence[int], time: Tensor, positions: Tensor, span: int, documents: Tensor | None = None
+) -> Packing:
     """Tokens that stand row by row.
 
     Args:
         counts: tokens of each row.
         time, positions: of each token [N].
         span: as of a packing.
+        documents: of each token [N].
     """
     rows, width = len(counts), max(counts)
     is_full = min(counts) == width
@@ -250,7 +253,7 @@ def pack_rows(counts: Sequence[int], time: Tensor, positions: Tensor, span: int)
     if width > 1 or not is_full:
         row = row.repeat_interleave(torch.tensor(counts) if not is_full else width)
     row = row.to(time.device)
-    packing = Packing(rows, width, span, row, time, positions)
+    packing = Packing(rows, width, span, row, time, positions, documents)
     if is_full:
         return packing
     return replace(packing, place=row * width + _ranks(row, rows)[0])

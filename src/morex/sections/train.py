@@ -78,6 +78,9 @@ class TrainConfig(Section):
     shards: PositiveInt | None = None
     """Ranks that one copy of weights, gradients and optimizer state is divided over; 1 gives each rank a copy;
     default: all of them."""
+    expert_shards: PositiveInt = 1
+    """Ranks that the experts of every expert layer are divided over: each has some of them, and tokens travel. Divides
+    their number and that of all ranks; `shards` is then about the other weights."""
     core_units: Literal["auto", "core", "blocks"] = "auto"
     """What is gathered of a divided core at a time: `core` all of it, once a pass, or `blocks` each block whenever it
     runs, which needs less memory and more exchange; `auto`: blocks from three billion parameters on."""

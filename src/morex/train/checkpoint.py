@@ -66,6 +66,7 @@ RESUMABLE = frozenset(
         "recompute",
         "compile",
         "shards",
+        "expert_shards",
         "core_units",
         "threads",
         "precision",

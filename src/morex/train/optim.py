@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from morex.model.roles import is_vector, roles
 from morex.sections.train import TrainConfig
 from morex.train.muon import Muon
+from morex.train.parallel import mesh_of
 from morex.train.precision import autocast_dtype
 
 
@@ -22,15 +24,15 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig, width_ratio: float = 1.0
     2310.17813): 1 / sqrt(ratio). Decay times learning rate stays what it is.
     """
     is_muon, known = cfg.optimizer == "muon", roles(model)
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float, DeviceMesh | None], list[nn.Parameter]] = {}
     for parameters, decay in zip(decay_groups(model, cfg.decay), (cfg.weight_decay, 0.0), strict=True):
         for name, parameter in parameters.items():
             is_orthogonal = is_muon and known[name] == "hidden"
             factor = 1.0 if known[name] == "input" else width_ratio ** (-0.5 if is_orthogonal else -1.0)
-            groups.setdefault((is_orthogonal, factor, decay / factor), []).append(parameter)
+            groups.setdefault((is_orthogonal, factor, decay / factor, mesh_of(parameter)), []).append(parameter)
     listed: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": decay, "lr_factor": factor} | ({"orthogonal": True} if turned else {})
-        for (turned, factor, decay), parameters in groups.items()
+        for (turned, factor, decay, _), parameters in groups.items()
     ]
     # The fused form takes a third of the time of the plain one on a CPU.
     options: dict[str, Any] = {"lr": cfg.lr, "betas": cfg.betas, "eps": cfg.eps, "fused": True}

@@ -10,14 +10,16 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from morex.experts.divided import ExpertLayer
 from morex.loading import ConfigError
 from morex.model.heads import mean_cross_entropy
 from morex.model.lm import LanguageModel
@@ -28,6 +30,8 @@ from morex.train.ranks import Ranks
 
 LARGE_CORE = 3_000_000_000
 """Parameters of a core from which on its weights and gradients would fill a third of a GPU of 80 GB."""
+COPIES = "copies"
+"""Dimension of a mesh over whose ranks every weight is the same."""
 LINEAR = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 """Operators that `train.recompute: selective` keeps the results of."""
 
@@ -38,12 +42,18 @@ def parallelise(model: LanguageModel, config: TrainConfig, ranks: Ranks, device:
     Gradients are averaged over all ranks.
 
     Args:
-        config: of it `recompute`, `compile`, `shards` and `core_units`.
+        config: of it `recompute`, `compile`, `shards`, `expert_shards` and `core_units`.
         device: type of the device that computes.
 
     Raises:
-        ConfigError: the number of ranks is not a multiple of `train.shards`, or there is no compiler here.
+        ConfigError: the number of ranks is not a multiple of `train.shards` or `train.expert_shards`, or there is no
+            compiler here.
     """
+    if ranks.size % config.expert_shards:
+        raise ConfigError(
+            f"train.expert_shards {config.expert_shards} does not divide the number of ranks, {ranks.size}; "
+            f"train on a multiple of {config.expert_shards}, or use train.expert_shards=1"
+        )
     recompute(model.stack, config.recompute)
     if config.compile:
         with ranks.agreed():
@@ -107,7 +117,7 @@ def divide(model: LanguageModel, config: TrainConfig, ranks: Ranks, device: str)
     """Divides weights, gradients and optimizer state over the ranks.
 
     Args:
-        config: of it `shards` and `core_units`.
+        config: of it `shards`, `expert_shards` and `core_units`.
 
     Raises:
         ConfigError: the number of ranks is not a multiple of `train.shards`.
@@ -115,12 +125,55 @@ def divide(model: LanguageModel, config: TrainConfig, ranks: Ranks, device: str)
     shards = ranks.size if config.shards is None else config.shards
     if ranks.size % shards:
         raise ConfigError(f"train.shards {shards} does not divide the {ranks.size} ranks of this training")
-    mesh = init_device_mesh(device, (ranks.size // shards, shards), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh(device, (ranks.size // shards, shards), mesh_dim_names=(COPIES, "shards"))
     stack = model.stack
-    parameters = sum(parameter.numel() for parameter in stack.core.parameters())
+    experts = divide_experts(model, config.expert_shards, ranks, device) if config.expert_shards > 1 else set()
+    parameters = sum(parameter.numel() for parameter in stack.core.parameters() if parameter not in experts)
     core: list[nn.Module] = [*stack.core.blocks] if has_block_units(config.core_units, parameters) else []
     for unit in (*stack.prelude, *core, stack.core, *stack.coda, model):
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, ignored_params=experts)
+
+
+def divide_experts(model: nn.Module, shards: int, ranks: Ranks, device: str) -> set[nn.Parameter]:
+    """Divides the experts of every expert layer over neighbouring ranks, by expert; further ranks have copies.
+
+    Args:
+        shards: ranks that the experts are divided over, a divisor of their number and of all ranks.
+
+    Returns:
+        Their weights, DTensors on a mesh of their own.
+    """
+    mesh = init_device_mesh(device, (ranks.size // shards, shards), mesh_dim_names=(COPIES, "experts"))
+    found = set()
+    for layer in model.modules():
+        if not isinstance(layer, ExpertLayer):
+            continue
+        layer.peers = mesh.get_group("experts")
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            # All ranks have drawn the same weights.
+            part = distribute_tensor(weight.detach(), mesh, (Replicate(), Shard(0)), src_data_rank=None)
+            layer.register_parameter(name, nn.Parameter(part))
+            found.add(getattr(layer, name))
+    return found
+
+
+def average_expert_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Makes the gradients of divided experts, to which the tokens of all their peers have added, those of a step.
+
+    Other gradients are averaged over the ranks in the backward pass. All ranks have to call it after the last one.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, ExpertLayer) or layer.peers is None:
+            continue
+        for weight in layer.parameters(recurse=False):
+            assert isinstance(weight, DTensor)
+            if weight.grad is None:  # on all ranks: nothing is computed with it
+                continue
+            own = weight.grad.to_local()  # type: ignore[attr-defined]
+            copies = weight.device_mesh.get_group(COPIES)
+            if copies.size() > 1:
+                dist.all_reduce(own, group=copies)
+            own.div_(ranks.size)
 
 
 def has_block_units(core_units: str, parameters: int) -> bool:
@@ -152,4 +205,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gradient_norm(model: nn.Module, limit: float) -> float:
     """Scales the gradients of all ranks down to a norm, and returns their norm before."""
-    return float(whole(nn.utils.clip_grad_norm_(model.parameters(), limit)))
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        by_mesh.setdefault(mesh_of(parameter), []).append(parameter)
+    if len(by_mesh) == 1:
+        return float(whole(nn.utils.clip_grad_norm_(model.parameters(), limit)))
+    gradients = [[each.grad for each in own if each.grad is not None] for own in by_mesh.values()]
+    norm = torch.stack([whole(nn.utils.get_total_norm(own)) for own in gradients]).norm()
+    for own in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(own, limit, norm)
+    return float(norm)
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The ranks that a tensor is divided over: operators take together what is divided over the same."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None

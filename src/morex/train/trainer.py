@@ -30,7 +30,7 @@ from morex.train.interrupt import stop_on_signals
 from morex.train.metrics import MetricsWriter, evaluation_line, summarise, training_line
 from morex.train.opening import evaluate_by
 from morex.train.optim import learning_rate
-from morex.train.parallel import exchange_gradients, gradient_norm
+from morex.train.parallel import average_expert_gradients, exchange_gradients, gradient_norm
 from morex.train.progress import ProgressDisplay
 from morex.train.ranks import Ranks, started
 from morex.train.runs import RunFolder
@@ -190,6 +190,7 @@ def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], Route
             weighted = loss.detach() * (share * weight if name == objective else share)
             means[name] = means[name] + weighted if name in means else weighted
         stats = stats + out.stats
+    average_expert_gradients(t.model, t.ranks)
     values = torch.stack([loss.double() for loss in means.values()]).cpu()  # one transfer from the device
     return dict(zip(means, (together.summed(values) / t.ranks.size).tolist(), strict=True)), t.ranks.joined(stats)
 
