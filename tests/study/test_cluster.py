@@ -115,7 +115,7 @@ def process_of(cell: str) -> int | None:
 
 
 @pytest.mark.slow
-def test_the_same_study_has_the_same_numbers(address: str, source: Path, tmp_path: Path, quick_cells: None) -> None:
+def test_the_same_study_has_the_same_numbers(address: str, source: Path, tmp_path: Path) -> None:
     here, _ = run(source, tmp_path / "here", Local())
     there, shown = run(source, tmp_path / "there", Cluster())
     assert numbers(there) == numbers(here)
