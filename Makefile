@@ -82,6 +82,10 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	  --json benchmarks/results/decode-memory-128.json
 	$(BIN)/python benchmarks/generate_speed.py benchmarks/results/generate-speed.json
 	$(BIN)/python benchmarks/recompute.py benchmarks/results/recompute.json
+	$(BIN)/python benchmarks/compiled.py benchmarks/results/compiled.json vanilla mor-expert mor-token
+	$(BIN)/python benchmarks/loader.py benchmarks/results/loader.json
+	$(BIN)/python benchmarks/plan.py benchmarks/results/plan.json
+	$(BIN)/python benchmarks/width_transfer.py --widths 128
 	$(BIN)/python benchmarks/against_recompute.py benchmarks/results/decode-recompute.json
 	$(BIN)/python benchmarks/against_transformers.py benchmarks/results/decode-transformers.json --precision bf16
 	$(BIN)/python benchmarks/engine_flips.py benchmarks/results/engine-flips.json

@@ -48,8 +48,8 @@ def test_configuration_page_works(folder: Path) -> None:
 def test_data_page_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("datasets", reason="the package datasets of the extra `data` is not installed")
     assert run_page(ROOT / "docs" / "data.md", folder)
-    token_files = re.findall(r"^Token files: (.*)$", capsys.readouterr().out, re.M)
-    assert token_files[1] == token_files[2] == token_files[4]
+    shards = re.findall(r"^Token shards: (.*)$", capsys.readouterr().out, re.M)
+    assert shards[1] == shards[2] == shards[4]
     assert {"texts", "masked", "random"} == {path.name for path in (folder / "runs").iterdir()}
 
 

@@ -14,7 +14,7 @@ from morex.data.tokenizer import ByteTokenizer
 from morex.eval.loss import evaluate
 from morex.loading import load_config
 from morex.model.lm import build_model
-from morex.study.cell import main, run_cell
+from morex.study.cell import WOULD_FAIL_AGAIN, main, run_cell
 from morex.study.measure import token_texts
 from morex.study.plan import plan
 from morex.study.results import cell_folder, collect, failure_path, is_finished
@@ -142,7 +142,7 @@ def test_a_cell_that_cannot_train_writes_down_why(tmp_path: Path, capsys: pytest
     run = RunFolder(cell_folder(tmp_path, "vanilla-s0"))
     run.path.mkdir(parents=True)
     write_config(run.config_path, load_config("moe"))  # somebody else's run
-    assert main([str(tmp_path), "vanilla-s0"]) == 1
+    assert main([str(tmp_path), "vanilla-s0"]) == WOULD_FAIL_AGAIN
     results = collect(tmp_path)
     assert results.cells[0].status == "failed"
     assert "is of another config" in (results.cells[0].error or "")
