@@ -50,7 +50,7 @@ def test_data_page_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run_page(ROOT / "docs" / "data.md", folder)
     shards = re.findall(r"^Token shards: (.*)$", capsys.readouterr().out, re.M)
     assert shards[1] == shards[2] == shards[4]
-    assert {"texts", "masked", "random"} == {path.name for path in (folder / "runs").iterdir()}
+    assert {"texts", "masked", "random", "on-shards", "mixed"} == {path.name for path in (folder / "runs").iterdir()}
 
 
 @pytest.mark.slow
