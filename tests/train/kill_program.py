@@ -57,7 +57,8 @@ def kill_within(job: dict[str, Any], processes: list[int], before: int, draw: ra
     if draw.random() < 0.8:
         while begun(run) == before:
             time.sleep(0.002)
-        goal = (0 if not run.checkpoints.exists() else last_step(run)) + draw.randint(0, 6)
+        # Short of the end, behind which nobody is left to take steps.
+        goal = min(last_step(run) + draw.randint(0, 6), job["config"]["train"]["steps"] - 10)
         while last_step(run) < goal:
             time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.05))

@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from morex.train import watchdog
 from morex.train.listing import list_runs, status_of
 from morex.train.ranks import ALONE
 from morex.train.runs import RunFolder
@@ -45,7 +48,7 @@ train(validate(Config, job["config"]), job["folder"], console=Console(quiet=True
 def test_a_rank_that_hangs_ends_the_training_with_its_name_and_stack(
     ranks: int, stuck: int, corpus: Path, tmp_path: Path
 ) -> None:
-    config = configure("vanilla", corpus, "train.hang_seconds=6")
+    config = configure("vanilla", corpus, "train.hang_seconds=15")
     job, program = tmp_path / "job.json", tmp_path / "program.py"
     job.write_text(json.dumps({"config": config.to_dict(), "folder": str(tmp_path / "run")}))
     program.write_text(textwrap.dedent(PROGRAM))
@@ -55,7 +58,7 @@ def test_a_rank_that_hangs_ends_the_training_with_its_name_and_stack(
     )
     assert done.returncode == 1, done.stderr
     who = rf"rank {stuck} of {ranks} \(process \d+ on .*\)"
-    assert re.search(rf"{who} hangs since step 2.*train.hang_seconds 6", done.stderr), done.stderr
+    assert re.search(rf"{who} hangs since step 2.*train.hang_seconds 15", done.stderr), done.stderr
     assert "stuck_in_the_loader" in done.stderr and "time.sleep(300)" in done.stderr
     assert f"morex train --resume {tmp_path / 'run'}" in done.stderr
     assert status_of(RunFolder(tmp_path / "run")).step == 2
@@ -64,18 +67,43 @@ def test_a_rank_that_hangs_ends_the_training_with_its_name_and_stack(
 def test_the_heartbeat_is_there_while_it_trains_and_gone_after(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert read_heartbeat(folder) is None
-    with Watchdog(folder, ALONE, None) as watchdog:
-        watchdog.beat(3)
+    with Watchdog(folder, ALONE, None) as watching:
+        watching.beat(3)
         found = read_heartbeat(folder)
         assert found is not None and found["ranks"] == 1 and found["age"] < 60
     assert read_heartbeat(folder) is None
 
 
-def test_a_beat_in_time_keeps_the_watchdog_still(tmp_path: Path) -> None:
-    with Watchdog(RunFolder(tmp_path), ALONE, 0.5) as watchdog:
+def test_beats_keep_the_watchdog_still_and_their_lack_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock of its own: ten times the limit with beats, then more than the limit without."""
+    now, looks, codes = [0.0], threading.Semaphore(0), []
+    ended = threading.Event()
+
+    def monotonic() -> float:
+        if threading.current_thread() is not threading.main_thread():
+            looks.release()
+        return now[0]
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(watchdog, "BEAT", 0.01)
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=monotonic, time=time.time))
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    with Watchdog(RunFolder(tmp_path), ALONE, 100.0) as watching:
         for step in range(12):
-            time.sleep(0.1)
-            watchdog.beat(step)
+            now[0] += 90
+            watching.beat(step)
+            looks.acquire()
+            looks.acquire()  # what the thread saw after the beat
+        assert not codes
+        now[0] += 101
+        assert ended.wait(60)
+    assert set(codes) == {watchdog.EXIT_CODE}
+    assert "rank 0 of 1" in capsys.readouterr().err
 
 
 def test_runs_are_listed_with_how_they_are(corpus: Path, tmp_path: Path) -> None:
