@@ -25,7 +25,6 @@ FIXED = (
     "model.schedule={layers: 3}",
     "model.vocab_size=65",
     "model.max_seq_len=64",
-    "model.init_std=0.1",
     "data.corpus=tinyshakespeare",
     "data.tokenizer={kind: char}",
     "data.val_fraction=0.02",
@@ -42,7 +41,7 @@ FIXED = (
 )
 
 
-def held_out_loss(width: int, rate: float, is_scaled: bool, optimizer: str) -> float:
+def held_out_loss(width: int, rate: float, is_scaled: bool, optimizer: str, init_std: float) -> float:
     overrides = [
         *FIXED,
         f"model.d_model={width}",
@@ -50,6 +49,7 @@ def held_out_loss(width: int, rate: float, is_scaled: bool, optimizer: str) -> f
         f"model.mixer={{kind: swiglu, d_ff: {2 * width}}}",
         f"train.lr={rate}",
         f"train.optimizer={optimizer}",
+        f"model.init_std={init_std}",
     ]
     if is_scaled:
         overrides.append(f"model.width_scaling={{base_width: {BASE}}}")
@@ -63,12 +63,15 @@ def main() -> None:
     parser.add_argument("target", type=Path, nargs="?", default=Path("benchmarks/results/width-transfer.json"))
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256], help=f"beside the base, {BASE}")
+    parser.add_argument("--init-std", type=float, default=0.1, help="of initial weights at the base")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for width, is_scaled in ((BASE, False), *((width, way) for width in options.widths for way in (False, True))):
-        losses = {rate: held_out_loss(width, rate, is_scaled, options.optimizer) for rate in RATES}
+        how = is_scaled, options.optimizer, options.init_std
+        losses = {rate: held_out_loss(width, rate, *how) for rate in RATES}
         best = min(losses, key=losses.__getitem__)
-        row = {"width": width, "width_scaling": is_scaled, "optimizer": options.optimizer, "best_lr": best}
+        row = {"width": width, "width_scaling": is_scaled, "optimizer": options.optimizer, "init_std": options.init_std}
+        row["best_lr"] = best
         row |= {"val_loss": losses[best], "val_loss_by_lr": {str(rate): loss for rate, loss in losses.items()}}
         row["val_loss_at_base_lr"] = losses[rows[0]["best_lr"] if rows else best]
         rows.append(row)
