@@ -162,6 +162,8 @@ def average_expert_gradients(model: nn.Module, ranks: Ranks) -> None:
 
     Other gradients are averaged over the ranks in the backward pass. All ranks have to call it after the last one.
     """
+    if ranks.size == 1:
+        return
     for layer in model.modules():
         if not isinstance(layer, ExpertLayer) or layer.peers is None:
             continue
