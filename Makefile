@@ -86,6 +86,7 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	$(BIN)/python benchmarks/loader.py benchmarks/results/loader.json
 	$(BIN)/python benchmarks/plan.py benchmarks/results/plan.json
 	$(BIN)/python benchmarks/width_transfer.py --widths 128
+	$(BIN)/python benchmarks/width_transfer.py benchmarks/results/width-transfer-small-init.json --widths 128 --init-std 0.02
 	$(BIN)/python benchmarks/against_recompute.py benchmarks/results/decode-recompute.json
 	$(BIN)/python benchmarks/against_transformers.py benchmarks/results/decode-transformers.json --precision bf16
 	$(BIN)/python benchmarks/engine_flips.py benchmarks/results/engine-flips.json
