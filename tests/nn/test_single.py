@@ -100,14 +100,16 @@ def test_norm_of_one_row(weight: Tensor) -> None:
         assert torch.equal(rms_norm(torch.zeros(1, 8), weight, 1e-6), torch.zeros(1, 8))
 
 
+@pytest.mark.parametrize("first", [0, -1, -9], ids=lambda first: f"from {first}")
 @pytest.mark.parametrize("window", [None, 3, 6, 7])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_newest_tokens_see_all_keys(kv_heads: int, window: int | None) -> None:
+def test_newest_tokens_see_all_keys(kv_heads: int, window: int | None, first: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 8, generator=generator)
     k, v = torch.randn(2, 2, 6, kv_heads, 8, generator=generator)
     packing = pack_batch((2, 1), torch.device("cpu"), start=torch.tensor([5, 5]))
-    time = torch.arange(6).expand(2, 6)
+    time = torch.arange(6).repeat(2, 1)
+    time[1, 0] = first  # the second row has a gap, as where a router let tokens go
     short = attend_cached(q, packing, Keys(k, v, time, is_full=True), 0.3, window)
     assert torch.allclose(short, attend_to(q, packing, Keys(k, v, time), 0.3, window), atol=1e-6)
 

@@ -143,6 +143,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         ["model.attention={heads: 4, window: 4, global_every: 4, local_rope_base: 100, rope_base: 1000}"],
     ),
     "threshold+window": ("mor-threshold", ["model.attention={heads: 4, window: 5}", "model.kv=shared_first"]),
+    "token+window": ("mor-token", ["model.attention={heads: 4, window: 4}"]),
+    "random+window": ("mor-random", ["model.attention={heads: 4, window: 2}"]),
     "expert+shared_first": ("mor-expert", ["model.kv=shared_first"]),
     "expert+aux_router": ("mor-expert", ["model.depth.causal=aux_router", "model.depth.router=mlp"]),
     "expert+all_candidates": ("mor-expert", ["model.depth.hierarchical=false", "model.depth.score=tanh"]),

@@ -97,7 +97,7 @@ def attend_cached(
 ) -> Tensor:
     """`attend_to`, without a mask where each row has its newest token alone and this sees all keys of its row."""
     is_newest = packing.span == 1 and packing.is_full
-    if not (is_newest and isinstance(keys, Keys) and keys.is_full and (window is None or keys.k.shape[1] <= window)):
+    if not (is_newest and isinstance(keys, Keys) and keys.is_full and _all_near(packing, keys, window)):
         return attend_to(q, packing, keys, scale, window, dropout)
     if fast.reads_pages(q, keys.k) and not dropout:
         return fast.attend_rows(q, keys.k, keys.v, scale)
@@ -105,6 +105,13 @@ def attend_cached(
     gqa = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q[:, :, None], k, v, dropout_p=dropout, scale=scale, enable_gqa=gqa)
     return y[:, :, 0]
+
+
+def _all_near(packing: Packing, keys: Keys, window: int | None) -> bool:
+    """Whether the newest token of each row sees all its keys; few keys may reach far back where others left earlier."""
+    if window is None:
+        return True
+    return keys.k.shape[1] <= window and bool((keys.time[:, 0] > packing.time - window).all())
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
