@@ -20,6 +20,7 @@ from morex.experts.router import ExpertRouter
 from morex.model.stack import Core
 from morex.nn import attention
 from morex.nn.keys import Keys
+from morex.nn.packing import Packing
 from parity.detectors import (
     batch_dependence,
     fault_of_checkpoint,
@@ -135,7 +136,7 @@ def test_random_evaluation(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["more-a", "more-b"])
 def test_random_evaluation_is_found_in_a_drawn_state(monkeypatch: Patch, preset: str) -> None:
-    def drawn(x: Tensor, std: float, training: bool) -> Tensor:
+    def drawn(x: Tensor, packing: Packing, std: float, training: bool) -> Tensor:
         return torch.randn_like(x) * std
 
     for module in (huginn, shared_recurrent):

@@ -24,16 +24,14 @@ from train.helpers import KINDS, configure, run
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 DOUBLE = "train.precision=fp64"
-# What is drawn at random is drawn by each rank for its own tokens.
-WITHOUT_NOISE = {
-    "sampled accumulated": ("model.depth.state_std=0",),
-    "recurrent experts": ("model.mixer.state_std=0",),
-    "shared recurrent block": ("model.mixer.state_std=0",),
-}
-FAMILIES = {
-    name: (preset, (*overrides, *WITHOUT_NOISE.get(name, ())))
-    for name, (preset, overrides) in KINDS.items()
-    if name != "dropout"
+# Dropout is drawn by each rank for its own tokens.
+FEW_TOKENS = "train.batch_size=2", "train.seq_len=4", "data.mask_documents=false"
+MIXTURE = "model.mixer={kind: moe, router: {experts: 4, top_k: 2}}"
+ROUTED_EXPERTS = "model.mixer={kind: recursive, depth: {kind: halting}}"
+FAMILIES = {name: kind for name, kind in KINDS.items() if name != "dropout"} | {
+    # In some recursions one rank has no token, in some neither has.
+    "few tokens": ("mor-token", (MIXTURE, *FEW_TOKENS)),
+    "few tokens, experts with steps by a router": ("mor-token", (ROUTED_EXPERTS, *FEW_TOKENS)),
 }
 LONG = (
     *("expert_choice", "token_choice loss-free", "threshold", "halting", "exit gate"),
@@ -99,7 +97,7 @@ def test_two_ranks_are_one_process(corpus: Path, tmp_path: Path) -> None:
     for name, precision, steps, change in plan:
         preset, overrides = FAMILIES[name]
         own = (f"train.precision={precision}", f"train.steps={steps}", "train.batch_size=8", "train.checkpoint_every=0")
-        config = configure(preset, corpus, *overrides, *own)
+        config = configure(preset, corpus, *own, *overrides)
         divided = config.model_copy(update={"train": config.train.model_copy(update=change)})
         jobs.append((config, divided, tmp_path / f"{name} {precision} {steps} {change}"))
     on_ranks(2, [(divided, folder / "two", False) for _, divided, folder in jobs], tmp_path)

@@ -180,7 +180,8 @@ class DepthRouter(nn.Module):
             return Visit(r, routing.packing.root().select(index))
         if not (self.training and torch.is_grad_enabled()) or not h.shape[0]:
             return None
-        return Visit(r, routing.packing.root().select(index.new_zeros(1)), is_dummy=True)
+        stand_in = replace(routing.packing.root().select(index.new_zeros(1)), is_dummy=True)
+        return Visit(r, stand_in, is_dummy=True)
 
     def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
         """Active tokens of recursion r [N], or None for all."""

@@ -22,6 +22,7 @@ from morex.depth.exits import ExitRuleRouter
 from morex.depth.policy import DepthPolicy
 from morex.depth.random_choice import mixed
 from morex.depth.router import Routing
+from morex.nn.noise import noise_like
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
 
@@ -76,9 +77,8 @@ class SampledRouter(ExitRuleRouter):
         h, routing = super().begin(h, packing, policy)
         if self.state == "input":
             return h, routing
-        # Drawn in the order of the tokens, so that no later token changes an earlier one's.
         random = self.training and self.state_std > 0
-        return torch.randn_like(h) * self.state_std if random else torch.zeros_like(h), routing
+        return noise_like(h, packing).mul_(self.state_std) if random else torch.zeros_like(h), routing
 
     def finish(self, h: Tensor, routing: Routing) -> tuple[Tensor, Signals]:
         h, signals = super().finish(h, routing)

@@ -57,7 +57,7 @@ class HuginnExperts(ExpertLayer):
         chosen, weights, signals = self.router(x, not outlives(views))
         sent = self.dispatch(chosen)
         own = sent if isinstance(sent, Dispatch) else sent.own
-        states = sent.send(initial_state(x, self.state_std, self.training).index_select(0, own.token))
+        states = sent.send(initial_state(x, packing, self.state_std, self.training).index_select(0, own.token))
         inputs, rows = sent.gather(x), self.rows(sent, packing)
         # The states of a token in its K experts count as one vector.
         watch = Watch(states, lambda s: s[own.places].flatten(1)) if traces else None

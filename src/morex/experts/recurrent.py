@@ -21,7 +21,9 @@ from morex.nn.attention import AttentionShape, kept_heads
 from morex.nn.costs import AttentionCosts, Costs, Kept, Rows, linear_costs
 from morex.nn.mixers import ExpertViews, feed_forward_costs
 from morex.nn.moves import Watch
+from morex.nn.noise import noise_like
 from morex.nn.norm import rms_norm
+from morex.nn.packing import Packing
 
 NORMS = 4
 
@@ -40,9 +42,9 @@ def recurrent_parameters(
     return {name: nn.Parameter(torch.empty(experts, *size)) for name, size in sizes.items()}
 
 
-def initial_state(x: Tensor, std: float, training: bool) -> Tensor:
-    """s_0 of each token [N, D]. Drawn in the order of the tokens, so that no later token changes an earlier one's."""
-    return torch.empty_like(x).normal_(std=std) if training and std else torch.zeros_like(x)
+def initial_state(x: Tensor, packing: Packing, std: float, training: bool) -> Tensor:
+    """s_0 of the packing's tokens [N, D], whose input is x [N, D]."""
+    return noise_like(x, packing).mul_(std) if training and std else torch.zeros_like(x)
 
 
 def recur(

@@ -55,7 +55,7 @@ class SharedRecurrentExperts(MoE):
     ) -> tuple[Tensor, Reports]:
         """x [N, D] -> [N, D] and the router's report."""
         mixed, reports = super().forward(x, packing)
-        state, shared = initial_state(mixed, self.state_std, self.training), dict(self.shared.items())
+        state, shared = initial_state(mixed, packing, self.state_std, self.training), dict(self.shared.items())
         everyone = ExpertRows(packing, torch.arange(x.shape[0], device=x.device), [x.shape[0]])
         watch = Watch(state) if traces else None
         y = recur(state, mixed, shared, self.steps, self.shape, self.eps, everyone, views, watch)

@@ -94,6 +94,7 @@ class LanguageModel(nn.Module):
         depth: Depth | Tensor = None,
         logits_to_keep: int | Tensor = 0,
         return_trace: bool = False,
+        first_row: int = 0,
     ) -> Output:
         """Runs the model on a right-padded batch.
 
@@ -110,6 +111,8 @@ class LanguageModel(nn.Module):
                 'oracle' (top-k of `expert_choice` in eval mode, which sees later tokens).
             logits_to_keep: keep only the last so many logits of each row, or those at these places; 0 keeps all.
             return_trace: also return what every token did.
+            first_row: number of the first row where other ranks have other rows of the batch; what training draws at
+                random for a row is a function of its number and of one draw from torch's generator.
 
         Raises:
             ValueError: ids beyond the vocabulary, shapes that do not fit, a depth that this model cannot take.
@@ -119,7 +122,8 @@ class LanguageModel(nn.Module):
         self.head.check(labels, (tokens.shape[0], tokens.shape[1]), logits_to_keep)
         policy = self.policy(depth, cache)
         start = None if cache is None else cache.seen
-        packing = pack_batch((tokens.shape[0], tokens.shape[1]), tokens.device, lengths, start, positions, document_ids)
+        shape = (tokens.shape[0], tokens.shape[1])
+        packing = pack_batch(shape, tokens.device, lengths, start, positions, document_ids, first_row)
         x = self.embed(tokens, packing)
         x, record = self.stack(x, packing, policy, cache, return_trace, self.read if policy.kind == "exit" else None)
         if cache is not None:

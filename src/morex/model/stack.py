@@ -254,7 +254,7 @@ class Core(nn.Module):
         for i, step in enumerate(steps):
             block, parts = self.blocks[self._index(step)], own.parts(visit.recursion, i)
             y, reports = run.step(block, step, y, visit.packing, parts, not visit.is_dummy)
-            found.append({} if visit.is_dummy else reports)
+            found.append(reports)
         return y, found
 
     def _index(self, step: Step) -> int:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from morex.nn import ranks
 from morex.nn.attention import Attention, Local
 from morex.nn.dropout import dropped
 from morex.nn.keys import KeyView
@@ -14,7 +16,7 @@ from morex.nn.low_rank import Changes
 from morex.nn.mixers import ExpertViews, GatedFeedForward, swiglu
 from morex.nn.norm import RMSNorm
 from morex.nn.packing import Packing
-from morex.nn.signals import Reports
+from morex.nn.signals import Reports, Signals
 
 NormPlacement = Literal["pre", "sandwich", "pre_post"]
 NORM_NAMES = ("norm1", "norm2", "norm1_after", "norm2_after")
@@ -89,8 +91,21 @@ class Block(nn.Module):
         view = None if views is None else views.attention
         branch = self.attention(self.norm("norm1", parts, x), packing, view, local, *changes)
         x = self.join(x, branch, "norm1_after", parts)
-        branch, reports = self.mixer(self.norm("norm2", parts, x), packing, views, *changes, traces=parts.traces)
+        branch, reports = self.mix(self.norm("norm2", parts, x), packing, views, parts)
         return self.join(x, branch, "norm2_after", parts), reports
+
+    def mix(
+        self, x: Tensor, packing: Packing, views: StepViews | None = None, parts: StepParts = WHOLE
+    ) -> tuple[Tensor, Reports]:
+        """The mixer's output for x [N, D], and what its routers report; of a dummy only what other ranks count."""
+        changes = (parts.changes,) if parts.changes else ()  # which expert layers do not know
+        mixed = partial(self.mixer, x, packing, views, *changes, traces=parts.traces)
+        if not packing.is_dummy:
+            y, reports = mixed()
+            return y, reports
+        with ranks.aside() as aside:
+            y, reports = mixed()
+        return y, {name: Signals(one.losses) for name, one in reports.items() if aside.meets_others}
 
     def plain_weights(self, parts: StepParts) -> tuple[list[Tensor], float] | None:
         """Weights as `fast.Walk` takes them and the norms' epsilon; None where `forward` does anything else besides."""

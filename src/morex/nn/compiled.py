@@ -54,7 +54,7 @@ class CompiledBlock:
         if isinstance(block.mixer, FeedForward | GatedFeedForward):
             return _graph(_behind)(block, x, heads, parts), {}
         x, normed = _graph(_between)(block, x, heads, parts)
-        branch, reports = block.mixer(normed, packing, views, traces=parts.traces)
+        branch, reports = block.mix(normed, packing, views, parts)
         return block.join(x, branch, "norm2_after", parts), reports
 
 

@@ -42,6 +42,10 @@ class Packing:
     """Flat index of each token in the frame [N]; None where the frame has no padding."""
     index: Tensor | None = None
     """Where each token stands in the list that these were selected from [N]; None where all were."""
+    first_row: int = 0
+    """Number of the first row among those of all ranks."""
+    is_dummy: bool = False
+    """True: the tokens stand in for nobody, so that all ranks run the same modules; they count nowhere."""
     _tables: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _turns: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _frames: dict[tuple[int, int, int, Rope | None, torch.dtype], Frames] = field(default_factory=dict, repr=False)
@@ -200,6 +204,7 @@ def pack_batch(
     start: Tensor | None = None,
     positions: Tensor | None = None,
     documents: Tensor | None = None,
+    first_row: int = 0,
 ) -> Packing:
     """The real tokens of a right-padded batch.
 
@@ -209,6 +214,7 @@ def pack_batch(
         start: tokens of each row that came before this call [B], as a cache knows.
         positions: positions [B, T] for the position embedding; default: the time.
         documents: document of each token [B, T].
+        first_row: number of the first row, where other rows are elsewhere.
 
     Returns:
         The packing; its `index` points into the flattened batch [B * T], or is None where nothing is padding.
@@ -229,6 +235,7 @@ def pack_batch(
         time=now,
         positions=now if positions is None else positions.expand(batch, time).reshape(-1),
         documents=None if documents is None else documents.reshape(-1),
+        first_row=first_row,
     )
     if lengths is None:
         return packing

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _together = False
+_aside: "Aside | None" = None
 
 
 @contextmanager
@@ -24,6 +25,24 @@ def together() -> Iterator[None]:
         yield
     finally:
         _together = before
+
+
+class Aside:
+    """A rank whose tokens do not count for now."""
+
+    meets_others = False
+    """Whether tokens of other ranks were counted."""
+
+
+@contextmanager
+def aside() -> Iterator[Aside]:
+    """Inside, this rank adds nothing to what all ranks count: what it computes stands in for no token."""
+    global _aside
+    before, _aside = _aside, Aside()
+    try:
+        yield _aside
+    finally:
+        _aside = before
 
 
 def rank() -> int:
@@ -40,8 +59,10 @@ def summed(x: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, which have the same shape of it; without a gradient."""
     if not _together:
         return x.detach()
-    total = x.detach().clone()
+    total = x.detach().clone() if _aside is None else torch.zeros_like(x)
     dist.all_reduce(total)
+    if _aside is not None:
+        _aside.meets_others |= bool(total.any())
     return total
 
 
@@ -53,6 +74,8 @@ def mean(total: Tensor, count: Tensor | int) -> Tensor:
     if not _together:
         return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(1, count))
     everyone = summed(torch.as_tensor(count, device=total.device))
+    if _aside is not None:
+        total = 0.0 * total
     return total * num_ranks() / everyone.clamp(min=1)
 
 

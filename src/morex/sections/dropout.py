@@ -18,3 +18,8 @@ class DropoutConfig(Section):
     """Of what attention and mixer add to the residual stream."""
     embedding: Rate = 0.0
     """Of the sum of token and position embeddings."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether training drops anything."""
+        return any((self.attention, self.residual, self.embedding))

@@ -36,6 +36,7 @@ from morex.train.tensors import (
     RANDOM,
     model_tensors,
     optimizer_tensors,
+    random_rank,
     random_state,
     refuse_other_model,
     room_for_optimizer,
@@ -141,7 +142,9 @@ def save_checkpoint(
     reshard(model)
     tensors = {MODEL + name: tensor.detach() for name, tensor in model_tensors(model).items()}
     tensors |= {OPTIMIZER + name: tensor for name, tensor in optimizer_tensors(model, optimizer).items()}
-    tensors |= {OPTIMIZER + name: tensor for name, tensor in random_state(_device(model), ranks.rank).items()}
+    if random_rank(config, ranks.rank) == ranks.rank:
+        random = random_state(_device(model), ranks.rank)
+        tensors |= {OPTIMIZER + name: tensor for name, tensor in random.items()}
     target = run.checkpoint_path(state.step)
     temporary = run.checkpoints / f".{target.name}.new"
     content = {"format": FORMAT, **asdict(state), "config": config.to_dict()}
@@ -181,7 +184,7 @@ def load_checkpoint(
 
     Args:
         config: what the checkpoint must have been trained with, up to the options in RESUMABLE.
-        rank: whose random state; of a divided model and optimizer a rank reads what it holds.
+        rank: which one reads; of a divided model and optimizer it reads what it holds.
         verified: whether its checksums have been looked at.
 
     Raises:
@@ -203,6 +206,7 @@ def load_checkpoint(
 
     saved = {name.removeprefix(OPTIMIZER): piece for name, piece in index.items() if name.startswith(OPTIMIZER)}
     moments = room_for_optimizer(model, {name: at for name, at in saved.items() if not name.startswith(RANDOM)})
+    rank = rank if config is None else random_rank(config, rank)
     random = {name: torch.clone(tensor) for name, tensor in random_state(_device(model), rank).items() if name in saved}
     storage.read(path, wanted | {OPTIMIZER + name: tensor for name, tensor in (moments | random).items()})
     set_optimizer_tensors(model, optimizer, moments)

@@ -40,6 +40,7 @@ from morex.train.precision import autocast_dtype, resolve_device, resolve_precis
 from morex.train.ranks import ALONE, Ranks
 from morex.train.runs import RunFolder, environment, write_config
 from morex.train.storage import Saving
+from morex.train.tensors import random_rank
 
 MOST_THREADS = 16
 """CPU threads for each core, at most."""
@@ -116,7 +117,7 @@ def begin(run: RunFolder, config: Config, resume: bool, max_seconds: float | Non
     parallelise(model, config.train, ranks, device.type)
     optimizer = build_optimizer(model, config.train, config.model.width_ratio)
     loss_scale = LossScale(device.type, config.train.precision == "fp16")
-    torch.manual_seed(config.train.seed + ranks.rank)
+    torch.manual_seed(config.train.seed + random_rank(config, ranks.rank))
     state = TrainState(data=_identity(data))
     with ranks.agreed():
         if checkpoint is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from morex.config import Config
 from morex.train.errors import CheckpointError
 from morex.train.storage import Piece
 
@@ -76,6 +77,12 @@ def set_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, te
         state.setdefault(parameters[name], {})[key] = tensor
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def random_rank(config: Config, rank: int) -> int:
+    """Whose random state a rank has. Dropout draws for a rank's own tokens alone; all else that is random, ranks draw
+    together (`morex.nn.noise`), as one process does."""
+    return rank if config.model.dropout.is_on else 0
 
 
 def random_state(device: torch.device, rank: int = 0) -> dict[str, Tensor]:

@@ -182,6 +182,7 @@ def forward_backward(t: Training, batch: Batch) -> tuple[dict[str, float], Route
                 lengths=part.lengths,
                 document_ids=part.document_ids if t.config.data.mask_documents else None,
                 depth=depth_of(part, t.config.train.policy),
+                first_row=t.ranks.rank * part.tokens.shape[0],
             )
         assert out.loss is not None
         loss = out.loss if weight == 1 else out.loss + (weight - 1) * out.losses[objective]
