@@ -63,7 +63,11 @@ def test_a_file_is_no_run_folder(place: str, corpus: Path, tmp_path: Path) -> No
 def test_a_config_that_fails_leaves_no_run(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         run(configure("vanilla", corpus, "model.vocab_size=100"), tmp_path / "run")
-    assert not RunFolder(tmp_path / "run").is_run()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="vocab_size"):
+        run(configure("vanilla", corpus, "model.vocab_size=100"), tmp_path / "run")
+    assert (tmp_path / "run").is_dir() and not RunFolder(tmp_path / "run").is_run()
     assert run(configure("vanilla", corpus), tmp_path / "run").summary() is not None
 
 

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from rich.console import Console
 
 from morex.loading import ConfigError
 from morex.train import trackers
+from morex.train.errors import Interrupted
 from morex.train.runs import RunFolder
-from morex.train.trackers import numbers
+from morex.train.trackers import Trackers, numbers
 from morex.train.trainer import train
 from train.helpers import QUIET, configure, run, run_until_crash
 
@@ -84,6 +86,22 @@ def test_a_tracker_that_comes_later_is_told_what_was_before(corpus: Path, tmp_pa
         config.model_copy(update={"train": config.train.model_copy(update=more)}), tmp_path / "run", resume=True
     )
     assert in_tensorboard(resumed).keys() == told(resumed).keys()
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"), [(None, False), (Interrupted("stopped", 15, exit_code=0), False), (OSError("broken"), True)]
+)
+def test_a_run_that_a_signal_has_stopped_has_not_failed(
+    error: Exception | None, failed: bool, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[bool] = []
+    guest = SimpleNamespace(log=lambda values, step: None, close=ends.append)
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda *arguments: guest)
+    config = configure("vanilla", corpus, "train.trackers=[tensorboard]")
+    with contextlib.suppress(Interrupted, OSError), Trackers(RunFolder(tmp_path), config, QUIET):
+        if error is not None:
+            raise error
+    assert ends == [failed]
 
 
 def test_a_tracker_that_fails_is_left_out_and_said_once(

@@ -74,35 +74,52 @@ def test_the_heartbeat_is_there_while_it_trains_and_gone_after(tmp_path: Path) -
     assert read_heartbeat(folder) is None
 
 
+class Turns(threading.Event):
+    """Waits by a clock of its own, which goes on when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.now, self.extra = 0.0, 0.0
+        self.looked, self.turns = threading.Semaphore(0), threading.Semaphore(0)
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
+        monkeypatch.setattr(watchdog, "time", clock)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.looked.release()
+        self.turns.acquire()
+        assert timeout is not None
+        self.now += timeout + self.extra
+        self.extra = 0.0
+        return self.is_set()
+
+    def go_on(self, looks: int) -> None:
+        """Has the thread that waits look so many times."""
+        for _ in range(looks):
+            self.turns.release()
+            self.looked.acquire()
+
+
 def test_beats_keep_the_watchdog_still_and_their_lack_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a clock of its own: ten times the limit with beats, then more than the limit without."""
-    now, looks, codes = [0.0], threading.Semaphore(0), []
-    ended = threading.Event()
-
-    def monotonic() -> float:
-        if threading.current_thread() is not threading.main_thread():
-            looks.release()
-        return now[0]
-
-    def leave(code: int) -> None:
-        codes.append(code)
-        ended.set()
-
-    monkeypatch.setattr(watchdog, "BEAT", 0.01)
-    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=monotonic, time=time.time))
-    monkeypatch.setattr(watchdog.os, "_exit", leave)
-    with Watchdog(RunFolder(tmp_path), ALONE, 100.0) as watching:
+    """Ten times the limit with beats, as long again while the process is stopped, then the limit without either."""
+    clock, codes = Turns(monkeypatch), []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    watching = Watchdog(RunFolder(tmp_path), ALONE, 100.0)
+    watching._ended = clock
+    with watching:
+        clock.looked.acquire()
         for step in range(12):
-            now[0] += 90
+            clock.go_on(looks=18)
             watching.beat(step)
-            looks.acquire()
-            looks.acquire()  # what the thread saw after the beat
+        clock.extra = 1000.0
+        clock.go_on(looks=18)
+        assert clock.now > 2000 and not codes
+        clock.go_on(looks=2)
         assert not codes
-        now[0] += 101
-        assert ended.wait(60)
-    assert set(codes) == {watchdog.EXIT_CODE}
+        clock.go_on(looks=1)
+        assert codes == [watchdog.EXIT_CODE]
+        clock.turns.release()
     assert "rank 0 of 1" in capsys.readouterr().err
 
 

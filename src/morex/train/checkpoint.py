@@ -253,7 +253,7 @@ def load(path: str | Path, device: str = "cpu") -> tuple[LanguageModel, Tokenize
             f"checkpoint '{checkpoint}' is of another model than config.yaml of run folder '{run.path}'"
         )
     model = build_model(config.model, device=str(resolve_device(device)), dtype=weight_dtype(config.train.precision))
-    load_checkpoint(checkpoint, model)
+    load_checkpoint(checkpoint, model, verified=checkpoint != Path(path))  # of a run, one that is known to be intact
     return model.eval(), load_tokenizer(run.tokenizer_path)
 
 

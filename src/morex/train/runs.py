@@ -117,15 +117,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder, made if need be, against other processes.
+        """Holds the folder, made if need be, against other processes; one that stays empty after an error goes again.
 
         Raises:
             RunFolderError: another process holds it, or it cannot be made or written.
             OSError: the disk is full.
         """
+        is_new, lock = not self.path.exists(), self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             if error.errno in FULL:
                 raise
@@ -144,6 +145,11 @@ class RunFolder:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             yield
+        except BaseException:
+            if is_new and list(self.path.iterdir()) == [lock]:
+                lock.unlink()
+                self.path.rmdir()
+            raise
         finally:
             os.close(descriptor)
 

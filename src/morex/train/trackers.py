@@ -17,6 +17,7 @@ from rich.console import Console
 from morex.config import Config
 from morex.files import read_json, write_json
 from morex.loading import ConfigError
+from morex.train.errors import Interrupted
 from morex.train.runs import RunFolder
 
 PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
@@ -30,7 +31,7 @@ class Tracker(Protocol):
         """Takes numbers by name."""
 
     def close(self, failed: bool) -> None:
-        """Ends it; `failed`: by an error."""
+        """Ends it; `failed`: by an error, and not by a signal to stop."""
 
 
 class TensorBoard:
@@ -131,8 +132,9 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        failed = error is not None and not isinstance(error, Interrupted)
         for name, tracker in list(self._open.items()):
-            self._try(name, lambda tracker=tracker: tracker.close(error is not None))  # type: ignore[misc]
+            self._try(name, lambda tracker=tracker: tracker.close(failed))  # type: ignore[misc]
 
     def log(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl: every number in it, by the path to it, below the line's kind."""

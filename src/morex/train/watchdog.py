@@ -59,9 +59,15 @@ class Watchdog:
         self._step, self._since = step, time.monotonic()
 
     def _watch(self) -> None:
+        before = time.monotonic()
         while not self._ended.wait(self._every):
+            now = time.monotonic()
+            stopped = now - before - self._every
+            if stopped > self._every:  # the whole process was: a job that is suspended does not hang
+                self._since += stopped
+            before = now
             self._write()
-            if self._limit is not None and time.monotonic() - self._since > self._limit:
+            if self._limit is not None and now - self._since > self._limit:
                 self._end(self._limit)
 
     def _write(self) -> None:
