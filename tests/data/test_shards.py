@@ -16,7 +16,7 @@ import pytest
 from morex.data import inspect, shards
 from morex.data import prepare as module
 from morex.data.characters import ByteTokenizer
-from morex.data.encoded import encoded as encode_batches
+from morex.data.encoded import Encoders
 from morex.data.loader import Loader
 from morex.data.prepare import Written, prepare, prepare_folder
 from morex.data.shards import check_shards, open_shards
@@ -178,11 +178,12 @@ def test_a_process_that_is_ended_from_outside_is_one_sentence(refused: Refused) 
     batches = [[Piece("train", f"text {number}", True, True)] for number in range(400)]
 
     def run() -> None:
-        tokens = encode_batches(batches, ByteTokenizer(), 2)
-        next(tokens)
-        own = children_of(os.getpid())
-        os.kill(max(own), signal.SIGKILL)
-        list(tokens)
+        with Encoders(ByteTokenizer(), 2) as encoders:
+            tokens = encoders.encode(batches)
+            next(tokens)
+            own = children_of(os.getpid())
+            os.kill(max(own), signal.SIGKILL)
+            list(tokens)
 
     refused(run, "one of the 2 processes", "--workers")
 

@@ -5,10 +5,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -58,38 +58,48 @@ def _joined(tokenizer: Tokenizer, pieces: Sequence[tuple[Piece, Ids]]) -> Encode
     return Encoded(np.concatenate(parts).astype(tokenizer.dtype, copy=False), np.array(starts, np.int64), num_bytes)
 
 
-def encoded(
-    batches: Iterable[Sequence[Piece]], tokenizer: Tokenizer, workers: int
-) -> Generator[Mapping[Side, Encoded], None, None]:
-    """The tokens of each batch of pieces, in order.
+class Encoders:
+    """Processes that encode, as a block in which they live; they begin to start at once, and encode when asked."""
 
-    Args:
-        workers: processes that encode; 0: this one, with the tokenizer's own threads.
+    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+        """`workers`: how many; 0: this process encodes, with the tokenizer's own threads."""
+        self._tokenizer, self._workers = tokenizer, workers
+        self._pool: ProcessPoolExecutor | None = None
 
-    Raises:
-        DataError: a text has no tokens, or a process was ended from outside.
-    """
-    if workers == 0:
-        for batch in batches:
-            yield encode(tokenizer, batch)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer.settings(),))
-    waiting: deque[Future[dict[Side, Encoded]]] = deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_encode, batch))
-            if len(waiting) >= AHEAD * workers:
+    def __enter__(self) -> Self:
+        if self._workers:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, context, _start, (self._tokenizer.settings(),))
+            self._pool.submit(int)  # the first task has all processes start
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, batches: Iterable[Sequence[Piece]]) -> Iterator[Mapping[Side, Encoded]]:
+        """The tokens of each batch of pieces, in order.
+
+        Raises:
+            DataError: a text has no tokens, or a process was ended from outside.
+        """
+        if self._pool is None:
+            for batch in batches:
+                yield encode(self._tokenizer, batch)
+            return
+        waiting: deque[Future[dict[Side, Encoded]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(self._pool.submit(_encode, batch))
+                if len(waiting) >= AHEAD * self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"one of the {workers} processes that encode was ended, perhaps for want of memory; run the command again, "
-            "with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            raise DataError(
+                f"one of the {self._workers} processes that encode was ended, perhaps for want of memory; run the "
+                "command again, with fewer --workers"
+            ) from None
 
 
 _own: list[Tokenizer] = []

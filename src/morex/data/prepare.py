@@ -8,7 +8,7 @@ once to encode it. Each document ends with the end-of-text token where the token
 import json
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,7 +20,7 @@ import numpy as np
 from morex.data.cache import building, discard, key_of, read_json, write_faults, write_file
 from morex.data.corpora import folder_of_shards, open_data
 from morex.data.corpus import Corpus, SeparateCorpora
-from morex.data.encoded import encoded
+from morex.data.encoded import Encoders
 from morex.data.encoding import Tokenizer
 from morex.data.errors import DataError
 from morex.data.progress import Progress
@@ -124,8 +124,8 @@ def prepare_folder(
     source = _Source(data)
     tokenizer = make_tokenizer(data.tokenizer, vocab_size, source)
     check_vocabulary(tokenizer, vocab_size)
-    with write_faults(folder, "name another folder with --out"):
-        shards = _write(source, tokenizer, folder, workers, shard_bytes)
+    with Encoders(tokenizer, workers) as encoders, write_faults(folder, "name another folder with --out"):
+        shards = _write(source, tokenizer, folder, encoders, shard_bytes)
     return Written(folder, shards.index, shards.kept)
 
 
@@ -143,8 +143,8 @@ def _prepared(data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None) ->
     prepared = _cached(folder, tokenizer)
     if prepared is None:
         discard(folder)
-        with building(folder) as temporary:
-            _write(source, tokenizer, temporary, 0, SHARD_BYTES)
+        with building(folder) as temporary, Encoders(tokenizer, 0) as encoders:
+            _write(source, tokenizer, temporary, encoders, SHARD_BYTES)
         prepared = _cached(folder, tokenizer)
         if prepared is None:
             raise DataError(f"the token files in '{folder}' are not what was written; check the disk of MOREX_CACHE")
@@ -266,7 +266,7 @@ class _Source:
                         yield piece.text
 
 
-def _write(source: _Source, tokenizer: Tokenizer, folder: Path, workers: int, shard_bytes: int) -> ShardFolder:
+def _write(source: _Source, tokenizer: Tokenizer, folder: Path, encoders: Encoders, shard_bytes: int) -> ShardFolder:
     """Writes the shards of both sides that are not there yet."""
     text = source.survey
     plan = Index(
@@ -286,8 +286,7 @@ def _write(source: _Source, tokenizer: Tokenizer, folder: Path, workers: int, sh
             done = {side: shards.done(side) for side in SIDES}
             batches = _batches(source.pieces(tokenizer.stretch), progress)
             left = ([piece for piece in batch if number >= done[piece.side]] for number, batch in batches)
-            with closing(encoded(left, tokenizer, workers)) as tokens:
-                shards.write(tokens)
+            shards.write(encoders.encode(left))
     return shards
 
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 PATIENCE_SECONDS = 1.5
+PAUSE_SECONDS = 0.1
+"""Between two looks at the bar, which costs more than a short text does."""
 
 
 class Progress:
@@ -18,7 +20,7 @@ class Progress:
         self._title = title
         self._total = total
         self._done = 0
-        self._started = time.monotonic()
+        self._due = time.monotonic() + PATIENCE_SECONDS
         self._bar: Bar | None = None
         self._task: TaskID | None = None
 
@@ -29,13 +31,21 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            self._draw()
             self._bar.stop()
 
     def advance(self, num_bytes: int) -> None:
         """Counts `num_bytes` more bytes of text as done."""
         self._done += num_bytes
-        if self._bar is None and time.monotonic() - self._started > PATIENCE_SECONDS:
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + PAUSE_SECONDS
+        if self._bar is None:
             self._show()
+        self._draw()
+
+    def _draw(self) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done)
 

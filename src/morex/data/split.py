@@ -11,6 +11,7 @@ Where a corpus of its own is held out, all of it is, and documents of the other 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 from morex.data.corpus import Corpus, SeparateCorpora
@@ -170,8 +171,13 @@ def _digests(corpus: Corpus) -> Iterator[tuple[bytes, int, int]]:
 
 def _place(digest: bytes, seed: int) -> float:
     """A place in [0, 1) that depends on the text and the seed alone."""
-    keyed = hashlib.blake2b(digest, digest_size=8, key=hashlib.sha256(f"split {seed}".encode()).digest())
+    keyed = hashlib.blake2b(digest, digest_size=8, key=_key(seed))
     return int.from_bytes(keyed.digest(), "big") / 2**64
+
+
+@cache
+def _key(seed: int) -> bytes:
+    return hashlib.sha256(f"split {seed}".encode()).digest()
 
 
 def _nearest(corpus: Corpus, wished: float, seed: int, documents: int) -> bytearray:
