@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+import morex
 from morex.config import Config
 from morex.loading import ConfigError
 from morex.model.lm import build_model
-from morex.train.parallel import parallelise
+from morex.train.parallel import parallelise, recompute
 from morex.train.ranks import ALONE
 from train.helpers import KINDS, checkpoint_bytes, configure, losses, run
 
@@ -88,3 +89,22 @@ def test_four_recursions_keep_less(corpus: Path) -> None:
 def test_rules_that_read_what_came_later_are_refused(what: str, corpus: Path) -> None:
     with pytest.raises(ConfigError, match=rf"train.recompute '{what}' .* model.kv 'refresh'"):
         configure("huginn", corpus, f"train.recompute={what}")
+
+
+@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("preset", ["recursive", "mor-threshold", "mor-token"])
+def test_keys_of_the_first_recursion_are_read_again(preset: str, what: str) -> None:
+    """Also of rows of several lengths, whose keys stand in frames with padding."""
+    config = morex.load_config(preset, ["model.kv=shared_first"], tiny=True)
+    tokens = torch.randint(config.model.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
+    found: list[list[Tensor | None]] = []
+    for way in ("nothing", what):
+        model = build_model(config.model, dtype=torch.float64).train()
+        recompute(model.stack, way)
+        out = model(tokens, labels=tokens, lengths=torch.tensor([12, 5, 9]))
+        assert out.loss is not None
+        out.loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or (theirs is not None and torch.equal(mine, theirs))

@@ -94,21 +94,18 @@ class CallStore(SlotStore):
     """Keys and values of one forward pass, with their gradients. What a slot is written first stays."""
 
     def __init__(self) -> None:
-        self._slots: dict[Slot, tuple[Tensor, Tensor, Packing]] = {}
-        self._padded: dict[Slot, Keys] = {}
+        self._slots: dict[Slot, tuple[Keys, Packing]] = {}
 
     def append(self, slot: Slot, k: Tensor, v: Tensor, packing: Packing) -> bool:
-        # A step that is computed again for its gradient writes what is there already.
-        known = self._slots.setdefault(slot, (k, v, packing))
-        assert known[2] is packing, f"slot {slot} is written twice in one call"
+        # A step that is computed again for its gradient does all of this again, and finds what it wrote there already.
+        documents = None if packing.documents is None else packing.pad(packing.documents, -1)
+        keys = Keys(packing.pad(k), packing.pad(v), packing.pad(packing.time, NEVER), documents)
+        known = self._slots.setdefault(slot, (keys, packing))
+        assert known[1] is packing, f"slot {slot} is written twice in one call"
         return True
 
     def read(self, slot: Slot) -> Keys:
-        if slot not in self._padded:
-            k, v, packing = self._slots[slot]
-            documents = None if packing.documents is None else packing.pad(packing.documents, -1)
-            self._padded[slot] = Keys(packing.pad(k), packing.pad(v), packing.pad(packing.time, NEVER), documents)
-        return self._padded[slot]
+        return self._slots[slot][0]
 
     def num_entries(self, slot: Slot) -> int:
-        return self._slots[slot][2].num_tokens if slot in self._slots else 0
+        return self._slots[slot][1].num_tokens if slot in self._slots else 0
