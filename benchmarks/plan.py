@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ import morex
 from morex.config import Config
 from morex.model.lm import LanguageModel
 from morex.nn import ranks as together
+from morex.scaling.activations import Recompute
 from morex.scaling.calibrate import this_processor
 from morex.scaling.devices import DEVICES
 from morex.scaling.layouts import Plan, evaluate
@@ -171,13 +172,13 @@ def predicted(plan: Plan) -> dict[str, float]:
     }
 
 
-def compared(name: str, ranks: int, recompute: str, timed: bool) -> dict[str, Any]:
+def compared(name: str, ranks: int, recompute: Recompute, timed: bool) -> dict[str, Any]:
     """One row: what was foreseen, what was found, and the ratio of the two."""
     preset, own = MODELS[name]
     overrides = [*SIZES, *own, f"train.recompute={recompute}"]
     config = morex.load_config(preset, overrides)
     device = this_processor(config, ranks, "fp32") if timed else UNMEASURED
-    layout = Layout(ranks, ranks, config.train.accumulation, recompute == "steps")
+    layout = Layout(ranks, ranks, config.train.accumulation, recompute)
     foreseen, found = predicted(evaluate(config, layout, device, "fp32")), run(preset, overrides, ranks, timed)
     ratios = {key: foreseen[key] / found[key] for key in found}
     rates = {"flops": device.flops_fp32, "bandwidth": device.bandwidth, "link": device.link}
@@ -189,7 +190,7 @@ def main(path: str = "benchmarks/results/plan.json", what: str = "") -> None:
     rows = []
     for name in MODELS:
         for ranks in (1, 2):
-            for recompute in ("nothing", "steps"):
+            for recompute in get_args(Recompute):
                 rows.append(compared(name, ranks, recompute, timed=what != "memory"))
                 print(name, ranks, recompute, {key: round(ratio, 3) for key, ratio in rows[-1]["ratios"].items()})
     write_json(Path(path), rows, ["python", *sys.argv])

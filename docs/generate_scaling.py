@@ -84,7 +84,7 @@ def row(one: Plan, target: float) -> list[str]:
         f"{layout.ranks:,}",
         f"{layout.shards} x {layout.copies}",
         str(layout.accumulation),
-        "steps" if layout.recompute else "nothing",
+        layout.recompute,
         "blocks" if layout.has_block_units else "core",
         *(human(size, "B") for size in (held.peak, held.gathered, held.passing)),
         f"{took.seconds:.3g} s",

@@ -3,12 +3,14 @@
 import re
 from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 import pytest
 
 import morex
 from morex.config import Config
 from morex.loading import ConfigError
+from morex.scaling.activations import Recompute
 from morex.scaling.devices import DEVICES, Device, find_device
 from morex.scaling.layouts import as_row, evaluate, plan
 from morex.scaling.memory import Layout
@@ -30,7 +32,7 @@ def test_nothing_that_fits_is_faster(batch: int, ranks: int, device: str) -> Non
     every = [
         evaluate(config, Layout(ranks, shards, parts, again, by_block), on, "bf16")
         for shards, parts, again, by_block in product(
-            range(1, ranks + 1), range(1, rows + 1), (False, True), (False, True)
+            range(1, ranks + 1), range(1, rows + 1), get_args(Recompute), (False, True)
         )
         if ranks % shards == 0 and rows % parts == 0
     ]
@@ -55,7 +57,7 @@ def test_steps_are_not_computed_again_where_training_refuses_it() -> None:
     device: Device = replace(DEVICES["h100"], memory=1e5)
     with pytest.raises(ConfigError, match="no layout fits"):
         plan(config, 8, device, "fp32")
-    assert not plan(config, 8, DEVICES["h100"], "fp32").layout.recompute
+    assert plan(config, 8, DEVICES["h100"], "fp32").layout.recompute == "nothing"
 
 
 def test_a_batch_that_does_not_divide() -> None:

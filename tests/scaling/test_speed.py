@@ -30,11 +30,11 @@ def took(config: Config, layout: Layout, device: Device = PLAIN) -> StepTime:
 def test_arithmetic_is_the_count_of_flops(config: Config) -> None:
     counts = count(config.model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len
-    alone, again = (took(config, Layout(1, 1, 1, recompute)) for recompute in (False, True))
+    alone, again = (took(config, Layout(1, 1, 1, recompute)) for recompute in ("nothing", "steps"))
     assert alone.arithmetic == pytest.approx(tokens * counts.train_flops_per_token / 1e12)
     repeated = counts.forward_flops_per_token - 2 * config.model.d_model * config.model.vocab_size
     assert again.arithmetic - alone.arithmetic == pytest.approx(tokens * repeated / 1e12)
-    assert took(config, Layout(4, 1, 2, False)).arithmetic == pytest.approx(alone.arithmetic / 4)
+    assert took(config, Layout(4, 1, 2, "nothing")).arithmetic == pytest.approx(alone.arithmetic / 4)
     assert alone.exchange == alone.exposed == alone.exchanged == 0
 
 
@@ -43,34 +43,34 @@ def test_units_are_gathered_as_often_as_fsdp_gathers_them(config: Config) -> Non
     units, part = units_of(config.model), 3 / 4
     gathers = 4 * part * (2 * units.total - units.root)
     reductions = 4 * part * units.total
-    assert took(config, Layout(4, 4, 1, False)).exchanged == pytest.approx(gathers + reductions)
-    assert took(config, Layout(4, 4, 4, False)).exchanged == pytest.approx(4 * gathers + reductions)
+    assert took(config, Layout(4, 4, 1, "nothing")).exchanged == pytest.approx(gathers + reductions)
+    assert took(config, Layout(4, 4, 4, "nothing")).exchanged == pytest.approx(4 * gathers + reductions)
     copies = 2 * 4 * units.total / 4 * (1 / 2)
-    assert took(config, Layout(8, 4, 1, False)).exchanged == pytest.approx(gathers + reductions + copies)
+    assert took(config, Layout(8, 4, 1, "nothing")).exchanged == pytest.approx(gathers + reductions + copies)
 
 
 def test_blocks_as_units_are_gathered_for_every_use(config: Config) -> None:
     """In both passes, R times each; their gradients are still exchanged once."""
     units, part = units_of(config.model), 3 / 4
-    whole, parts = (took(config, Layout(4, 4, 1, False, by_block)).exchanged for by_block in (False, True))
+    whole, parts = (took(config, Layout(4, 4, 1, "nothing", by_block)).exchanged for by_block in (False, True))
     assert parts - whole == pytest.approx(4 * part * 2 * (units.recursions - 1) * units.core)
 
 
 def test_inside_a_machine_links_count_and_between_them_the_network(config: Config) -> None:
     units = units_of(config.model)
     volume = 4 * (3 * units.total - units.root)
-    assert took(config, Layout(4, 4, 1, False)).exchange == pytest.approx(volume * 3 / 4 / 1e6)
+    assert took(config, Layout(4, 4, 1, "nothing")).exchange == pytest.approx(volume * 3 / 4 / 1e6)
     # Two machines of four: each takes in the other's half, by four ways.
-    assert took(config, Layout(8, 8, 1, False)).exchange == pytest.approx(volume / 2 / 4 / 1e5)
+    assert took(config, Layout(8, 8, 1, "nothing")).exchange == pytest.approx(volume / 2 / 4 / 1e5)
     # Divided inside machines, only a quarter of the gradients crosses the network, twice half of it.
     inside = volume * 3 / 4 / 1e6
     crossing = 4 * units.total / 4 * 2 / 2 / 1e5
-    assert took(config, Layout(8, 4, 1, False)).exchange == pytest.approx(inside + crossing)
+    assert took(config, Layout(8, 4, 1, "nothing")).exchange == pytest.approx(inside + crossing)
 
 
 def test_exchange_hides_behind_computing(config: Config) -> None:
     """Never more than without overlap, never less than the first unit's gathering and the last one's reduction."""
-    layout = Layout(4, 4, 1, False)
+    layout = Layout(4, 4, 1, "nothing")
     apart = took(config, layout)
     overlapping = took(config, layout, replace(PLAIN, overlaps=True))
     slow = took(config, layout, replace(PLAIN, overlaps=True, flops_fp32=1e3))
@@ -82,7 +82,7 @@ def test_exchange_hides_behind_computing(config: Config) -> None:
 
 
 def test_what_bounds_a_step(config: Config) -> None:
-    layout = Layout(4, 4, 1, False)
+    layout = Layout(4, 4, 1, "nothing")
     assert took(config, layout).bound == "exchange"
     assert took(config, layout, replace(PLAIN, link=1e30)).bound == "arithmetic"
     assert took(config, layout, replace(PLAIN, link=1e30, bandwidth=1e6)).bound == "memory"

@@ -79,7 +79,7 @@ def plan(
 
     For each number of devices, the fastest way to divide model and batch that fits: over how many of them a copy of the
     weights is divided (train.shards), in how many microbatches a step is computed (train.accumulation), whether steps
-    are computed again (train.recompute), and what is gathered of the core at a time (train.core_units). The batch is
+    or recursions are computed again (train.recompute), and what is gathered of the core at a time (train.core_units). The batch is
     that of the config, train.batch_size sequences of train.seq_len tokens a step. All numbers are closed forms;
     docs/scaling.md has them and what they assume.
     """
@@ -187,7 +187,7 @@ def _row(one: "Plan", target: float, price: float | None) -> list[str]:
         f"{layout.ranks:,}",
         f"{layout.shards} x {layout.copies}",
         str(layout.accumulation),
-        "steps" if layout.recompute else "nothing",
+        layout.recompute,
         "blocks" if layout.has_block_units else "core",
         *(f"{number(size, short=True)}B" for size in (held.peak, held.states, held.gathered, held.passing)),
         f"{took.seconds:.3g}",

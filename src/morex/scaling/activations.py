@@ -17,6 +17,8 @@ from morex.nn.norm import norm_costs
 from morex.sections.head import ClassifierHeadConfig
 
 Format = Literal["fp32", "bf16", "fp64"]
+Recompute = Literal["nothing", "steps", "recursions"]
+"""What is computed again, as `train.recompute` says it; its `selective` is not planned with."""
 WIDE = 4
 """Bytes of a value of the residual stream, which autocast leaves alone."""
 
@@ -38,7 +40,7 @@ class Activations:
     cast: float
     """Copies of weights that autocast holds until the forward pass ends, whether they are kept or not."""
     again: float
-    """Of one step, which is there while it is computed again; 0 without recomputation."""
+    """Of the step, or the steps of a recursion, that are there together while computed again; 0 without that."""
     recomputed: float
     """Of all steps together, as they come and go while they are computed again; 0 without recomputation."""
     probabilities: float
@@ -58,7 +60,7 @@ def activations(
     seq_len: int,
     precision: Format = "fp32",
     has_fast_paths: bool = False,
-    recompute: bool = False,
+    recompute: Recompute = "nothing",
     shares: tuple[float, ...] | None = None,
     mask_documents: bool = False,
 ) -> Activations:
@@ -69,7 +71,7 @@ def activations(
         rows, seq_len: of the microbatch.
         precision: `bf16` is autocast over fp32 weights.
         has_fast_paths: whether those for a CPU run.
-        recompute: whether a step keeps its input alone (`train.recompute: steps`).
+        recompute: whether a step, or in the core a whole recursion, keeps its input alone.
         shares: share of the tokens active at recursion r = 1..R, where it was measured.
         mask_documents: whether tokens see their own document alone.
     """
@@ -78,26 +80,33 @@ def activations(
     own = _Microbatch(config, rows, seq_len, precision, has_fast_paths, mask_documents)
     once, core = own.rows_of(1.0, 0), [own.rows_of(share, r) for r, share in enumerate(active, start=1)]
 
-    def kept(share: float, visited: Rows) -> float:
-        return share * own.values(config.d_model) if recompute else own.step(share, visited)
+    groups, keeps_all = len(schedule.groups), recompute == "nothing"
+    core_inputs = groups if recompute == "recursions" else schedule.core
 
-    groups = len(schedule.groups)
+    def inputs(share: float) -> float:
+        return share * own.values(config.d_model)
+
     selections = sum(own.rotations(share, visited) for share, visited in zip(active, core, strict=True) if share < 1)
-    rotated = 0.0 if recompute else own.rotations(1.0, once) + groups * selections
+    rotated = own.rotations(1.0, once) + groups * selections if keeps_all else 0.0
     probabilities, logits = own.logits(len(active))
-    outer = schedule.prelude + schedule.coda
-    steps = outer * own.step(1.0, once) + schedule.core * sum(map(own.step, active, core))
+    outer, of_core = schedule.prelude + schedule.coda, [own.step(*visit) for visit in zip(active, core, strict=True)]
+    steps = outer * own.step(1.0, once) + schedule.core * sum(of_core)
+    again = [own.step(1.0, visited) + own.joint(visited) for visited in (once, *core[:1])]
+    again[1:] = [schedule.core / core_inputs * one for one in again[1:]]
     cast = own.cast()
     joint = outer * own.joint(once) + schedule.core * sum(own.joint(r) for r in core)
     return Activations(
-        blocks=outer * kept(1.0, once) + rotated,
-        recursions=tuple(schedule.core * one for one in map(kept, active, core)),
+        blocks=outer * (own.step(1.0, once) if keeps_all else inputs(1.0)) + rotated,
+        recursions=tuple(
+            schedule.core * step if keeps_all else core_inputs * inputs(share)
+            for step, share in zip(of_core, active, strict=True)
+        ),
         routers=groups * own.routers(active),
         ends=own.ends(),
-        weights=own.cast_head() if recompute else cast + joint,
+        weights=cast + joint if keeps_all else own.cast_head(),
         cast=cast,
-        again=max(own.step(1.0, visited) + own.joint(visited) for visited in (once, *core[:1])) if recompute else 0.0,
-        recomputed=steps if recompute else 0.0,
+        again=0.0 if keeps_all else max(again),
+        recomputed=0.0 if keeps_all else steps,
         probabilities=probabilities,
         logits=logits,
     )

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 from morex.config import Config
 from morex.loading import ConfigError
 from morex.model.count import count
-from morex.scaling.activations import Format
+from morex.scaling.activations import Format, Recompute
 from morex.scaling.devices import DEVICES, Device
 from morex.scaling.memory import Layout, Memory, memory
 from morex.scaling.speed import StepTime, step_time
@@ -72,7 +72,7 @@ def layouts(config: Config, ranks: int) -> Iterator[Layout]:
     batch = config.train.batch_size
     if batch % ranks:
         return
-    ways = (False,) if config.model.kv == "refresh" else (False, True)
+    ways: tuple[Recompute, ...] = ("nothing",) if config.model.kv == "refresh" else get_args(Recompute)
     kinds = {"core": (False,), "blocks": (True,), "auto": (False, True)}[config.train.core_units]
     for shards in _divisors(ranks):
         for accumulation in _divisors(batch // ranks):
@@ -107,7 +107,7 @@ def as_row(one: Plan, target_tokens: float) -> dict[str, Any]:
         "shards": layout.shards,
         "copies": layout.copies,
         "accumulation": layout.accumulation,
-        "recompute": "steps" if layout.recompute else "nothing",
+        "recompute": layout.recompute,
         "core_units": "blocks" if layout.has_block_units else "core",
         "memory": {
             "peak": held.peak,

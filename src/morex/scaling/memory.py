@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from morex.config import Config, ModelConfig
 from morex.model.count import block_costs, count
 from morex.nn.norm import norm_costs
-from morex.scaling.activations import Activations, Format, activations
+from morex.scaling.activations import Activations, Format, Recompute, activations
 
 ADAM = 2
 """Moments that the optimizer keeps of each weight."""
@@ -27,8 +27,8 @@ class Layout:
     """Ranks that hold one copy of weights, gradients and optimizer state together."""
     accumulation: int
     """Microbatches of a step."""
-    recompute: bool
-    """Whether steps are computed again (`train.recompute: steps`)."""
+    recompute: Recompute = "nothing"
+    """What is computed again."""
     has_block_units: bool = False
     """Whether each block of the core is a unit (`train.core_units: blocks`)."""
 

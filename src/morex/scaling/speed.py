@@ -58,10 +58,11 @@ def step_time(config: Config, layout: Layout, device: Device, precision: Format,
     model, train = config.model, config.train
     tokens = train.batch_size // layout.ranks // layout.accumulation * train.seq_len
     counts, units = count(model, seq_len=train.seq_len), units_of(model)
+    again = layout.recompute != "nothing"
     flops = (device.flops_bf16 if precision == "bf16" else device.flops_fp32) * device.matmul_share
     bandwidth = device.bandwidth * device.bandwidth_share
-    arithmetic = tokens * _flops_per_token(counts, head_costs(model).per_token, layout.recompute) / flops
-    traffic = _traffic(held.activations, layout.recompute, units, precision) / bandwidth
+    arithmetic = tokens * _flops_per_token(counts, head_costs(model).per_token, again) / flops
+    traffic = _traffic(held.activations, again, units, precision) / bandwidth
     size = 8 if precision == "fp64" else 4
     update = OPTIMIZER_TRAFFIC * held.parameters / bandwidth
     if layout.ranks > 1:
