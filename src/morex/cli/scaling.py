@@ -79,9 +79,9 @@ def plan(
 
     For each number of devices, the fastest way to divide model and batch that fits: over how many of them a copy of the
     weights is divided (train.shards), in how many microbatches a step is computed (train.accumulation), whether steps
-    or recursions are computed again (train.recompute), and what is gathered of the core at a time (train.core_units). The batch is
-    that of the config, train.batch_size sequences of train.seq_len tokens a step. All numbers are closed forms;
-    docs/scaling.md has them and what they assume.
+    or recursions are computed again (train.recompute), and what is gathered of the core at a time (train.core_units).
+    The batch is that of the config, train.batch_size sequences of train.seq_len tokens a step. All numbers are closed
+    forms; docs/scaling.md has them and what they assume.
     """
     if devices:
         _print_devices()
