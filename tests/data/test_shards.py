@@ -141,6 +141,17 @@ if __name__ == "__main__":
 """
 
 
+UNGUARDED = """
+from pathlib import Path
+from morex.data.prepare import prepare_folder
+from morex.sections.data import DataConfig
+
+tokenizer = dict(kind="bpe", vocab_size=8000)
+config = DataConfig(corpus={words!r}, tokenizer=tokenizer, val_fraction=0.1)
+prepare_folder(config, 8000, Path({out!r}), 2, 4000)
+"""
+
+
 def children_of(pid: int) -> set[int]:
     tasks = Path(f"/proc/{pid}/task")
     return {int(word) for task in tasks.iterdir() for word in (task / "children").read_text().split()}
@@ -186,6 +197,17 @@ def test_a_process_that_is_ended_from_outside_is_one_sentence(refused: Refused) 
             list(tokens)
 
     refused(run, "one of the 2 processes", "--workers")
+
+
+def test_a_program_without_a_guard_ends_with_one_sentence(tmp_path: Path) -> None:
+    """Its processes begin with the program itself, and die at once; nobody waits for them."""
+    words = tmp_path / "words.txt"
+    words.write_text("".join(f"{number} " for number in range(40_000)), encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(UNGUARDED.format(words=str(words), out=str(tmp_path / "shards")), encoding="utf-8")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("morex.data.errors.DataError: one of the 2 processes that encode")
 
 
 @pytest.mark.parametrize("damaged", [0, 1, -1])

@@ -1,5 +1,6 @@
 """Batches of text to tokens, in this process or in others; the result is the same and in the same order."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -8,7 +9,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple, Self
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -17,6 +21,7 @@ from morex.data.errors import DataError
 from morex.data.split import SIDES, Piece, Side
 from morex.data.stream import Places
 from morex.data.tokenizer import KINDS
+from morex.files import read_json
 
 # Batches for each process that wait for it or to be written: enough that none is ever idle.
 AHEAD = 3
@@ -65,17 +70,24 @@ class Encoders:
         """`workers`: how many; 0: this process encodes, with the tokenizer's own threads."""
         self._tokenizer, self._workers = tokenizer, workers
         self._pool: ProcessPoolExecutor | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Self:
         if self._workers:
+            # A process that ends before it has read a large argument would leave this one waiting for ever.
+            folder = self._held.enter_context(TemporaryDirectory())
+            settings = Path(folder) / "settings.json"
+            settings.write_text(json.dumps(self._tokenizer.settings()), encoding="utf-8")
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, context, _start, (self._tokenizer.settings(),))
-            self._pool.submit(int)  # the first task has all processes start
+            self._pool = ProcessPoolExecutor(self._workers, context, _start, (str(settings),))
+            self._held.callback(self._pool.shutdown, cancel_futures=True)
+            with suppress(BrokenProcessPool):  # which whoever gives them text will learn
+                for _ in range(self._workers):  # each task has one more process start
+                    self._pool.submit(int)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._held.close()
 
     def encode(self, batches: Iterable[Sequence[Piece]]) -> Iterator[Mapping[Side, Encoded]]:
         """The tokens of each batch of pieces, in order.
@@ -105,10 +117,11 @@ class Encoders:
 _own: list[Tokenizer] = []
 
 
-def _start(settings: dict[str, Any]) -> None:
+def _start(path: str) -> None:
     """The start of a process that encodes: it works on one thread, and ends when the one that started it does."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings = read_json(Path(path))
     _own[:] = [KINDS[settings["kind"]].from_settings(settings)]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
