@@ -122,7 +122,7 @@ def main() -> None:
             print(row, flush=True)
             rows.append(row)
     if len(sys.argv) > 1:
-        write_json(sys.argv[1], rows, ["python", *sys.argv])
+        write_json(sys.argv[1], rows, ["env", f"PREPARE_MEGABYTES={MEGABYTES}", "python", *sys.argv])
 
 
 if __name__ == "__main__":

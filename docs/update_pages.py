@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> None:
             fill(page, f"{name}-{part}", section(measured_part))
     measured = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     fill(root / "docs" / "speed.md", "training-table", "\n".join(map(speed_section, measured)))
-    compiled = root / "benchmarks" / "results" / "compiled.json"
-    if compiled.is_file():
-        fill(root / "docs" / "speed.md", "compiled-table", compiled_section(compiled))
+    compiled = sorted((root / "benchmarks" / "results").glob("compiled*.json"))
+    if compiled:
+        fill(root / "docs" / "speed.md", "compiled-table", "\n\n".join(map(compiled_section, compiled)))
     print(f"wrote {page.relative_to(root)}, docs/images/{name}.png and docs/speed.md")
 
 
