@@ -296,7 +296,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _experts_can_be_divided(self) -> Self:
-        train, mixer, depth = self.train, self.model.mixer, self.model.depth
+        train, mixer = self.train, self.model.mixer
         if train.expert_shards == 1:
             return self
         asked = f"train.expert_shards {train.expert_shards}"
@@ -308,13 +308,6 @@ class Config(Section):
             raise ValueError(
                 f"{asked} does not divide the {mixer.router.experts} experts of model.mixer.router.experts; use a "
                 "divisor of their number"
-            )
-        # Ranks that exchange tokens run their experts equally often.
-        if not isinstance(depth, FixedConfig) or train.depth != "router":
-            decides = f"model.depth.kind {depth.kind!r}" if train.depth == "router" else f"train.depth {train.depth!r}"
-            raise ValueError(
-                f"{asked} has all ranks take the same recursions, and {decides} lets each take its own; use "
-                "model.depth.kind 'fixed' with train.depth 'router', or leave train.expert_shards out"
             )
         if not isinstance(mixer.steps_router, FixedConfig | None):
             raise ValueError(

@@ -16,11 +16,12 @@ from train.helpers import configure, run
 from train.test_ranks import difference, on_ranks
 
 OWN = ("train.precision=fp64", "train.steps=4", "train.batch_size=8", "train.checkpoint_every=0")
+MIXTURE = "model.mixer={kind: moe, router: {experts: 4, top_k: 2}}"
 FAMILIES = {
     "moe": ("moe", ("train.accumulation=2", "model.mixer.router={experts: 4, top_k: 2, bias_rate: 0.01}")),
     # Two tokens a rank and step: often a rank's experts get none.
     "few tokens": ("moe", ("train.batch_size=2", "train.seq_len=2", "train.steps=20")),
-    "few tokens recurrent": ("more-a", ("model.mixer.state_std=0", "train.batch_size=2", "train.seq_len=2")),
+    "few tokens recurrent": ("more-a", ("train.batch_size=2", "train.seq_len=2")),
     "few tokens routed": ("more-tuned", ("train.batch_size=2", "train.seq_len=2", "model.mixer.router.top_k=1")),
     "gated and recurring": (
         "moe",
@@ -28,10 +29,14 @@ FAMILIES = {
     ),
     "token": ("more", ("model.mixer.keep_unused_qk=true",)),
     "routed in documents": ("more-tuned", ("data.mask_documents=true", "train.accumulation=2")),
-    "shared recurrent": ("more-b", ("model.mixer.state_std=0",)),
+    "shared recurrent": ("more-b", ()),
     "recurrent layer": ("more-c", ()),
     "computed again": ("more-tuned", ("train.recompute=recursions",)),
     "copies": ("moe", ("train.shards=1",)),
+    "recursions by expert choice": ("mor-expert", (MIXTURE, "train.recompute=recursions")),
+    "recursions by halting": ("mor-act", ("model.mixer={kind: recursive, router: {top_k: 1}}",)),
+    # In some recursions one rank has no token, in training and in evaluation.
+    "recursions of few tokens": ("mor-token", (MIXTURE, "train.batch_size=2", "train.seq_len=4", "train.steps=20")),
 }
 
 
@@ -98,15 +103,6 @@ def test_ranks_that_divide_experts_go_on_with_any_run(corpus: Path, tmp_path: Pa
     [
         ("vanilla", (), "train.expert_shards 2 divides experts, and model.mixer.kind 'swiglu' has none"),
         ("moe", ("model.mixer.router.experts=5",), "train.expert_shards 2 does not divide the 5 experts"),
-        (
-            "moe",
-            (
-                "model.schedule={sharing: cycle, layers: 4, recursions: 2}",
-                "model.depth.kind=halting",
-                "model.kv=refresh",
-            ),
-            "model.depth.kind 'halting' lets each take its own",
-        ),
         ("more-tuned", ("model.mixer.depth.kind=threshold",), "model.mixer.depth.kind 'threshold' decides that"),
         ("moe", ("train.precision=fp16",), "train.expert_shards 2 is not for train.precision 'fp16'"),
     ],

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import morex
 from morex.config import Config
 from morex.data.errors import DataError
 from morex.data.loader import Loader, Part
 from morex.data.stream import TokenStream
 from morex.loading import load_config
+from morex.nn.block import Block
 from morex.train.errors import Interrupted
 from morex.train.ranks import _sendable
 from morex.train.runs import RunFolder
@@ -110,6 +112,44 @@ def test_two_ranks_are_one_process(corpus: Path, tmp_path: Path) -> None:
         if max(found) > limit:
             wrong[folder.name] = found
     assert not wrong
+
+
+@pytest.mark.slow
+def test_ranks_recur_as_often(tmp_path: Path) -> None:
+    """Depths go by the difficulty of examples, of which a rank may have easy ones alone; units of the core, and losses
+    of routers inside it, are for all ranks together."""
+    task = ("data.task={kind: addition, difficulty: [1, 3]}", "train.depth=difficulty", MIXTURE)
+    own = ("train.precision=fp64", "train.batch_size=2", "train.steps=8", "train.log_every=1", "train.accumulation=1")
+    whole = morex.load_config("recursive", [*task, *own, "train.seq_len=32", "train.warmup_steps=0"], tiny=True)
+    blocks = whole.model_copy(update={"train": whole.train.model_copy(update=BLOCKS)})
+    on_ranks(2, [(config, tmp_path / name, False) for name, config in (("core", whole), ("blocks", blocks))], tmp_path)
+    run(whole, tmp_path / "one")
+    assert max(difference(tmp_path / name, tmp_path / "one") for name in ("core", "blocks")) < 1e-8
+
+
+@pytest.mark.parametrize("preset", ["recursive", "mor-expert", "mor-token", "mor-act", "ouro"])
+def test_ranks_visit_every_recursion_in_evaluation(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank none of whose rows goes on runs the blocks on a token that changes nothing."""
+    model: Any = morex.build_model(morex.load_config(preset, tiny=True).model).eval()
+    schedule, visits = model.config.schedule.resolved, []
+    monkeypatch.setattr(Block, "forward", _counted(Block.forward, visits))
+    tokens, found = torch.randint(50, (2, 6), generator=torch.Generator().manual_seed(0)), []
+    for ranks, deepest in ((1, 1), (2, schedule.recursions)):
+        monkeypatch.setattr("morex.nn.ranks.num_ranks", lambda ranks=ranks: ranks)
+        monkeypatch.setattr("morex.nn.ranks.largest", lambda depth, ranks=ranks: schedule.recursions)
+        visits.clear()
+        with torch.no_grad():
+            found.append(model(tokens, depth=torch.tensor([1, 1])).logits)
+        assert len(visits) == schedule.prelude + deepest * schedule.core + schedule.coda
+    assert torch.equal(*found)
+
+
+def _counted(forward: Any, visits: list[int]) -> Any:
+    def counted(self: Block, *arguments: Any, **options: Any) -> Any:
+        visits.append(1)
+        return forward(self, *arguments, **options)
+
+    return counted
 
 
 @pytest.mark.slow

@@ -92,10 +92,18 @@ def test_rules_that_read_what_came_later_are_refused(what: str, corpus: Path) ->
 
 
 @pytest.mark.parametrize("what", WAYS)
-@pytest.mark.parametrize("preset", ["recursive", "mor-threshold", "mor-token"])
-def test_keys_of_the_first_recursion_are_read_again(preset: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("recursive", ()),
+        ("recursive", ("model.mixer={kind: recursive}", "model.schedule={sharing: sequence, recursions: 2, core: 2}")),
+        ("mor-threshold", ()),
+        ("mor-token", ()),
+    ],
+)
+def test_keys_of_the_first_recursion_are_read_again(preset: str, overrides: tuple[str, ...], what: str) -> None:
     """Also of rows of several lengths, whose keys stand in frames with padding."""
-    config = morex.load_config(preset, ["model.kv=shared_first"], tiny=True)
+    config = morex.load_config(preset, ["model.kv=shared_first", *overrides], tiny=True)
     tokens = torch.randint(config.model.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
     found: list[list[Tensor | None]] = []
     for way in ("nothing", what):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morex.depth.policy import DepthPolicy
+from morex.nn import ranks
 from morex.nn.costs import Costs
 from morex.nn.packing import Packing
 from morex.nn.signals import Signals
@@ -142,7 +143,9 @@ class DepthRouter(nn.Module):
         return policy.kind == "uniform"
 
     def settle(self, policy: DepthPolicy) -> DepthPolicy:
-        """The policy of a forward pass, after what is drawn once a pass has been drawn."""
+        """The policy of a forward pass, after what is drawn once a pass has been drawn; all ranks recur as often."""
+        if policy.kind == "rows" and ranks.num_ranks() > 1:
+            return replace(policy, recursions=ranks.largest(policy.recursions))
         return policy
 
     def gradient(self, policy: DepthPolicy, r: int) -> AbstractContextManager[None]:
@@ -157,7 +160,7 @@ class DepthRouter(nn.Module):
         return h, routing
 
     def visit(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
-        """The tokens that take recursion r, or None if nobody does and no gradient is at stake."""
+        """The tokens that take recursion r, or None if nobody does and neither a gradient nor another rank needs it."""
         self.ask(h, routing, r)
         return self.packed(h, routing, r)
 
@@ -178,7 +181,8 @@ class DepthRouter(nn.Module):
         index = routing.active.nonzero().squeeze(1)
         if index.shape[0]:
             return Visit(r, routing.packing.root().select(index))
-        if not (self.training and torch.is_grad_enabled()) or not h.shape[0]:
+        has_gradient = self.training and torch.is_grad_enabled()
+        if not (has_gradient or ranks.num_ranks() > 1) or not h.shape[0]:
             return None
         stand_in = replace(routing.packing.root().select(index.new_zeros(1)), is_dummy=True)
         return Visit(r, stand_in, is_dummy=True)

@@ -54,7 +54,7 @@ class SampledRouter(ExitRuleRouter):
 
     def settle(self, policy: DepthPolicy) -> DepthPolicy:
         if not self.training or policy.kind != "router":
-            return policy
+            return super().settle(policy)
         step = int(self.step)
         return replace(policy, recursions=draw(self.mean_at(step), self.spread, self.seed, step))
 

@@ -46,6 +46,8 @@ class Packing:
     """Number of the first row among those of all ranks."""
     is_dummy: bool = False
     """True: the tokens stand in for nobody, so that all ranks run the same modules; they count nowhere."""
+    _origin: "tuple[Packing, Tensor] | None" = field(default=None, repr=False)
+    """What these were selected from, and which of it: their cosines and sines are there."""
     _tables: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _turns: dict[tuple[int, Rope, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _frames: dict[tuple[int, int, int, Rope | None, torch.dtype], Frames] = field(default_factory=dict, repr=False)
@@ -115,8 +117,9 @@ class Packing:
             documents=None if self.documents is None else self.documents[index],
             place=None if full else place,
             index=index if self.index is None else self.index[index],
-            _tables={key: (cos[index], sin[index]) for key, (cos, sin) in self._tables.items()},
-            _turns={key: (cos[index], sin[index]) for key, (cos, sin) in self._turns.items()},
+            _origin=(self, index),
+            _tables={},
+            _turns={},
             _frames={},
         )
 
@@ -175,17 +178,25 @@ class Packing:
     def rotary(self, dim: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, dim / 2] of the rotary position embedding; computed once and kept."""
         key = (dim, rope, dtype)
-        if key not in self._tables:
+        if key not in self._tables and self._origin is not None:
+            whole, index = self._origin
+            cos, sin = whole.rotary(dim, rope, dtype)
+            self._tables[key] = cos[index], sin[index]
+        elif key not in self._tables:
             angle = self.positions.to(dtype)[:, None] / rope.periods(dim, self.positions.device, dtype)
-            self._tables[key] = (angle.cos(), angle.sin())
+            self._tables[key] = angle.cos(), angle.sin()
         return self._tables[key]
 
     def turns(self, dim: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`rotary` for both channels of each pair [N, 1, dim], as `rotate` takes it; computed once and kept."""
         key = (dim, rope, dtype)
-        if key not in self._turns:
+        if key not in self._turns and self._origin is not None:
+            whole, index = self._origin
+            cos, sin = whole.turns(dim, rope, dtype)
+            self._turns[key] = cos[index], sin[index]
+        elif key not in self._turns:
             angle = self.positions.to(dtype).view(-1, 1, 1) / rope.signed_periods(dim, self.positions.device, dtype)
-            self._turns[key] = (angle.cos(), angle.sin())
+            self._turns[key] = angle.cos(), angle.sin()
         return self._turns[key]
 
     def frames(self, heads: int, kv_heads: int, dim: int, rope: Rope | None, dtype: torch.dtype) -> Frames:

@@ -88,6 +88,15 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+def largest(value: int) -> int:
+    """The largest of the values that ranks have."""
+    if not _together:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def totals(values: Sequence[float]) -> list[float]:
     """Sums of some numbers over all ranks."""
     return list(values) if not _together else summed(torch.tensor(values, dtype=torch.float64)).tolist()
