@@ -48,6 +48,8 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "recursive": ("recursive", []),
     "mor-expert": ("mor-expert", []),
     "mor-expert in 2 microbatches": ("mor-expert", ["train.accumulation=2"]),
+    "mor-expert, core by block": ("mor-expert", ["train.core_units=blocks"]),
+    "mor-expert, core by block, in 2 microbatches": ("mor-expert", ["train.core_units=blocks", "train.accumulation=2"]),
     "mor-token": ("mor-token", []),
     "moe": ("vanilla", ["model.schedule.layers=4", "model.mixer={kind: moe, router: {experts: 4, top_k: 2}}"]),
     "recursive experts": ("more-tuned", ["model.attention={heads: 4}"]),
@@ -178,7 +180,8 @@ def compared(name: str, ranks: int, recompute: Recompute, timed: bool) -> dict[s
     overrides = [*SIZES, *own, f"train.recompute={recompute}"]
     config = morex.load_config(preset, overrides)
     device = this_processor(config, ranks, "fp32") if timed else UNMEASURED
-    layout = Layout(ranks, ranks, config.train.accumulation, recompute)
+    by_block = ranks > 1 and config.train.core_units == "blocks"
+    layout = Layout(ranks, ranks, config.train.accumulation, recompute, by_block)
     foreseen, found = predicted(evaluate(config, layout, device, "fp32")), run(preset, overrides, ranks, timed)
     ratios = {key: foreseen[key] / found[key] for key in found}
     rates = {"flops": device.flops_fp32, "bandwidth": device.bandwidth, "link": device.link}

@@ -15,6 +15,7 @@ from morex.nn.attention import has_fast_heads, kept_beside_heads
 from morex.nn.costs import Kept, Rows
 from morex.nn.norm import norm_costs
 from morex.sections.head import ClassifierHeadConfig
+from morex.sections.mixers import ExpertsConfig
 
 Format = Literal["fp32", "bf16", "fp64"]
 Recompute = Literal["nothing", "steps", "recursions"]
@@ -43,6 +44,8 @@ class Activations:
     """Of the step, or the steps of a recursion, that are there together while computed again; 0 without that."""
     recomputed: float
     """Of all steps together, as they come and go while they are computed again; 0 without recomputation."""
+    gradients: float
+    """Of a step's experts, as the backward pass makes them on its way: of hidden values, queries, keys and values."""
     probabilities: float
     """What the loss keeps: logarithms of the probabilities of all ids, at each exit that it reads."""
     logits: float
@@ -107,6 +110,7 @@ def activations(
         cast=cast,
         again=0.0 if keeps_all else max(again),
         recomputed=0.0 if keeps_all else steps,
+        gradients=own.gradients(),
         probabilities=probabilities,
         logits=logits,
     )
@@ -174,6 +178,14 @@ class _Microbatch:
         """Of weights that a step makes for itself."""
         beside = kept_beside_heads(self.config.d_model, attention_shape(self.config), rows).kept_weights
         return self.bytes(block_costs(self.config).kept_weights + beside)
+
+    def gradients(self) -> float:
+        """Of the rows of experts in a backward pass; those of other parts come and go within the stream's."""
+        mixer, d_model = self.config.mixer, self.config.d_model
+        if not isinstance(mixer, ExpertsConfig):
+            return 0.0
+        hidden = 3 * mixer.twin_width(d_model) + (4 * d_model if mixer.has_blocks else 0)
+        return self.tokens * self.bytes(Kept.alike(4.0, 2.0) * (mixer.router.top_k * hidden))
 
     def cast_head(self) -> float:
         """Of the head's weights, which is never computed again."""

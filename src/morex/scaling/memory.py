@@ -132,7 +132,7 @@ def _moments(
     own = size * units.total / layout.shards
     inner = kept.kept - kept.probabilities - kept.ends
     # The gradient of the stream and that of a branch, and what a step makes on its way; the output is still there.
-    step = kept.again + 4 * stream + kept.logits
+    step = kept.again + 4 * stream + kept.gradients + kept.logits
     # The gradients of the probabilities and of the logits; or before, while autocast still holds its copies.
     unkept = max(0.0, kept.cast - kept.weights)
     at_loss = kept.kept + kept.logits + kept.probabilities + max(kept.probabilities, unkept)
@@ -148,9 +148,9 @@ def _moments(
     # Of a core in blocks one is in use, and the next is there.
     one = core / units.inner if layout.has_block_units else core
     in_use = 2 * one if layout.has_block_units else core
-    # Until the last microbatch of a step gradients add up undivided.
+    # Until the last microbatch of a step gradients add up undivided, a unit's when its backward pass is over.
     before = size * units.total if layout.accumulation > 1 else 0.0
-    of_core = max(before, root + core)
+    of_core = before + root + one if before else root + core
     # The next unit is gathered ahead, and gradients of the last one are on their way.
     neighbours = 2 * size * units.block if units.outer else 0
     return {
