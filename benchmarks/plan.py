@@ -4,8 +4,8 @@ python benchmarks/plan.py [benchmarks/results/plan.json [memory]]
 
 Width 256, fp32, a step of 8 x 256 tokens on 1 and 2 ranks, with and without steps that are computed again. Weights,
 gradients and optimizer state are those of the tensors that a rank holds; kept bytes are the storages that a forward
-pass saves; the peak is what torch's allocator has held at most in a step. Times are medians, for which the machine
-should have nothing else to do; with `memory` none are taken.
+pass saves; the peak is what torch's allocator has held at most in a step. Times are medians, predicted from what the
+processor could do before and after; the machine should have nothing else to do. With `memory` none are taken.
 """
 
 import json
@@ -31,7 +31,7 @@ from morex.model.lm import LanguageModel
 from morex.nn import ranks as together
 from morex.scaling.activations import Recompute
 from morex.scaling.calibrate import this_processor
-from morex.scaling.devices import DEVICES
+from morex.scaling.devices import DEVICES, Device
 from morex.scaling.layouts import Plan, evaluate
 from morex.scaling.memory import Layout
 from morex.study.bench import write_json
@@ -40,7 +40,7 @@ from morex.train.optim import build_optimizer
 from morex.train.parallel import exchange_gradients, gradient_norm, parallelise
 from morex.train.ranks import Ranks
 
-STEPS, WARM = 7, 2
+STEPS, WARM = 9, 3
 SIZES = ["model.d_model=256", "model.vocab_size=4096", "model.max_seq_len=256", "train.batch_size=8"]
 SIZES += ["train.seq_len=256", "train.precision=fp32"]
 MODELS: dict[str, tuple[str, list[str]]] = {
@@ -179,14 +179,22 @@ def compared(name: str, ranks: int, recompute: Recompute, timed: bool) -> dict[s
     preset, own = MODELS[name]
     overrides = [*SIZES, *own, f"train.recompute={recompute}"]
     config = morex.load_config(preset, overrides)
-    device = this_processor(config, ranks, "fp32") if timed else UNMEASURED
+    before = this_processor(config, ranks, "fp32") if timed else UNMEASURED
     by_block = ranks > 1 and config.train.core_units == "blocks"
     layout = Layout(ranks, ranks, config.train.accumulation, recompute, by_block)
-    foreseen, found = predicted(evaluate(config, layout, device, "fp32")), run(preset, overrides, ranks, timed)
+    found = run(preset, overrides, ranks, timed)
+    device = between(before, this_processor(config, ranks, "fp32")) if timed else UNMEASURED
+    foreseen = predicted(evaluate(config, layout, device, "fp32"))
     ratios = {key: foreseen[key] / found[key] for key in found}
     rates = {"flops": device.flops_fp32, "bandwidth": device.bandwidth, "link": device.link}
     row = {"model": name, "ranks": ranks, "recompute": recompute, "ratios": ratios, "predicted": foreseen}
     return row | {"measured": found, "device": rates if timed else None}
+
+
+def between(before: Device, after: Device) -> Device:
+    """The processor as it was meanwhile: others on the machine come and go."""
+    names = ("flops_fp32", "bandwidth", "link", "network", "latency")
+    return replace(before, **{name: (getattr(before, name) + getattr(after, name)) / 2 for name in names})
 
 
 def main(path: str = "benchmarks/results/plan.json", what: str = "") -> None:

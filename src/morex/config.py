@@ -101,7 +101,7 @@ class ModelConfig(Section):
     def windows_move(self) -> bool:
         """Whether the number of recursions says which steps are global: all rows of a batch then take as many."""
         schedule = self.schedule.resolved
-        return self.attention.global_every is not None and (schedule.coda > 0 or len(schedule.groups) > 1)
+        return self.attention.global_every is not None and (schedule.coda > 0 or schedule.num_groups > 1)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -197,7 +197,7 @@ class ModelConfig(Section):
                 "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and a coda of "
                 f"{schedule.coda} stands between; use schedule.sharing 'cycle' with schedule.coda 0"
             )
-        if len(schedule.groups) > 1:
+        if schedule.num_groups > 1:
             raise ValueError(
                 "depth.kind 'exit_gate' puts norm and head on the state of every recursion, and with schedule.sharing "
                 "'sequence' other blocks come after it; use 'cycle'"

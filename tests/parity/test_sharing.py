@@ -329,3 +329,10 @@ def test_low_rank_changes_begin_as_none(case: str) -> None:
         for parameter in changes:
             parameter.add_(0.1)
     assert changes and largest_change(relaxed(tokens, depth="uniform:2").logits, before) > 1e-6
+
+
+@pytest.mark.parametrize("order", ["cycle", "sequence"])
+def test_routed_groups_are_counted_without_their_steps(order: Any) -> None:
+    for core in (1, 3):
+        schedule = Schedule(1, core, 2, 4, order)
+        assert schedule.num_groups == len(schedule.groups) == (core if order == "sequence" else 1)

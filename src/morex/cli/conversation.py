@@ -56,7 +56,7 @@ class Conversation:
     def deepest(self) -> int:
         """Recursions that a token takes at most, summed over routed groups."""
         model = self.engine.model
-        groups = len(model.config.schedule.resolved.groups)
+        groups = model.config.schedule.resolved.num_groups
         return groups * model.policy(self.params.depth, None).recursions
 
     def set_depth(self, depth: str | None) -> None:

@@ -79,6 +79,11 @@ class Schedule:
         return tuple(Step(b, 1) for b in range(self.prelude + self.core, self.num_blocks))
 
     @property
+    def num_groups(self) -> int:
+        """Routed groups."""
+        return self.core if self.order == "sequence" else 1
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         blocks = range(self.prelude, self.prelude + self.core)
         depths = range(1, self.recursions + 1)

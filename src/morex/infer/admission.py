@@ -56,7 +56,7 @@ class Admission:
         if not tokens:
             return True
         pages_per_token = sum(map(self.store.num_pages, sequences)) / tokens  # less where tokens leave early
-        texts = [(len(other.tokens), other.longest - len(other.tokens)) for other in [request, *running]]
+        texts = [(other.num_tokens, other.longest - other.num_tokens) for other in [request, *running]]
         drafts = sum(self._draft(other) for other in [request, *running])
         return peak(texts) * pages_per_token + drafts <= self.store.pool.size
 
@@ -70,6 +70,6 @@ class Admission:
         if found is None:
             return self.store.open()
         sequence = self.store.fork(found[0])
-        request.taken = min(found[1], len(request.tokens) - 1)
+        request.taken = min(found[1], request.num_tokens - 1)
         self.store.truncate(sequence, request.taken)
         return sequence

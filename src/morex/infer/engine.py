@@ -306,11 +306,11 @@ class Engine:
                 self._draw(part.segments, logits)
 
     def _segment(self, request: Request, tokens: list[int]) -> Segment:
-        if request.num_drafts and request.taken == len(request.tokens):
+        if request.num_drafts and request.taken == request.num_tokens:
             return self.speculation.segment(request)
         assert request.sequence is not None
         start = request.taken - len(tokens)
-        reads = int(request.taken == len(request.tokens))
+        reads = int(request.taken == request.num_tokens)
         policy = self._policies[request.params.depth]
         return Segment(request.sequence, start, tokens, policy, request, reads, request.trace)
 

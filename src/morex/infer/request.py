@@ -160,9 +160,19 @@ class Request:
         return self.prompt + self.new
 
     @property
+    def num_tokens(self) -> int:
+        """Of the prompt and what came after it."""
+        return len(self.prompt) + len(self.new)
+
+    def upcoming(self, most: int) -> list[int]:
+        """The first of its tokens that the model has not taken in."""
+        after = self.taken - len(self.prompt)
+        return self.new[after : after + most] if after >= 0 else self.tokens[self.taken : self.taken + most]
+
+    @property
     def num_ahead(self) -> int:
         """Tokens known that the model has not taken in, and those that come next: one, or a draft."""
-        return len(self.tokens) - self.taken + (self.params.draft or 1)
+        return self.num_tokens - self.taken + (self.params.draft or 1)
 
     @property
     def longest(self) -> int:
@@ -198,7 +208,7 @@ class Request:
         if self.text is not None:
             piece += self.text.finish() if reason else ""
             reason = "stop" if self.text.has_stopped else reason
-        depth = None if self.trace is None else self.trace.depth[len(self.tokens) - 2]
+        depth = None if self.trace is None else self.trace.depth[self.num_tokens - 2]
         return Event(self.number, token, piece, logprobs, reason, depth)
 
     def completion(self) -> Completion:

@@ -41,8 +41,8 @@ class Scheduler:
         found = []
         for request in self.running:
             if request.number not in self.under_way:
-                tokens = request.tokens[request.taken : request.taken + self.chunk]
-                if request.num_drafts and len(tokens) > 1 and request.taken + len(tokens) == len(request.tokens):
+                tokens = request.upcoming(self.chunk)
+                if request.num_drafts and len(tokens) > 1 and request.taken + len(tokens) == request.num_tokens:
                     tokens.pop()  # drafts begin at the newest token, which goes in by itself
                 found.append((request, tokens))
                 self.under_way.add(request.number)
@@ -68,7 +68,7 @@ class Scheduler:
     def back(self, request: Request) -> bool:
         """A segment has come out of the model; whether it was the last of what is known of the text."""
         self.under_way.discard(request.number)
-        return request.taken == len(request.tokens)
+        return request.taken == request.num_tokens
 
     def youngest(self) -> Request:
         """Who makes room for the others."""

@@ -110,7 +110,7 @@ class Speculation:
         for request, draft, own, generator in zip(requests, drafts, parts, generators, strict=True):
             tokens = verified(own, draft, generator)
             assert request.sequence is not None
-            kept = len(request.tokens) + len(tokens) - 1
+            kept = request.num_tokens + len(tokens) - 1
             self.store.truncate(request.sequence, kept)
             if request.trace is not None:
                 request.trace.begin(kept, 0)

@@ -86,7 +86,7 @@ def check_exit(config: ModelConfig, training: bool, policy: DepthPolicy, asked: 
         )
     if training and policy.rule != "gate":
         raise ValueError(f"{asked} is a rule for inference, and this model is in training mode; call eval() first")
-    if len(config.schedule.resolved.groups) > 1 or config.head.kind != "lm":
+    if config.schedule.resolved.num_groups > 1 or config.head.kind != "lm":
         raise ValueError(
             f"{asked} asks what a state would become at once, which needs one routed group and a language model; "
             f"this model has schedule.sharing {config.schedule.sharing!r} and head.kind {config.head.kind!r}"

@@ -82,7 +82,7 @@ def count(
     steps = config.d_model * schedule.recursions * config.step_embedding
     last = norm_costs(config.norm, config.d_model).parameters
     norms = last * (2 if config.norm_placement == "pre" else 4)
-    unique = schedule.num_blocks * block.parameters + len(schedule.groups) * (router.parameters + steps) + last
+    unique = schedule.num_blocks * block.parameters + schedule.num_groups * (router.parameters + steps) + last
     unique += schedule.core * (extra.parameters + config.recursion_norms * (schedule.recursions - 1) * norms)
     values = (schedule.prelude + schedule.coda) * _cached(block, 1.0, rereads=False)
     for r, share in enumerate(active, start=1):
@@ -130,12 +130,12 @@ class _Flops:
             peek = schedule.coda * _visit(self.block, 1.0, 1.0, 1, rereads=False) + self.head.per_token
             flops += sum(active[:-1]) * peek
         read = self.head.per_token / (tokens if isinstance(config.head, ClassifierHeadConfig) else 1)
-        return flops + len(schedule.groups) * self.router.per_token + read
+        return flops + schedule.num_groups * self.router.per_token + read
 
     def training(self, tokens: int) -> float:
         """Forward and backward FLOPs of a token among `tokens`."""
         config, schedule, router = self.config, self.config.schedule.resolved, ROUTERS[self.config.depth.kind]
-        groups, trained = len(schedule.groups), sum(self.active)
+        groups, trained = schedule.num_groups, sum(self.active)
         exits = self.policy.recursions if router.reads_every_state and not self.policy.is_forced else 1
         flops = 3 * (self.forward(tokens) + (exits - 1) * self.head.per_token)
         taken = len(self.active) if self.is_known else None

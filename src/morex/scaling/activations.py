@@ -83,7 +83,7 @@ def activations(
     own = _Microbatch(config, rows, seq_len, precision, has_fast_paths, mask_documents)
     once, core = own.rows_of(1.0, 0), [own.rows_of(share, r) for r, share in enumerate(active, start=1)]
 
-    groups, keeps_all = len(schedule.groups), recompute == "nothing"
+    groups, keeps_all = schedule.num_groups, recompute == "nothing"
     core_inputs = groups if recompute == "recursions" else schedule.core
 
     def inputs(share: float) -> float:

@@ -1,37 +1,48 @@
-"""What this machine's processor can do, measured in a few seconds with the matrix sizes of a config."""
+"""What this machine's processor can do, measured in a few seconds with blocks of a config."""
 
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from morex.config import Config
+from morex.config import Config, ModelConfig
 from morex.loading import ConfigError
-from morex.model.count import block_costs
+from morex.model.count import count
+from morex.model.lm import build_model
 from morex.scaling.activations import Format
 from morex.scaling.devices import CPU, Device
 from morex.scaling.memory import units_of
+from morex.scaling.speed import passes_of
+from morex.sections.depth import FixedConfig
+from morex.sections.head import LanguageModelHeadConfig
+from morex.sections.schedule import ScheduleConfig
+from morex.train.memory import keep_freed_memory
 
-SECONDS = 0.5
+SECONDS = 1.0
 """That each quantity is measured for, at least."""
-MOST_TOKENS, MOST_EXCHANGED = 4096, 2**26
-"""Rows of the matrices, and bytes of an exchange, at most."""
-RATES = 4
-"""Numbers that a rank measures."""
+MOST_FLOPS, MOST_EXCHANGED = 2e11, 2**26
+"""Of a pass through the blocks, and bytes of an exchange, at most."""
+BLOCKS, VOCABULARY = 2, 64
+"""Of the model that is measured: enough of the first to outweigh the second."""
+COLD = 2**28
+"""Bytes that no cache holds: what a step reads was written long before."""
 
 
 def this_processor(config: Config, ranks: int, precision: Format) -> Device:
     """This machine's processor as `ranks` processes share it, measured while all of them work.
 
     Args:
-        config: whose sizes the matrix products and exchanges have.
-        precision: of the products.
+        config: whose blocks are measured, with the sequences of a microbatch and its exchanges.
+        precision: `bf16` is autocast over fp32 weights.
 
     Raises:
         ConfigError: there are fewer cores than ranks.
@@ -39,17 +50,11 @@ def this_processor(config: Config, ranks: int, precision: Format) -> Device:
     cores = os.cpu_count() or 1
     if ranks > cores:
         raise ConfigError(f"--gpus {ranks} is more than the {cores} cores of this machine; use 1 to {cores}")
-    rows = max(1, config.train.batch_size // config.train.accumulation // ranks)
-    tokens = min(MOST_TOKENS, rows * config.train.seq_len)
-    width = config.model.d_model
-    hidden = max(width, round(block_costs(config.model).per_token / 2 / width / 4))
-    size = min(MOST_EXCHANGED, 4 * units_of(config.model).core)
-    shape = (tokens, width, hidden, size)
     if ranks == 1:
-        rates = _rates(shape, precision, 1)
+        rates = _rates(config, precision, 1)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_rank, (ranks, folder, shape, precision), nprocs=ranks)
+            spawn(_rank, (ranks, folder, config.to_dict(), precision), nprocs=ranks)
             rates = [float(number) for number in (Path(folder) / "rates").read_text().split()]
     flops, bandwidth, link, latency = rates
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks
@@ -72,51 +77,89 @@ def this_processor(config: Config, ranks: int, precision: Format) -> Device:
     )
 
 
-def _rank(rank: int, ranks: int, folder: str, shape: tuple[int, int, int, int], precision: Format) -> None:
+def _rank(rank: int, ranks: int, folder: str, config: dict[str, Any], precision: Format) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    slowest = torch.tensor(_rates(shape, precision, ranks), dtype=torch.float64)
+    slowest = torch.tensor(_rates(Config.model_validate(config), precision, ranks), dtype=torch.float64)
     dist.all_reduce(slowest)
     if rank == 0:
         (Path(folder) / "rates").write_text(" ".join(str(float(number) / ranks) for number in slowest))
     dist.destroy_process_group()
 
 
-def _rates(shape: tuple[int, int, int, int], precision: Format, ranks: int) -> list[float]:
+def _rates(config: Config, precision: Format, ranks: int) -> list[float]:
     """FLOP/s, bytes a second of memory and between ranks, seconds of an exchange of next to nothing."""
-    tokens, width, hidden, size = shape
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[precision]
-    x, weight, grad = (torch.randn(*sizes).to(dtype) for sizes in ((tokens, width), (hidden, width), (tokens, hidden)))
-
-    def products() -> None:  # of a linear map: forward, and both of the backward pass
-        x @ weight.t()
-        grad @ weight
-        grad.t() @ x
-
-    flops = 6.0 * tokens * width * hidden / _seconds(products)
-    a, b = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
-    bandwidth = 12.0 * tokens * hidden / _seconds(lambda: torch.add(a, b))
+    keep_freed_memory()
+    bandwidth = _bandwidth(ranks)
+    flops = _flops(config, precision, ranks, bandwidth)
     if ranks == 1:
         return [flops, bandwidth, bandwidth, 0.0]
+    size = min(MOST_EXCHANGED, 4 * units_of(config.model).core)
     latency = _exchange_seconds(1, ranks)
     seconds = max(1e-9, _exchange_seconds(size // 4 // ranks, ranks) - latency)
     return [flops, bandwidth, size * (ranks - 1) / ranks / seconds, latency]
 
 
+def _bandwidth(ranks: int) -> float:
+    """Of elementwise work on what is in no cache."""
+    size = 2**21 // ranks
+    parts = [[torch.randn(size) for _ in range(3)] for _ in range(COLD // (12 * size) + 1)]
+    turn = cycle(parts)
+
+    def add() -> None:
+        a, b, c = next(turn)
+        torch.add(a, b, out=c)
+
+    return 12.0 * size / _seconds(add, at_least=len(parts))
+
+
+def _flops(config: Config, precision: Format, ranks: int, bandwidth: float) -> float:
+    """At which blocks of the model take as long as the closed forms say, with this bandwidth."""
+    model, length = _sample(config.model), config.train.seq_len
+    per_token = count(model, seq_len=length).train_flops_per_token
+    rows = config.train.batch_size // config.train.accumulation // ranks
+    rows = max(1, min(rows, int(MOST_FLOPS / per_token / length)))
+    blocks = build_model(model).train()
+    if precision == "fp64":
+        blocks.double()
+    tokens = torch.randint(VOCABULARY, (rows, length))
+
+    def passes() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = blocks(tokens, labels=tokens).loss
+        assert loss is not None
+        loss.backward()
+
+    seconds = _seconds(passes)
+    flops, size = passes_of(model, rows, length, precision, has_fast_paths=True)
+    return flops / max(seconds / 2, seconds - size / bandwidth)
+
+
+def _sample(model: ModelConfig) -> ModelConfig:
+    """A small model of the same blocks, in which every token takes part."""
+    plain = {"kv": "per_recursion", "step_embedding": False, "input_injection": "none", "recursion_norms": False}
+    own = {"schedule": ScheduleConfig(layers=BLOCKS), "depth": FixedConfig(), "vocab_size": VOCABULARY, "lora": None}
+    return model.model_copy(update={**plain, **own, "residual_scale": "none", "head": LanguageModelHeadConfig()})
+
+
 def _exchange_seconds(values: int, ranks: int) -> float:
-    part, whole = torch.zeros(values), [torch.empty(values) for _ in range(ranks)]
+    """Of an all-gather of so many values of each rank and of the reduction back, on average."""
+    part, whole = torch.zeros(values), torch.zeros(values * ranks)
 
     def gather() -> None:
-        dist.all_gather(whole, part)
+        dist.all_gather_into_tensor(whole, part)
+        dist.reduce_scatter_tensor(part, whole)
 
-    return _seconds(gather, rounds=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 gives them other names, which 2.11 does not know
+        return _seconds(gather, rounds=15) / 2
 
 
-def _seconds(run: Callable[[], Tensor | None], rounds: int | None = None) -> float:
+def _seconds(run: Callable[[], Tensor | None], rounds: int | None = None, at_least: int = 3) -> float:
     """Median of one call."""
     run()
     taken: list[float] = []
-    while len(taken) < rounds if rounds is not None else sum(taken) < SECONDS or len(taken) < 3:
+    while len(taken) < rounds if rounds is not None else sum(taken) < SECONDS or len(taken) < at_least:
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)

@@ -8,9 +8,9 @@ from typing import Any, get_args
 from morex.config import Config
 from morex.loading import ConfigError
 from morex.model.count import count
-from morex.scaling.activations import Format, Recompute
+from morex.scaling.activations import Activations, Format, Recompute
 from morex.scaling.devices import DEVICES, Device
-from morex.scaling.memory import Layout, Memory, memory
+from morex.scaling.memory import Layout, Memory, held, kept, units_of
 from morex.scaling.speed import StepTime, step_time
 
 DAY = 86_400
@@ -57,14 +57,31 @@ class Plan:
         return tokens / self.tokens_per_second / 3600 * self.layout.ranks
 
 
+class Estimates:
+    """Plans for layouts of one config on one device. What layouts have in common is counted once."""
+
+    def __init__(self, config: Config, device: Device, precision: Format) -> None:
+        self.config, self.device, self.precision = config, device, precision
+        self.counts = count(config.model, seq_len=config.train.seq_len)
+        self.units = units_of(config.model)
+        self._kept: dict[tuple[int, Recompute], Activations] = {}
+        """By size of a microbatch and by what is computed again."""
+
+    def __call__(self, layout: Layout) -> Plan:
+        """What a layout holds and how long a step of it takes."""
+        config, device, precision = self.config, self.device, self.precision
+        key = layout.ranks * layout.accumulation, layout.recompute
+        if key not in self._kept:
+            self._kept[key] = kept(config, layout, precision, device.has_fast_paths)
+        found = held(config, layout, precision, self._kept[key], self.units)
+        time = step_time(config, layout, device, precision, found, self.counts, self.units)
+        tokens = config.train.batch_size * config.train.seq_len
+        return Plan(device, layout, precision, found, time, tokens, tokens * self.counts.train_flops_per_token)
+
+
 def evaluate(config: Config, layout: Layout, device: Device, precision: Format) -> Plan:
     """What a layout holds and how long a step of it takes."""
-    held = memory(config, layout, precision, device.has_fast_paths)
-    train = config.train
-    tokens = train.batch_size * train.seq_len
-    flops = tokens * count(config.model, seq_len=train.seq_len).train_flops_per_token
-    time = step_time(config, layout, device, precision, held)
-    return Plan(device, layout, precision, held, time, tokens, flops)
+    return Estimates(config, device, precision)(layout)
 
 
 def layouts(config: Config, ranks: int) -> Iterator[Layout]:
@@ -87,7 +104,7 @@ def plan(config: Config, ranks: int, device: Device, precision: Format) -> Plan:
         ConfigError: the batch does not divide over the ranks, or no layout fits.
     """
     refuse_uneven(config, ranks)
-    found = [evaluate(config, layout, device, precision) for layout in layouts(config, ranks)]
+    found = list(map(Estimates(config, device, precision), layouts(config, ranks)))
     fitting = [one for one in found if one.fits]
     if not fitting:
         least = min(found, key=lambda one: one.memory.peak)
@@ -149,7 +166,8 @@ def _too_large(config: Config, least: Plan) -> str:
         grown = config.model_copy(
             update={"train": config.train.model_copy(update={"batch_size": max(config.train.batch_size, more)})}
         )
-        if any(evaluate(grown, layout, device, least.precision).fits for layout in layouts(grown, more)):
+        estimates = Estimates(grown, device, least.precision)
+        if any(estimates(layout).fits for layout in layouts(grown, more)):
             return f"{said}; {more} of them would do{_with_batch(config, more)}"
         more *= 2
     larger = [other for other in DEVICES.values() if least.memory.peak <= other.usable * other.memory]

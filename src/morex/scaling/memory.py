@@ -98,13 +98,25 @@ def memory(config: Config, layout: Layout, precision: Format, has_fast_paths: bo
         precision: `bf16` is autocast over fp32 weights.
         has_fast_paths: whether those for a CPU run.
     """
-    model, train = config.model, config.train
+    return held(config, layout, precision, kept(config, layout, precision, has_fast_paths), units_of(config.model))
+
+
+def kept(config: Config, layout: Layout, precision: Format, has_fast_paths: bool) -> Activations:
+    """What the forward pass of a microbatch keeps."""
+    train = config.train
     rows = train.batch_size // layout.ranks // layout.accumulation
     masks = config.data.mask_documents
-    kept = activations(model, rows, train.seq_len, precision, has_fast_paths, layout.recompute, mask_documents=masks)
-    units, size = units_of(model), 8 if precision == "fp64" else 4
+    return activations(
+        config.model, rows, train.seq_len, precision, has_fast_paths, layout.recompute, mask_documents=masks
+    )
+
+
+def held(config: Config, layout: Layout, precision: Format, kept: Activations, units: Units) -> Memory:
+    """`memory`, from what a microbatch keeps and what is gathered together."""
+    train, size = config.train, 8 if precision == "fp64" else 4
+    rows = train.batch_size // layout.ranks // layout.accumulation
     own = size * units.total / layout.shards
-    stream = rows * train.seq_len * model.d_model * size
+    stream = rows * train.seq_len * config.model.d_model * size
     moments = _moments(kept, stream, units, size, layout)
     moment = max(moments, key=lambda name: sum(moments[name]))
     gathered, passing = moments[moment]
@@ -130,6 +142,8 @@ def _moments(
         size: bytes of a parameter.
     """
     own = size * units.total / layout.shards
+    # A recursion that is computed again as a whole is there before its own gradients; of several, others' were before.
+    is_alone = layout.recompute == "recursions" and units.recursions == 1
     inner = kept.kept - kept.probabilities - kept.ends
     # The gradient of the stream and that of a branch, and what a step makes on its way; the output is still there.
     step = kept.again + 4 * stream + kept.gradients + kept.logits
@@ -141,7 +155,8 @@ def _moments(
         return {
             "loss": (before, at_loss),
             "backward": (max(before, size * units.root), inner + step),
-            "reduction": (own, step),  # at the first block: all gradients are there
+            # At the first block all gradients are there, and of a recursion that is alone what that block keeps.
+            "reduction": (own, step - (kept.again * (1 - 1 / units.inner) if is_alone else 0.0)),
             "optimizer": (own, 0.0),
         }
     root, core = size * units.root, size * units.core
@@ -150,7 +165,7 @@ def _moments(
     in_use = 2 * one if layout.has_block_units else core
     # Until the last microbatch of a step gradients add up undivided, a unit's when its backward pass is over.
     before = size * units.total if layout.accumulation > 1 else 0.0
-    of_core = before + root + one if before else root + core
+    of_core = before + root + (0.0 if is_alone else one if before else core)
     # The next unit is gathered ahead, and gradients of the last one are on their way.
     neighbours = 2 * size * units.block if units.outer else 0
     return {

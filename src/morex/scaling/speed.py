@@ -7,9 +7,9 @@ and gradients are reduced while the unit before computes.
 
 from dataclasses import dataclass
 
-from morex.config import Config
+from morex.config import Config, ModelConfig
 from morex.model.count import Count, block_costs, count, head_costs
-from morex.scaling.activations import Activations, Format
+from morex.scaling.activations import Activations, Format, activations
 from morex.scaling.devices import Device
 from morex.scaling.memory import Layout, Memory, Units, units_of
 
@@ -49,15 +49,17 @@ class StepTime:
         return max(parts, key=lambda name: parts[name])
 
 
-def step_time(config: Config, layout: Layout, device: Device, precision: Format, held: Memory) -> StepTime:
+def step_time(
+    config: Config, layout: Layout, device: Device, precision: Format, held: Memory, counts: Count, units: Units
+) -> StepTime:
     """Time of a step of `train.batch_size` sequences.
 
     Args:
         held: the memory of this layout.
+        counts, units: of the model.
     """
     model, train = config.model, config.train
     tokens = train.batch_size // layout.ranks // layout.accumulation * train.seq_len
-    counts, units = count(model, seq_len=train.seq_len), units_of(model)
     again = layout.recompute != "nothing"
     flops = (device.flops_bf16 if precision == "bf16" else device.flops_fp32) * device.matmul_share
     bandwidth = device.bandwidth * device.bandwidth_share
@@ -82,6 +84,15 @@ def step_time(config: Config, layout: Layout, device: Device, precision: Format,
         exposed=exposed,
         exchanged=exchanged,
     )
+
+
+def passes_of(
+    model: ModelConfig, rows: int, seq_len: int, precision: Format, has_fast_paths: bool
+) -> tuple[float, float]:
+    """FLOPs, and bytes to and from memory, of the passes through a microbatch on one rank, nothing computed again."""
+    kept, units = activations(model, rows, seq_len, precision, has_fast_paths), units_of(model)
+    flops = rows * seq_len * count(model, seq_len=seq_len).train_flops_per_token
+    return flops, _traffic(kept, False, units, precision)
 
 
 def _flops_per_token(counts: Count, head: float, recompute: bool) -> float:

@@ -113,7 +113,7 @@ class Contender:
     @property
     def groups(self) -> int:
         """Routed groups."""
-        return len(self.config.schedule.resolved.groups)
+        return self.config.schedule.resolved.num_groups
 
     def seat(self, plan: DecodePlan, number: int, budget_of: "Contender | None") -> None:
         """How many requests run at a time in how much memory.

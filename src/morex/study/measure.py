@@ -134,7 +134,7 @@ def _routing(
         return None
     depth = own_rule(config)
     schedule = config.model.schedule.resolved
-    deepest = schedule.recursions * len(schedule.groups) if routed else 0
+    deepest = schedule.recursions * schedule.num_groups if routed else 0
     histogram = torch.zeros(deepest + 1, dtype=torch.long)
     loads: dict[str, torch.Tensor] = {}
     tokens = windows = 0
