@@ -31,9 +31,9 @@ def claims(tables: PageTables, numbers: list[int], added: list[int], times: Tens
     assert lengths == expected and torch.equal(written, wanted)
     if isinstance(first, list) or isinstance(second, list):
         assert first == second and isinstance(first, list)
-        for number, (lack, _) in zip(numbers, first, strict=True):
-            tables.is_forked[number] = False
-            tables.extend(number, [next(pages) for _ in range(lack * tables.width)])
+        for row, lack, _ in first:
+            tables.is_forked[numbers[row]] = False
+            tables.extend(numbers[row], [next(pages) for _ in range(lack * tables.width)])
         return claims(tables, numbers, added, times, start)
     return [first, second]
 
@@ -75,7 +75,7 @@ def test_what_lacks_is_said_and_nothing_done() -> None:
         tables.lengths[number] = 2
     tables.is_forked[shared] = True
     found = tables.claim([full, shared, fine], [5, 1, 2], torch.arange(8), times)
-    assert found == [(2, False), (0, True), (0, False)]
+    assert found == [(0, 2, False), (1, 0, True)]
     assert tables.lengths[[full, shared, fine]].tolist() == [0, 2, 2] and bool((times == NEVER).all())
 
 

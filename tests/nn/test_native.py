@@ -173,6 +173,19 @@ def test_attention_in_pages_is_attention_to_a_copy(case: tuple[Tensor, Packing, 
     assert (found - wanted).abs().max() <= TOLERANCES[q.dtype]
 
 
+@needs_compiler
+def test_the_seconds_of_kernels_are_collected_where_somebody_asks() -> None:
+    logits = torch.randn(2, 50)
+    with fast.kernel_seconds() as spent:
+        fast.likeliest(logits)
+        with fast.kernel_seconds() as inner:
+            fast.likeliest(logits)
+        fast.likeliest(logits)
+    assert len(spent) == 2 and len(inner) == 1 and min(spent + inner) > 0
+    fast.likeliest(logits)
+    assert len(spent) == 2
+
+
 @pytest.mark.parametrize("variables", [{"CXX": "/no/such/compiler"}, {"CXX": "false"}, {"MOREX_NATIVE": "0"}])
 def test_without_kernels_everything_takes_its_plain_path(variables: dict[str, str], tmp_path: object) -> None:
     program = (

@@ -152,9 +152,7 @@ class PagedStore(KVStore):
         """Entries for the tokens of a packing, whose rows are these lists."""
         found = tables.claim(numbers, packing.counts, packing.time, self.time)
         if isinstance(found, list):
-            self._make_room(
-                tables, [(number, *lacks) for number, lacks in zip(numbers, found, strict=True) if any(lacks)]
-            )
+            self._make_room(tables, [(numbers[row], pages, shares) for row, pages, shares in found])
             found = tables.claim(numbers, packing.counts, packing.time, self.time)
             assert isinstance(found, Claim), "there is room now"
         return found
@@ -163,9 +161,10 @@ class PagedStore(KVStore):
         """Gives each of these lists so many more pages, and a copy of its last one if others hold that too."""
         copied = []
         for number, _, shares in lacking:
-            place = int(tables.lengths[number]) // self.page_size
-            if shares and self.pool.is_shared(int(tables.pages[number, 0, place])):
-                copied.append((number, place))
+            if shares:
+                place = int(tables.lengths[number]) // self.page_size
+                if self.pool.is_shared(int(tables.pages[number, 0, place])):
+                    copied.append((number, place))
         fresh = self.pool.take(tables.width * (len(copied) + sum(pages for _, pages, _ in lacking)))
         for number, place in copied:
             shared = tables.pages[number, :, place].tolist()

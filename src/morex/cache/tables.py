@@ -92,7 +92,7 @@ class PageTables:
 
     def claim(
         self, numbers: Sequence[int], added: Sequence[int], time: Tensor, times: Tensor
-    ) -> Claim | list[tuple[int, bool]]:
+    ) -> Claim | list[tuple[int, int, bool]]:
         """Counts tokens as entries of some lists, and writes down their time.
 
         Args:
@@ -102,8 +102,8 @@ class PageTables:
             times: of all entries of the pool [P, size].
 
         Returns:
-            Where some list lacks something, nothing is done, and of each list comes back how many more pages it
-            needs, and whether it may share the page that its first token goes to.
+            Where some list lacks something, nothing is done, and of each such list comes back its row, how many more
+            pages it needs, and whether it may share the page that its first token goes to.
         """
         if fast.available(time, times) and fast.is_native():
             if self._native is None:
@@ -115,7 +115,8 @@ class PageTables:
         pages = np.maximum(0, -(-(lengths + counts) // size) - self.counts[numbers])
         shares = self.is_forked[numbers] & (counts > 0) & (lengths % size > 0)
         if pages.any() or shares.any():
-            return list(zip(pages.tolist(), shares.tolist(), strict=True))
+            rows = np.flatnonzero((pages > 0) | shares)
+            return list(zip(rows.tolist(), pages[rows].tolist(), shares[rows].tolist(), strict=True))
         entry = np.arange(counts.sum()) + np.repeat(lengths + counts - counts.cumsum(), counts)
         number = np.repeat(numbers, counts)
         where = torch.from_numpy((self.pages[number, :, entry // size].T.astype(np.int64) * size + entry % size).copy())

@@ -81,7 +81,8 @@ class PassLists:
     def _first(self) -> Lists:
         """Lists of recursion 1, which all recursions read."""
         if self._read is None:
-            rows = [(sequence, Slot(self.block, 1)) for sequence in self.sequences]
+            first = Slot(self.block, 1)
+            rows = [(sequence, first) for sequence in self.sequences]
             self._read = self.store.lists(rows, self.width, None)
         return self._read
 
@@ -91,7 +92,8 @@ class PassLists:
             packing = self.packing
             if len(self.writers) < len(self.sequences):
                 self._index, packing = packing.of_rows(self.writers)
-            rows = [(self.sequences[row], Slot(self.block, self.recursions[row])) for row in self.writers]
+            slots = {r: Slot(self.block, r) for r in set(self.recursions)}
+            rows = [(self.sequences[row], slots[self.recursions[row]]) for row in self.writers]
             self._own = self.store.lists(rows, self.width, packing)
         return self._own
 

@@ -124,6 +124,9 @@ class Passes:
     def __init__(self, model: LanguageModel, store: KVStore) -> None:
         self.model, self.store, self.stack = model, store, model.stack
         self.schedule = model.config.schedule.resolved
+        self.steps = {"prelude": self.schedule.prelude_steps, "coda": self.schedule.coda_steps}
+        self.first_steps = [group.recursions[0] for group in self.schedule.groups]
+        """Of each routed group."""
         self.device = model.embedding.weight.device
         self.clock = Clock()
         config = model.config
@@ -210,7 +213,7 @@ class Passes:
             counts += [count for _, count in each]
             recursions += [flight.recursion] * len(each)
         packing = _packed_together([visit.packing for _, visit in visits], counts)
-        steps, r = self.schedule.groups[group].recursions[0], recursions[0]
+        steps, r = self.first_steps[group], recursions[0]
         lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing)
         key, walked = ("core", group, 0 if self.mixes else r), partial(self._core_steps, group, r)
         x = states[0] if len(states) == 1 else torch.cat(states)
@@ -221,7 +224,7 @@ class Passes:
 
     def _once(self, name: str, x: Tensor, packing: Packing, segments: list[Segment]) -> Tensor:
         """The blocks of `prelude` or `coda`."""
-        steps = getattr(self.schedule, f"{name}_steps")
+        steps = self.steps[name]
         if not steps:
             return x
         lists = PassLists(
@@ -233,17 +236,16 @@ class Passes:
     def _core_steps(self, group: int, r: int) -> list[Walked]:
         """What a group's tokens walk through at recursion r."""
         own = self.groups[group]
-        steps, prelude = self.schedule.groups[group].recursions[0], self.schedule.prelude
         found: list[Walked] = []
-        for place, step in enumerate(steps):
-            i = step.block - prelude
+        for place, step in enumerate(self.first_steps[group]):
+            i = step.block - self.schedule.prelude
             block: Any = self.stack.core.blocks[i]
             found.append((f"core.blocks.{i}", block, step._replace(recursion=r), own.parts(r, place)))
         return found
 
     def _once_steps(self, name: str) -> list[Walked]:
         """What `prelude` or `coda` is made of."""
-        blocks, steps = getattr(self.stack, name), getattr(self.schedule, f"{name}_steps")
+        blocks, steps = getattr(self.stack, name), self.steps[name]
         return [(f"{name}.{i}", block, step, WHOLE) for i, (block, step) in enumerate(zip(blocks, steps, strict=True))]
 
     def _windows(self, policy: DepthPolicy) -> Callable[[Step], Local | None] | None:
@@ -284,9 +286,7 @@ class Passes:
             if flight.routing.is_full:
                 going.append(flight)
                 return
-            active = flight.packing.row[flight.routing.active].tolist()
-            if flight.packing.width > 1:
-                active = sorted(set(active))
+            active = _rows_of(flight.packing, flight.routing.active)
             if active:
                 chosen = flight if len(active) == len(flight.segments) else flight.select(active)
                 chosen.routing.is_full = chosen.packing.width == 1
@@ -326,6 +326,13 @@ def _packed_together(packings: Sequence[Packing], counts: list[int]) -> Packing:
     if any(packing.positions is not packing.time for packing in packings):
         positions = torch.cat([packing.positions for packing in packings])
     return pack_rows(counts, time, positions, max(packing.span for packing in packings))
+
+
+def _rows_of(packing: Packing, chosen: Tensor) -> list[int]:
+    """The rows with a chosen token [N], ascending."""
+    if packing.width == 1 and packing.is_full:
+        return [row for row, is_chosen in enumerate(chosen.tolist()) if is_chosen]
+    return sorted(set(packing.row[chosen].tolist()))
 
 
 def _joined(parts: Sequence[Arrived]) -> Arrived:

@@ -11,7 +11,8 @@ from morex.infer.lists import PassLists
 from morex.nn import fast
 from morex.nn.attention import AttentionShape, Local
 from morex.nn.block import Block, StepParts
-from morex.nn.packing import SHORT
+from morex.nn.packing import SHORT, pack_rows
+from morex.nn.rope import Rope
 
 LONG = 512
 """Tokens of a text behind which a long piece of it is worth the copy of all keys that torch's attention needs."""
@@ -23,10 +24,29 @@ Key = tuple[str, int, int]
 """Part of the model, routed group and recursion: the same blocks, and what their steps bring."""
 
 
+class Angles:
+    """Cosines and sines at all positions up to some, so that a pass looks up those of its tokens."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
+        """By rotation and channels of a head."""
+
+    def turns(self, positions: Tensor, end: int, dim: int, rope: Rope) -> tuple[Tensor, Tensor]:
+        """As `Packing.turns` in fp32, of positions [N] below `end`."""
+        known = self._known.get((rope, dim))
+        if known is None or known[0].shape[0] < end:
+            every = torch.arange(1 << (end - 1).bit_length(), device=positions.device)
+            packing = pack_rows([len(every)], every, every, len(every))
+            known = self._known[rope, dim] = packing.turns(dim, rope, torch.float32)
+        cos, sin = known
+        return cos[positions], sin[positions]
+
+
 class Walks:
     """Walks through a model's blocks."""
 
     def __init__(self) -> None:
+        self._angles = Angles()
         self._known: dict[Key, tuple[list[Walked], fast.Walk | None]] = {}
         """The steps, and the kernel that takes them, if any."""
 
@@ -56,7 +76,7 @@ class Walks:
         if kernel is not None:
             shape = walked[0][1].attention.shape
             here = [None] if local is None else [local(step) for _, _, step, _ in walked]
-            y = _at_once(kernel, shape, x, lists, here)
+            y = _at_once(kernel, shape, x, lists, here, self._angles)
             if y is not None:
                 return y
         traces = any(segment.trace is not None for segment in lists.segments)
@@ -71,7 +91,12 @@ class Walks:
 
 
 def _at_once(
-    kernel: fast.Walk, shape: AttentionShape, x: Tensor, lists: PassLists, local: Sequence[Local | None]
+    kernel: fast.Walk,
+    shape: AttentionShape,
+    x: Tensor,
+    lists: PassLists,
+    local: Sequence[Local | None],
+    angles: Angles,
 ) -> Tensor | None:
     """In one kernel; None where the tokens are not for it. `local`: of each block, or one for all."""
     packing = lists.packing
@@ -82,12 +107,14 @@ def _at_once(
     if slots is None:
         return None
 
+    after = max(segment.start + len(segment.tokens) for segment in lists.segments)
+
     def sight(here: Local | None) -> fast.Sight:
         rope, window = (shape.rope, None) if here is None else (here.rope, here.window)
         _, start, end = slots.entries.seen_by(packing, window)
         if rope is None:
             return start, end, None, None
-        return start, end, *packing.turns(shape.head_dim, rope, torch.float32)
+        return start, end, *angles.turns(packing.positions, after, shape.head_dim, rope)
 
     alike = all(here is local[0] for here in local)
     return kernel(x, slots, [sight(here) for here in (local[:1] if alike else local)], shape.scale)

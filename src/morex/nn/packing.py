@@ -131,12 +131,11 @@ class Packing:
             wanted = torch.zeros(self.rows, dtype=torch.bool)
             wanted[list(rows)] = True
             index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
-        counts = [self.counts[row] for row in rows]
+        lengths = self.counts
+        counts = [lengths[row] for row in rows]
         time = self.time[index]
         positions = time if self.positions is self.time else self.positions[index]
-        packing = pack_rows(counts, time, positions, self.span)
-        packing._turns.update({key: (cos[index], sin[index]) for key, (cos, sin) in self._turns.items()})
-        return index, packing
+        return index, pack_rows(counts, time, positions, self.span)
 
     @cached_property
     def by_length(self) -> "tuple[Tensor, tuple[list[int], Tensor, Packing] | None]":
@@ -267,10 +266,10 @@ def pack_rows(
     """
     rows, width = len(counts), max(counts)
     is_full = min(counts) == width
-    row = torch.arange(rows)
-    if width > 1 or not is_full:
-        row = row.repeat_interleave(torch.tensor(counts) if not is_full else width)
-    row = row.to(time.device)
+    if width == 1 and is_full:
+        row = torch.arange(rows, device=time.device)
+    else:  # on the CPU, where nobody waits for the lengths
+        row = torch.arange(rows).repeat_interleave(width if is_full else torch.tensor(counts)).to(time.device)
     packing = Packing(rows, width, span, row, time, positions, documents)
     if is_full:
         return packing

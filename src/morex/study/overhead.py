@@ -1,11 +1,11 @@
 """How much of an engine's step is neither arithmetic nor memory traffic: Python and the scheduler.
 
-Measured by torch's profiler over some steps in which every request decodes: one minus the time inside operators that no
-other operator called, over the time of the steps; of several such measurements the median counts. Between them runs
-Python. The profiler writes down every operator, the inner ones too, which makes the time inside longer than it is and
-hides some of the overhead; the cost of entering an operator from Python is outside and counts as overhead.
-`profiler_slowdown` says how much slower the steps were than as many steps before without it. On a GPU, where operators
-only launch kernels, the share says nothing.
+Measured over some steps in which every request decodes: one minus the share of our own kernels, by the clock, and the
+share of torch's operators, by its profiler in as many steps after; of several such measurements the median counts.
+Between kernels and operators runs Python. The profiler writes down every operator, the inner ones too, which makes the
+time inside longer than it is and hides some of the overhead; entering an operator from Python counts as overhead.
+`profiler_slowdown` says how much slower the steps were with the profiler. On a GPU, where operators only launch
+kernels, the share says nothing.
 """
 
 import os
@@ -17,8 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from morex.infer.engine import Engine
 from morex.infer.request import Params
+from morex.nn import fast
 
-STEPS, PROBES = 6, 5
+STEPS, PROBES = 12, 7
+OWN = "morex::"
+"""How the names of kernels of our own begin."""
 
 
 def measure_overhead(
@@ -64,12 +67,14 @@ def measure_overhead(
 
 
 def _probe(step: Callable[[], None], steps: int) -> tuple[float, float]:
-    """Share of the time outside operators in so many steps, and how much slower the profiler makes them."""
-    plain = _timed(step, steps)
+    """Share of the time outside kernels and operators in so many steps, and how much slower the profiler makes them."""
+    with fast.kernel_seconds() as spent:
+        plain = _timed(step, steps)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         wall = _timed(step, steps)
-    spans = [(event.time_range.start, event.time_range.end) for event in profiler.events() or () if "::" in event.name]
-    return 1 - covered(spans) / 1e6 / wall, wall / plain
+    events = [event for event in profiler.events() or () if "::" in event.name]
+    spans = [(event.time_range.start, event.time_range.end) for event in events if not event.name.startswith(OWN)]
+    return 1 - sum(spent) / plain - covered(spans) / 1e6 / wall, wall / plain
 
 
 def _timed(step: Callable[[], None], steps: int) -> float:

@@ -9,7 +9,9 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ ARGUMENTS = {
 RETURNS = {"claim": INTEGER}
 FEW_NUMBERS = 2**15
 """Up to so many numbers a norm is faster in one call of one thread. Measured."""
+_spent: list[float] | None = None
+"""Where the seconds of kernels are collected, if anybody asks."""
 SMALL = 2**14
 """Numbers of a weight matrix that is small: one row of it is done before the kernel has been called."""
 
@@ -225,10 +229,26 @@ def may_run(*tensors: Tensor) -> bool:
 def run_kernel(name: str, dtype: torch.dtype, *arguments: Any) -> Any:
     """A kernel, and what it returns, if anything; a profiler sees it as one of torch's operators."""
     kernel = _kernel(name, dtype)
+    if _spent is not None:
+        start = time.perf_counter()
+        found = kernel(*arguments)
+        _spent.append(time.perf_counter() - start)
+        return found
     if not torch.autograd._profiler_enabled():
         return kernel(*arguments)
     with record_function(f"morex::{name}"):
         return kernel(*arguments)
+
+
+@contextmanager
+def kernel_seconds() -> Iterator[list[float]]:
+    """Collects the seconds of every kernel that runs inside, without a profiler."""
+    global _spent
+    before, _spent = _spent, []
+    try:
+        yield _spent
+    finally:
+        _spent = before
 
 
 @cache

@@ -35,10 +35,10 @@ class _Claimed(ctypes.Structure):
 
 def claim(
     tables: Tables, numbers: Sequence[int], added: Sequence[int], time: Tensor
-) -> tuple[bool, Tensor, Sequence[Tensor]] | list[tuple[int, bool]]:
+) -> tuple[bool, Tensor, Sequence[Tensor]] | list[tuple[int, int, bool]]:
     """As `morex.cache.tables.PageTables.claim`: whether all lists were empty, `where`, and the other tensors.
 
-    Or of each list what it lacks: pages, and a copy of its last one.
+    Or which rows' lists lack something, and what: pages, and a copy of the last one.
     """
     time, tokens = time.contiguous(), time.shape[0]
     where, others = time.new_empty(tables.width, tokens), torch.empty(4, tokens, dtype=torch.int32).unbind()
@@ -47,4 +47,6 @@ def claim(
     rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.data_ptr()
     ends = ctypes.addressof(out), lacks.buffer_info()[0]
     found = run_kernel("claim", torch.int64, ctypes.addressof(tables), *rows, *ends)
-    return [(lack // 2, lack % 2 == 1) for lack in lacks] if found < 0 else (found > 0, where, others)
+    if found < 0:
+        return [(row, lack // 2, lack % 2 == 1) for row, lack in enumerate(lacks) if lack]
+    return found > 0, where, others
