@@ -8,12 +8,12 @@ import torch
 
 import morex
 from morex.loading import ConfigError, presets
-from morex.model.count import block_costs
+from morex.model.count import block_costs, count
 from morex.scaling import calibrate
 from morex.scaling.calibrate import this_processor
 from morex.scaling.layouts import evaluate
 from morex.scaling.memory import Layout
-from morex.scaling.speed import OPTIMIZER_TRAFFIC
+from morex.scaling.speed import OPTIMIZER_TRAFFIC, passes_of
 
 SIZES = "train.batch_size=4", "train.accumulation=1"
 MOVED = 0.001
@@ -61,6 +61,19 @@ def test_passes_that_only_move_bytes_still_have_a_rate(monkeypatch: pytest.Monke
     config = morex.load_config("vanilla", SIZES, tiny=True)
     pretend(monkeypatch, 1e-9)
     assert 0 < this_processor(config, 1, "fp32").flops_fp32 < float("inf")
+
+
+def test_a_pass_is_short_however_large_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer sequences, and of the one that is left fewer tokens; the rate is still that of what was measured."""
+    config = morex.load_config("vanilla", ["train.batch_size=8", "train.accumulation=1"], tiny=True)
+    sample, length = calibrate._sample(config.model), config.train.seq_len
+    per_token = count(sample, seq_len=length).train_flops_per_token
+    pretend(monkeypatch, 3.0)
+    for most, rows, tokens in ((100 * length, 8, length), (3.5 * length, 3, length), (length / 2, 1, length // 2)):
+        monkeypatch.setattr(calibrate, "MOST_FLOPS", most * per_token)
+        flops, size = passes_of(sample, rows, tokens, "fp32", has_fast_paths=True)
+        device = this_processor(config, 1, "fp32")
+        assert device.flops_fp32 == pytest.approx(flops / (3.0 - size / device.bandwidth))
 
 
 def test_more_ranks_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,19 @@ def test_blocks_as_units_leave_the_gradients_of_the_core() -> None:
     assert parts.gathered > 4 * units.core
 
 
+def test_an_only_recursion_is_computed_again_before_its_gradients() -> None:
+    """All of it is there when none of them is; of several recursions, later ones have left theirs."""
+    size = ["train.batch_size=8", "train.seq_len=512"]
+    for preset, lacks in (("vanilla", 1), ("mor-expert", 0)):
+        config = morex.load_config(preset, size)
+        steps, whole = (memory(config, Layout(2, 2, 1, again), "fp32") for again in ("steps", "recursions"))
+        assert whole.moment == "backward"
+        units = units_of(config.model)
+        neighbours = 2 * units.block if units.outer else 0
+        assert whole.gathered == 4 * (2 * units.root + (2 - lacks) * units.core + neighbours)
+        assert whole.activations.again > steps.activations.again
+
+
 def test_one_rank_gathers_nothing() -> None:
     config = morex.load_config("mor-expert")
     held = memory(config, Layout(1, 1, 1, "nothing"), "fp32")

@@ -22,9 +22,9 @@ from morex.scaling.activations import Format
 from morex.scaling.devices import CPU, Device
 from morex.scaling.memory import units_of
 from morex.scaling.speed import passes_of
-from morex.sections.depth import FixedConfig
 from morex.sections.head import LanguageModelHeadConfig
 from morex.sections.schedule import ScheduleConfig
+from morex.study.twins import unrolled
 from morex.train.memory import keep_freed_memory
 
 SECONDS = 1.0
@@ -33,8 +33,8 @@ MOST_FLOPS, MOST_EXCHANGED = 2e11, 2**26
 """Of a pass through the blocks, and bytes of an exchange, at most."""
 BLOCKS, VOCABULARY = 2, 64
 """Of the model that is measured: enough of the first to outweigh the second."""
-COLD = 2**28
-"""Bytes that no cache holds: what a step reads was written long before."""
+COLD, LEAST_COLD = 2**28, 2**26
+"""Bytes that no cache holds, of all ranks together, and of each at least: what a step reads was written long before."""
 
 
 def this_processor(config: Config, ranks: int, precision: Format) -> Device:
@@ -103,7 +103,7 @@ def _rates(config: Config, precision: Format, ranks: int) -> list[float]:
 def _bandwidth(ranks: int) -> float:
     """Of elementwise work on what is in no cache."""
     size = 2**21 // ranks
-    parts = [[torch.randn(size) for _ in range(3)] for _ in range(COLD // (12 * size) + 1)]
+    parts = [[torch.randn(size) for _ in range(3)] for _ in range(max(COLD // ranks, LEAST_COLD) // (12 * size) + 1)]
     turn = cycle(parts)
 
     def add() -> None:
@@ -117,8 +117,9 @@ def _flops(config: Config, precision: Format, ranks: int, bandwidth: float) -> f
     """At which blocks of the model take as long as the closed forms say, with this bandwidth."""
     model, length = _sample(config.model), config.train.seq_len
     per_token = count(model, seq_len=length).train_flops_per_token
+    most = max(1, int(MOST_FLOPS / per_token))
     rows = config.train.batch_size // config.train.accumulation // ranks
-    rows = max(1, min(rows, int(MOST_FLOPS / per_token / length)))
+    rows, length = max(1, min(rows, most // length)), min(length, most)
     blocks = build_model(model).train()
     if precision == "fp64":
         blocks.double()
@@ -137,9 +138,8 @@ def _flops(config: Config, precision: Format, ranks: int, bandwidth: float) -> f
 
 def _sample(model: ModelConfig) -> ModelConfig:
     """A small model of the same blocks, in which every token takes part."""
-    plain = {"kv": "per_recursion", "step_embedding": False, "input_injection": "none", "recursion_norms": False}
-    own = {"schedule": ScheduleConfig(layers=BLOCKS), "depth": FixedConfig(), "vocab_size": VOCABULARY, "lora": None}
-    return model.model_copy(update={**plain, **own, "residual_scale": "none", "head": LanguageModelHeadConfig()})
+    own = {"schedule": ScheduleConfig(layers=BLOCKS), "vocab_size": VOCABULARY, "head": LanguageModelHeadConfig()}
+    return unrolled(model).model_copy(update=own)
 
 
 def _exchange_seconds(values: int, ranks: int) -> float:
