@@ -21,7 +21,7 @@ class Lives(RuleBasedStateMachine):
         self.sent: dict[int, list[int]] = {}
         """Tokens that the model has taken in, or has in hand, of each request that runs."""
 
-    @rule(length=st.integers(1, 10), new=st.integers(1, 5))
+    @rule(length=st.integers(1, 10), new=st.integers(1, 9))
     def arrive(self, length: int, new: int) -> None:
         number = len(self.requests)
         request = Request(number, [100 * number + i for i in range(length)], Params(max_new_tokens=new))
@@ -114,3 +114,13 @@ def test_the_peak_of_growing_texts(texts: list[tuple[int, int]]) -> None:
         most = max(most, sum(length for length, _ in alive))
         alive = [(length + 1, more - 1) for length, more in alive if more]
     assert peak(texts) == most
+
+
+@given(*[st.lists(st.integers(), max_size=9)] * 2, st.data(), st.integers(1, 6))
+def test_what_comes_next_is_read_from_the_text(
+    prompt: list[int], new: list[int], data: st.DataObject, most: int
+) -> None:
+    request = Request(0, prompt, Params(max_new_tokens=9), new=new)
+    request.taken = data.draw(st.integers(0, len(prompt) + len(new)))
+    assert request.upcoming(most) == request.tokens[request.taken : request.taken + most]
+    assert request.num_tokens == len(request.tokens)
