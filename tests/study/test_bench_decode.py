@@ -100,6 +100,39 @@ def test_seconds_by_part_are_all_seconds(rows: list[Row]) -> None:
         assert row["tokens"] / total == pytest.approx(row["tokens_per_s"], rel=0.9)
 
 
+def test_the_ways_to_batch_one_model() -> None:
+    """Lockstep waits and computes nobody who has left; uniform computes and keeps everybody, and draws as many."""
+    modes = ("depthwise", "lockstep", "uniform")
+    plan = DecodePlan("mor-expert", modes=modes, concurrencies=(3,), requests=6, **QUICK)
+    early, waits, deepest, dense = bench_decode(plan)
+    assert [row["mode"] for row in (early, waits, deepest, dense)] == [*modes, "continuous"]
+    assert {row["tokens"] for row in (early, waits, deepest)} == {6 * 6}
+    assert early["steps"] > waits["steps"] == deepest["steps"] == dense["steps"]
+    assert early["shares"] == waits["shares"] == pytest.approx((1, 2 / 3, 1 / 3), abs=0.15)
+    assert deepest["shares"] == (1, 1, 1)
+    assert (
+        deepest["kv_bytes_per_token"] == deepest["kv_closed_form"] > waits["kv_closed_form"] == early["kv_closed_form"]
+    )
+    assert deepest["flop_ratio"] < waits["flop_ratio"] == early["flop_ratio"]
+    for row in (early, waits, deepest):
+        others = [row[f"ratio_to_{mode}"] for mode in ("lockstep", "uniform")]
+        assert [ratio is None for ratio in others] == [row["mode"] == mode for mode in ("lockstep", "uniform")]
+        assert row["ratio_to_vanilla"] > 0
+    assert early["ratio_to_uniform"] == pytest.approx(early["tokens_per_s"] / deepest["tokens_per_s"])
+    assert dense["ratio_to_lockstep"] is dense["ratio_to_uniform"] is None
+
+
+def test_a_budget_holds_fewer_requests_where_all_go_all_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_rounds", lambda *rest: None)
+    monkeypatch.setattr(module, "_ceilings", lambda *rest: {})
+    monkeypatch.setattr(module, "_row", lambda plan, own, *rest: {"own": own})
+    plan = DecodePlan("mor-expert", modes=("lockstep", "uniform"), cache_requests=(6,), **QUICK)
+    waits, deepest, dense = [row["own"] for row in bench_decode(plan)]
+    # Prelude, coda and three recursions of the core are as many lists as the five blocks of the twin.
+    assert deepest.bytes_of(14) == dense.bytes_of(14)
+    assert deepest.concurrency == dense.concurrency == 6 < waits.concurrency
+
+
 def test_poisson_arrivals_have_no_ceiling() -> None:
     plan = DecodePlan("recursive", rate=1000.0, requests=5, against=None, **QUICK)
     [row] = bench_decode(plan)

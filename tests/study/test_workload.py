@@ -51,7 +51,7 @@ def tokenizer() -> Tokenizer:
 
 def test_a_closed_loop_keeps_its_concurrency(tokenizer: Tokenizer) -> None:
     engine, work = Clockwork(), make_workload(tokenizer, 9, (2, 5), 4)
-    served = drive(engine, tokenizer, work, 3, lambda: engine.now)
+    served = drive(engine, tokenizer, work, 3, now=lambda: engine.now)
     assert engine.running == [3] * 12
     assert engine.prompts == [
         tokenizer.encode(text)[:length] for text, length in zip(work.texts, work.lengths, strict=True)
@@ -67,7 +67,7 @@ def test_poisson_arrivals_wait_for_nobody(tokenizer: Tokenizer) -> None:
     texts = make_workload(tokenizer, 4, (2, 2), 3)
     work = Workload(texts.texts, texts.lengths, 3, arrivals=[0.5, 1.25, 1.75, 9.0])
     engine = Clockwork()
-    served = drive(engine, tokenizer, work, 1, lambda: engine.now, engine.sleep)
+    served = drive(engine, tokenizer, work, 1, now=lambda: engine.now, sleep=engine.sleep)
     # The first comes at 0.5, its step ends at 1.5 and sees the second, the next at 2.5 and sees the third.
     assert engine.running == [1, 2, 3, 2, 1, 1, 1, 1]
     assert served.ttft == [1.0, 1.25, 1.75, 1.0]

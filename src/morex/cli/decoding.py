@@ -11,7 +11,7 @@ from morex.cli.studies import PRECISIONS
 from morex.cli.terminal import check_choice, check_counts, check_target, console, number, print_table
 from morex.loading import ConfigError
 
-MODES = ("depthwise", "lockstep", "continuous")
+MODES = ("depthwise", "lockstep", "uniform", "continuous")
 DECODE_COLUMNS = {
     "preset": "preset",
     "mode": "mode",
@@ -71,7 +71,12 @@ def bench_decode(
     ] = "vanilla",
     modes: Annotated[
         list[str] | None,
-        typer.Option("--mode", metavar="NAME", help="depthwise, lockstep or continuous; may be repeated."),
+        typer.Option(
+            "--mode",
+            metavar="NAME",
+            help="depthwise; lockstep; uniform, lockstep with every token through all recursions; continuous. May be "
+            "repeated.",
+        ),
     ] = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests at a time; may be repeated. Default: 8.")

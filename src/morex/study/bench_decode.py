@@ -10,8 +10,7 @@ after the rounds that it stands beside.
 import copy
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +19,7 @@ from morex.config import ModelConfig
 from morex.data.encoding import Tokenizer
 from morex.infer.clock import Clock
 from morex.infer.engine import Engine
+from morex.infer.request import Params
 from morex.infer.room import page_bytes
 from morex.loading import ConfigError, load_config
 from morex.model.checks import check_decodes
@@ -52,7 +52,9 @@ class DecodePlan:
     against: str | None = VANILLA
     """`vanilla` is the preset's dense twin, another name a preset, None nothing."""
     modes: Sequence[str] = ("depthwise",)
-    """How a model with recursions is batched; one without is always batched continuously."""
+    """How a model with recursions is batched; one without is always batched continuously. `uniform` is lockstep in
+    which all tokens are computed through all recursions, whatever their router says, as where a batch keeps its shape.
+    """
     concurrencies: Sequence[int] = (8,)
     """Requests at a time."""
     cache_bytes: int | None = None
@@ -115,6 +117,21 @@ class Contender:
         """Routed groups."""
         return self.config.schedule.resolved.num_groups
 
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether all tokens of a step leave the core together."""
+        return self.mode in ("lockstep", "uniform")
+
+    @property
+    def computes_all(self) -> bool:
+        """Whether no token leaves before the last recursion."""
+        return self.mode == "uniform"
+
+    @property
+    def params(self) -> Params:
+        """What its requests ask for, beside their number of tokens."""
+        return Params(depth=f"uniform:{self.config.schedule.recursions}" if self.computes_all else None)
+
     def seat(self, plan: DecodePlan, number: int, budget_of: "Contender | None") -> None:
         """How many requests run at a time in how much memory.
 
@@ -131,19 +148,19 @@ class Contender:
 
     def bytes_of(self, tokens: int) -> int:
         """Bytes in the pages of one request of so many tokens, on average."""
-        shares = expected_shares(self.config, tokens)
+        everybody = (1.0,) * self.config.schedule.recursions
+        shares = everybody if self.computes_all else expected_shares(self.config, tokens)
         return expected_pages(self.config, shares, tokens, PAGE_SIZE) * page_bytes(self.model, PAGE_SIZE)
 
     def engine(self) -> Engine:
         """A new engine of this model."""
-        options: dict[str, Any] = {"lockstep": True} if self.mode == "lockstep" else {}
         return Engine(
             self.model,
             cache_bytes=self.cache_bytes,
             page_size=PAGE_SIZE,
             most_requests=self.concurrency,
             prefixes=0,
-            **options,
+            lockstep=self.in_lockstep,
         )
 
     def shares(self) -> tuple[float, ...]:
@@ -231,7 +248,7 @@ def _modes(plan: DecodePlan, model: ModelConfig) -> list[str]:
     if not modes:
         raise ConfigError(
             f"--mode continuous is for models without recursions, and '{plan.preset}' has {model.schedule.recursions}; "
-            "use depthwise or lockstep"
+            "use depthwise, lockstep or uniform"
         )
     return modes
 
@@ -242,15 +259,15 @@ def _rounds(plan: DecodePlan, contenders: Sequence[Contender], tokenizer: Tokeni
     engines = [own.engine() for own in contenders]
     shape = (plan.prompt_tokens, plan.new_tokens)
     warm = make_workload(tokenizer, WARM_UP, plan.prompt_tokens, min(WARM_UP, plan.new_tokens), seed=plan.seed)
-    for engine in engines:
-        drive(engine, tokenizer, warm, WARM_UP)
+    for own, engine in zip(contenders, engines, strict=True):
+        drive(engine, tokenizer, warm, WARM_UP, own.params)
         engine.clock.reset()
     for number in range(plan.rounds):
         work = make_workload(tokenizer, requests, *shape, plan.rate, plan.seed + 1 + number)
         order = list(range(len(contenders)))
         for place in order[number % len(order) :] + order[: number % len(order)]:
             own = contenders[place]
-            own.rounds.append(drive(engines[place], tokenizer, work, own.concurrency))
+            own.rounds.append(drive(engines[place], tokenizer, work, own.concurrency, own.params))
             console.print(
                 f"round {number + 1} of {plan.rounds}: {own.name} {own.mode} {own.rates()[-1]:.1f} tokens/s",
                 highlight=False,
@@ -259,13 +276,13 @@ def _rounds(plan: DecodePlan, contenders: Sequence[Contender], tokenizer: Tokeni
         own.clock = copy.deepcopy(engine.clock)
         work = make_workload(tokenizer, own.concurrency, *shape, seed=plan.seed)
         prompts = [tokenizer.encode(text)[:tokens] for text, tokens in zip(work.texts, work.lengths, strict=True)]
-        own.probe = measure_overhead(engine, prompts, plan.new_tokens)
+        own.probe = measure_overhead(engine, prompts, replace(own.params, max_new_tokens=plan.new_tokens))
 
 
 def _ceilings(plan: DecodePlan, contenders: Sequence[Contender], console: Console) -> dict[int, Best]:
     """The best that each contender could do, by its place."""
     console.print("costs of passes", highlight=False)
-    models: dict[int, Contender] = {id(own.model): own for own in contenders}
+    models = {(id(own.model), own.computes_all): own for own in contenders}
     prompt = sum(plan.prompt_tokens) // 2
     measured = measure_passes(
         [own.model for own in models.values()],
@@ -277,9 +294,8 @@ def _ceilings(plan: DecodePlan, contenders: Sequence[Contender], console: Consol
     costs = dict(zip(models, measured, strict=True))
     found = {}
     for place, own in enumerate(contenders):
-        passes = costs[id(own.model)]
-        shares, waves = own.shares(), own.mode == "lockstep"
-        best = ceiling(passes, own.concurrency, shares, plan.new_tokens, own.groups, waves)
+        passes = costs[id(own.model), own.computes_all]
+        best = ceiling(passes, own.concurrency, own.shares(), plan.new_tokens, own.groups, own.in_lockstep)
         found[place] = Best(best, passes)
     return found
 
@@ -343,13 +359,14 @@ def _compared(
 ) -> Row:
     """How a contender does beside others, and beside what its passes allow; None where there is nothing to compare.
 
-    ratio_to_vanilla (to whom `against` names) and ratio_to_lockstep, of the same model; ceiling of the first, and
-    share_of_ceiling; ceiling_tokens_per_s, share_of_own_best (tokens_per_s over that) and pass_costs, seconds by
-    tokens; flop_ratio, FLOPs of a token of `against` over those of one of this model.
+    ratio_to_vanilla (to whom `against` names); ratio_to_lockstep and ratio_to_uniform, of the same model; ceiling of
+    the first, and share_of_ceiling; ceiling_tokens_per_s, share_of_own_best (tokens_per_s over that) and pass_costs,
+    seconds by tokens; flop_ratio, FLOPs of a token of `against` over those of one of this model.
     """
-    place, lockstep = contenders.index(own), _lockstep_of(own, contenders)
+    place = contenders.index(own)
     row: Row = dict.fromkeys(("ceiling", "share_of_ceiling", "ceiling_tokens_per_s", "share_of_own_best", "pass_costs"))
-    row |= {"ratio_to_vanilla": _ratio(own, reference), "ratio_to_lockstep": _ratio(own, lockstep), "flop_ratio": None}
+    row |= {"ratio_to_vanilla": _ratio(own, reference), "flop_ratio": None}
+    row |= {f"ratio_to_{mode}": _ratio(own, _other_mode(own, mode, contenders)) for mode in ("lockstep", "uniform")}
     if best:
         row["ceiling_tokens_per_s"], row["pass_costs"] = best[place].tokens_per_s, asdict(best[place].costs)
         row["share_of_own_best"] = statistics.median(own.rates()) / best[place].tokens_per_s
@@ -364,9 +381,9 @@ def _compared(
     return row
 
 
-def _lockstep_of(own: Contender, contenders: Sequence[Contender]) -> Contender | None:
-    """The same model in lockstep, beside others of its modes."""
-    found = [other for other in contenders if other.model is own.model and other.mode == "lockstep"]
+def _other_mode(own: Contender, mode: str, contenders: Sequence[Contender]) -> Contender | None:
+    """The same model in this mode, if it is there in another one too."""
+    found = [other for other in contenders if other.model is own.model and other.mode == mode]
     return found[0] if found and found[0] is not own else None
 
 

@@ -25,20 +25,19 @@ OWN = "morex::"
 
 
 def measure_overhead(
-    engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, steps: int = STEPS
+    engine: Engine, prompts: Sequence[Sequence[int]], params: Params, steps: int = STEPS
 ) -> dict[str, float]:
     """Share of the time outside operators, and what a token takes in the cache meanwhile.
 
     Args:
         engine: without requests.
         prompts: as many as are to decode at a time.
-        new_tokens: of each; who ends begins again, so that with few of them prompts are among the steps.
+        params: of each; who ends begins again, so that with few new tokens prompts are among the steps.
 
     Returns:
         overhead_share, profiler_slowdown and kv_bytes_per_token.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on the terminal when it starts and stops
-    params = Params(max_new_tokens=new_tokens)
     going = {engine.add(prompt, params): prompt for prompt in prompts}
     drawn, waited_for = dict.fromkeys(going, 0), set(going)
 

@@ -9,7 +9,7 @@ import random
 import string
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from morex.data.characters import CharTokenizer
@@ -131,6 +131,7 @@ def drive(
     tokenizer: Tokenizer,
     work: Workload,
     concurrency: int,
+    params: Params | None = None,
     now: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Served:
@@ -138,9 +139,10 @@ def drive(
 
     Args:
         concurrency: requests in the engine at all times, while there are some left to send; for a closed loop.
+        params: of every request, but for the number of its tokens.
     """
     served, going, sent = Served(), dict[int, _Answer](), 0
-    params, start = Params(max_new_tokens=work.new_tokens), now()
+    params, start = replace(params or Params(), max_new_tokens=work.new_tokens), now()
     while sent < len(work) or going:
         while sent < len(work) and _is_due(work, sent, len(going) < concurrency, now() - start):
             arrived = now() if work.arrivals is None else start + work.arrivals[sent]
