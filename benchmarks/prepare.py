@@ -2,8 +2,8 @@
 
 MOREX_DATA=... python benchmarks/prepare.py [benchmarks/results/prepare.json]
 
-The corpus `classic_books` with GPT-2's tokenizer, whole books and then each paragraph as a document of its own, from
-JSON lines. The command is timed whole: start of the interpreter, reading twice, split, encoding, checksums, writing. Of
+The corpus `classic_books` with GPT-2's tokenizer from JSON lines: whole books, pages of some two thousand characters, and
+each paragraph as a document of its own. The command is timed whole: start of the interpreter, reading twice, split, encoding, checksums, writing. Of
 the tokenizer its calls alone are timed, on documents that are in memory already, with a thread for each core, in
 batches of some megabytes: `encode_batch`, and `encode_batch_fast`, which leaves offsets out. All take turns, round by
 round, each in a process of its own; medians. Seconds of the clock and of the cores: the second also mean something on
@@ -27,7 +27,7 @@ from morex.study.bench import write_json
 ROUNDS = 3
 MEGABYTES = int(os.environ.get("PREPARE_MEGABYTES", "128"))
 TOKENIZER = Path(os.environ["MOREX_DATA"]) / "tokenizers" / "gpt2"
-BATCH_BYTES = 1 << 23
+BATCH_BYTES, PAGE_CHARACTERS = 1 << 23, 2000
 TIMED = """
 import json, sys, time
 from pathlib import Path
@@ -65,6 +65,19 @@ def paragraphs() -> Iterator[str]:
     return (part for book in books() for part in book.split("\n\n") if part.strip())
 
 
+def pages() -> Iterator[str]:
+    """Their paragraphs, as many together as come to `PAGE_CHARACTERS`."""
+    for book in books():
+        page = ""
+        for part in book.split("\n\n"):
+            page += part + "\n\n"
+            if len(page) >= PAGE_CHARACTERS:
+                yield page
+                page = ""
+        if page.strip():
+            yield page
+
+
 def tokenizer_seconds(path: Path, call: str) -> tuple[float, float]:
     """Seconds of the tokenizer's own calls, by the clock and of all cores."""
     words = [sys.executable, "-c", TIMED, str(path), str(TOKENIZER), call, str(BATCH_BYTES)]
@@ -88,7 +101,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         os.environ["MOREX_CACHE"] = f"{place}/cache"
-        for name, texts in (("books", books), ("paragraphs", paragraphs)):
+        for name, texts in (("books", books), ("pages", pages), ("paragraphs", paragraphs)):
             path, size, documents = Path(place) / f"{name}.jsonl", 0, 0
             with path.open("w", encoding="utf-8") as file:
                 for text in texts():

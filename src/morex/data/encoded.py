@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
+from itertools import starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -50,16 +51,18 @@ def encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> dict[Side, Encoded]
 
 
 def _joined(tokenizer: Tokenizer, pieces: Sequence[tuple[Piece, Ids]]) -> Encoded:
-    end: list[Ids] = [] if tokenizer.eos_id is None else [np.array([tokenizer.eos_id], tokenizer.dtype)]
+    end: Ids | None = None if tokenizer.eos_id is None else np.array([tokenizer.eos_id], tokenizer.dtype)
     parts: list[Ids] = []
-    starts, place, num_bytes = [], 0, 0
+    starts, place = [], 0
     for piece, tokens in pieces:
         if piece.first:
             starts.append(place)
-        own = [tokens, *end] if piece.last else [tokens]
-        parts += own
-        place += sum(map(len, own))
-        num_bytes += len(piece.text.encode("utf-8"))
+        parts.append(tokens)
+        place += len(tokens)
+        if piece.last and end is not None:
+            parts.append(end)
+            place += 1
+    num_bytes = len("".join([piece.text for piece, _ in pieces]).encode("utf-8"))
     return Encoded(np.concatenate(parts).astype(tokenizer.dtype, copy=False), np.array(starts, np.int64), num_bytes)
 
 
@@ -102,7 +105,8 @@ class Encoders:
         waiting: deque[Future[dict[Side, Encoded]]] = deque()
         try:
             for batch in batches:
-                waiting.append(self._pool.submit(_encode, batch))
+                # Columns go to another process in a part of the time that named tuples take.
+                waiting.append(self._pool.submit(_encode, list(zip(*batch, strict=True))))
                 if len(waiting) >= AHEAD * self._workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -133,5 +137,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(pieces: Sequence[Piece]) -> dict[Side, Encoded]:
-    return encode(_own[0], pieces)
+def _encode(columns: Sequence[Sequence[Any]]) -> dict[Side, Encoded]:
+    return encode(_own[0], list(starmap(Piece, zip(*columns, strict=True))))

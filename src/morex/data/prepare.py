@@ -297,7 +297,7 @@ def _batches(stream: Iterable[Piece], progress: Progress) -> Iterator[tuple[int,
     for piece in stream:
         batch.append(piece)
         characters += len(piece.text)
-        progress.advance(len(piece.text.encode("utf-8")))
+        progress.advance(len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8")))
         if characters >= BATCH_CHARACTERS:
             yield number, batch
             batch, characters, number = [], 0, number + 1

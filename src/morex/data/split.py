@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from morex.data.corpus import Corpus, SeparateCorpora
@@ -171,13 +172,14 @@ def _digests(corpus: Corpus) -> Iterator[tuple[bytes, int, int]]:
 
 def _place(digest: bytes, seed: int) -> float:
     """A place in [0, 1) that depends on the text and the seed alone."""
-    keyed = hashlib.blake2b(digest, digest_size=8, key=_key(seed))
+    keyed = _keyed(seed).copy()
+    keyed.update(digest)
     return int.from_bytes(keyed.digest(), "big") / 2**64
 
 
 @cache
-def _key(seed: int) -> bytes:
-    return hashlib.sha256(f"split {seed}".encode()).digest()
+def _keyed(seed: int) -> "hashlib.blake2b":
+    return hashlib.blake2b(digest_size=8, key=hashlib.sha256(f"split {seed}".encode()).digest())
 
 
 def _nearest(corpus: Corpus, wished: float, seed: int, documents: int) -> bytearray:
@@ -199,7 +201,11 @@ def _nearest(corpus: Corpus, wished: float, seed: int, documents: int) -> bytear
 def _parts(index: int, document: Iterator[str], split: Survey, size: int) -> Iterator[Piece]:
     """The pieces of one document, of one side or of both."""
     if split.cut is None:
-        yield from _marked(split.side(index), stretches(document, size), ends=True)
+        side, start = split.side(index), list(islice(document, 2))
+        if len(start) == 1 and len(start[0]) <= size:
+            yield Piece(side, start[0], True, True)
+        else:
+            yield from _marked(side, stretches(chain(start, document), size), ends=True)
         return
     # All documents are equal here, so their length is known before they are read.
     length = split.characters // split.documents

@@ -5,7 +5,7 @@ Text is only text: special tokens written out in it are encoded letter by letter
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,7 +41,10 @@ class SubwordTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, self.dtype) for one in encoded]
+        each = [one.ids for one in encoded]
+        ends = [0, *accumulate(map(len, each))]
+        together: Ids = np.fromiter(chain.from_iterable(each), self.dtype, ends[-1])
+        return [together[start:end] for start, end in pairwise(ends)]
 
     def decode(self, ids: Iterable[int]) -> str:
         parts = []

@@ -20,19 +20,23 @@ def read_jsonl(path: Path, column: str) -> Iterator[str]:
         DataError: the file is empty, binary or not UTF-8, or a line is not a JSON object with text in that column.
     """
     for number, line in enumerate(decoded_lines(path), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{where}: the line is not JSON ({_reason(error)}); a .jsonl file has one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: the line holds {_kind(record)}; a .jsonl file has one JSON object a line")
-            text = _field(record, column, where)
-            if text:
-                yield text
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}:{number}: the line is not JSON ({_reason(error)}); a .jsonl file has one JSON object a line"
+            ) from None
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{path}:{number}: the line holds {_kind(record)}; a .jsonl file has one JSON object a line"
+            )
+        text = record.get(column)
+        if not (isinstance(text, str) and text.isascii()):
+            text = _field(record, column, f"{path}:{number}")
+        if text:
+            yield text
 
 
 def read_json(path: Path, column: str) -> Iterator[str]:
