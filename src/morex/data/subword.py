@@ -4,8 +4,9 @@ Text is only text: special tokens written out in it are encoded letter by letter
 """
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, groupby, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,8 @@ END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|i
 SMALLEST_BPE = 257
 # A pair of pieces that occurs once in the corpus tells nothing about other text.
 LEAST_OCCURRENCES = 2
+AT_ONCE = 256
+"""Texts that are encoded at a time: of more the processor's caches would not hold what the library makes of them."""
 
 
 class SubwordTokenizer(Tokenizer):
@@ -40,11 +43,14 @@ class SubwordTokenizer(Tokenizer):
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        each = [one.ids for one in encoded]
-        ends = [0, *accumulate(map(len, each))]
-        together: Ids = np.fromiter(chain.from_iterable(each), self.dtype, ends[-1])
-        return [together[start:end] for start, end in pairwise(ends)]
+        together, ends = array("I"), [0]
+        for start in range(0, len(texts), AT_ONCE):
+            part = list(texts[start : start + AT_ONCE])
+            for encoded in self._backend.encode_batch_fast(part, add_special_tokens=False):
+                together.fromlist(encoded.ids)
+                ends.append(len(together))
+        ids: Ids = np.array(together, self.dtype)
+        return [ids[start:end] for start, end in pairwise(ends)]
 
     def decode(self, ids: Iterable[int]) -> str:
         parts = []
