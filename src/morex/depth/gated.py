@@ -38,10 +38,10 @@ class GatedRouter(DepthRouter):
         assert visit.gate is not None
         if self.gate == "delta":
             y = y - visit.packing.gather(h)
-        update = visit.gate.unsqueeze(1) * y
+        gate = visit.gate.unsqueeze(1)
         if visit.packing.index is None:
-            return h + update
-        return add_rows(h, visit.packing.index, update)
+            return torch.addcmul(h, gate, y)
+        return add_rows(h, visit.packing.index, gate * y)
 
 
 class LearnedGateRouter(GatedRouter):

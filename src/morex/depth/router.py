@@ -88,8 +88,13 @@ class Routing:
                 return [part[index] for part in value]
             return value[index] if _is_per_token(value) else value
 
-        kept = {name: chosen(value) for name, value in self._of_tokens().items()}
-        return replace(self, packing=packing, losses={}, stats={}, **kept)
+        own = object.__new__(type(self))  # `replace` would ask all fields again
+        own.__dict__.update(self.__dict__, packing=packing, losses={}, stats={})
+        for name in self._of_tokens():
+            value = getattr(self, name)
+            if value is not None:
+                setattr(own, name, chosen(value))
+        return own
 
     @classmethod
     def join(cls, parts: "Sequence[Self]", packing: Packing) -> Self:
@@ -101,15 +106,21 @@ class Routing:
             assert len({value is None for value in values}) == 1, "passes at the same recursion know the same"
             return torch.cat(values) if _is_per_token(values[0]) else values[0]
 
-        fields = [part._of_tokens() for part in parts]
-        kept = {name: joined([own[name] for own in fields]) for name in fields[0]}
+        kept = {name: joined([getattr(part, name) for part in parts]) for name in parts[0]._of_tokens()}
         is_full = all(part.is_full for part in parts)
         return replace(parts[0], packing=packing, losses={}, stats={}, is_full=is_full, **kept)
 
-    def _of_tokens(self) -> dict[str, Any]:
+    def _of_tokens(self) -> list[str]:
         """The fields that hold something for each token, or nothing yet."""
-        others = {"packing", "policy", "losses", "stats", "peek", "is_full", "with_stats"}
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
+        kind = type(self)
+        if kind not in _OF_TOKENS:
+            others = {"packing", "policy", "losses", "stats", "peek", "is_full", "with_stats"}
+            _OF_TOKENS[kind] = [field.name for field in fields(self) if field.name not in others]
+        return _OF_TOKENS[kind]
+
+
+_OF_TOKENS: dict[type[Routing], list[str]] = {}
+"""What `Routing._of_tokens` has found."""
 
 
 class DepthRouter(nn.Module):

@@ -25,21 +25,20 @@ Key = tuple[str, int, int]
 
 
 class Angles:
-    """Cosines and sines at all positions up to some, so that a pass looks up those of its tokens."""
+    """Cosines and sines at all positions up to some, so that a kernel looks up those of its tokens."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Rope, int], tuple[Tensor, Tensor]] = {}
         """By rotation and channels of a head."""
 
-    def turns(self, positions: Tensor, end: int, dim: int, rope: Rope) -> tuple[Tensor, Tensor]:
-        """As `Packing.turns` in fp32, of positions [N] below `end`."""
+    def turns(self, end: int, device: torch.device, dim: int, rope: Rope) -> tuple[Tensor, Tensor]:
+        """As `Packing.turns` in fp32, of all positions below `end`, and maybe more."""
         known = self._known.get((rope, dim))
         if known is None or known[0].shape[0] < end:
-            every = torch.arange(1 << (end - 1).bit_length(), device=positions.device)
+            every = torch.arange(1 << (end - 1).bit_length(), device=device)
             packing = pack_rows([len(every)], every, every, len(every))
             known = self._known[rope, dim] = packing.turns(dim, rope, torch.float32)
-        cos, sin = known
-        return cos[positions], sin[positions]
+        return known
 
 
 class Walks:
@@ -108,13 +107,14 @@ def _at_once(
         return None
 
     after = max(segment.start + len(segment.tokens) for segment in lists.segments)
+    positions = packing.positions.contiguous()
 
     def sight(here: Local | None) -> fast.Sight:
         rope, window = (shape.rope, None) if here is None else (here.rope, here.window)
         _, start, end = slots.entries.seen_by(packing, window)
         if rope is None:
-            return start, end, None, None
-        return start, end, *angles.turns(packing.positions, after, shape.head_dim, rope)
+            return start, end, None, None, None
+        return start, end, *angles.turns(after, x.device, shape.head_dim, rope), positions
 
     alike = all(here is local[0] for here in local)
     return kernel(x, slots, [sight(here) for here in (local[:1] if alike else local)], shape.scale)

@@ -8,7 +8,7 @@ and experts with attention all stand on this.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -126,13 +126,13 @@ class Packing:
     def of_rows(self, rows: Sequence[int]) -> tuple[Tensor, "Packing"]:
         """Some rows alone, ascending, none of them empty: their tokens [N'], an index into these, and their packing."""
         if self.width == 1 and self.is_full:
-            index = torch.tensor(rows, device=self.row.device)
+            index, counts = torch.tensor(rows, device=self.row.device), [1] * len(rows)
         else:
             wanted = torch.zeros(self.rows, dtype=torch.bool)
             wanted[list(rows)] = True
             index = wanted.to(self.row.device)[self.row].nonzero().squeeze(1)
-        lengths = self.counts
-        counts = [lengths[row] for row in rows]
+            lengths = self.counts
+            counts = [lengths[row] for row in rows]
         time = self.time[index]
         positions = time if self.positions is self.time else self.positions[index]
         return index, pack_rows(counts, time, positions, self.span)
@@ -267,13 +267,19 @@ def pack_rows(
     rows, width = len(counts), max(counts)
     is_full = min(counts) == width
     if width == 1 and is_full:
-        row = torch.arange(rows, device=time.device)
+        row = _numbers(rows, time.device)
     else:  # on the CPU, where nobody waits for the lengths
         row = torch.arange(rows).repeat_interleave(width if is_full else torch.tensor(counts)).to(time.device)
     packing = Packing(rows, width, span, row, time, positions, documents)
     if is_full:
         return packing
     return replace(packing, place=row * width + _ranks(row, rows)[0])
+
+
+@lru_cache(maxsize=256)
+def _numbers(rows: int, device: torch.device) -> Tensor:
+    """0 .. rows - 1, which nobody changes."""
+    return torch.arange(rows, device=device)
 
 
 def _ranks(row: Tensor, rows: int) -> tuple[Tensor, int]:

@@ -41,7 +41,8 @@ def claim(
     Or which rows' lists lack something, and what: pages, and a copy of the last one.
     """
     time, tokens = time.contiguous(), time.shape[0]
-    where, others = time.new_empty(tables.width, tokens), torch.empty(4, tokens, dtype=torch.int32).unbind()
+    where = torch.empty(tables.width, tokens, dtype=torch.int64)
+    others = torch.empty(4, tokens, dtype=torch.int32).unbind()
     which, more, lacks = array("q", numbers), array("q", added), array("q", added)
     out = _Claimed(where.data_ptr(), *(part.data_ptr() for part in others))
     rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.data_ptr()

@@ -12,9 +12,9 @@ from morex.nn.fast.native import MULTIPLIED, POINTER, has_tiles, may_run, run_ke
 if TYPE_CHECKING:
     from morex.nn.keys import PagedSlots
 
-Sight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""How attention sees: the entries that each token sees, from start up to end [N], int32, and cosines and sines of its
-rotation [N, 1, dim], fp32, None without one."""
+Sight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""How attention sees: the entries that each token sees, from start up to end [N], int32; cosines and sines of rotations
+[P, 1, dim], fp32, and which of them is that of each token [N], int64; None without rotation."""
 
 
 class _Step(ctypes.Structure):

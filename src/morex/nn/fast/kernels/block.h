@@ -10,9 +10,11 @@ struct Shape {
     float scale;
 };
 
-// Rotation of each token [tokens, dim], the sine of the first half with a minus; null: none.
+// Rotation [places, dim], the sine of the first half with a minus, and the place of each token in it; null: there is
+// none, and token i stands at place i.
 struct Turns {
     const float *cos, *sin;
+    const int64_t* places;
 };
 
 // What a block brings: weights, where its keys and values stand, and how its attention sees them.
@@ -40,7 +42,8 @@ static inline void turned(const float* x, W* y, int64_t dim, const Turns& turns,
         for (int64_t i = 0; i < dim; i++) narrow(x[i], y + i);
         return;
     }
-    const float *cos = turns.cos + token * dim, *sin = turns.sin + token * dim;
+    const int64_t place = turns.places == nullptr ? token : turns.places[token];
+    const float *cos = turns.cos + place * dim, *sin = turns.sin + place * dim;
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i++) {
         narrow(x[i] * cos[i] + x[i + half] * sin[i], y + i);

@@ -14,6 +14,7 @@ struct Step {
 struct Sight {
     const int32_t *start, *end;
     const float *cos, *sin;
+    const int64_t* places;
 };
 
 struct Walk {
@@ -33,7 +34,7 @@ static void walk(const void* x, void* y, const Walk& walk, const Step* steps, co
         Lists lists{walk.pages + i * walk.most, walk.steps * walk.most, walk.page, walk.list, sight.start, sight.end};
         const int64_t* where = walk.where == nullptr ? nullptr : walk.where + i * walk.tokens;
         all.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], float(steps[i].epsilon), where, lists,
-                       {sight.cos, sight.sin}});
+                       {sight.cos, sight.sin, sight.places}});
     }
     Heads heads{walk.kv_heads, walk.group, walk.dim};
     Shape shape{walk.tokens, walk.channels, walk.hidden, heads, float(walk.scale)};
@@ -61,7 +62,7 @@ int64_t claim_i64(const Tables* tables, const int64_t* numbers, const int64_t* a
                         const int64_t* sizes) {                                                                        \
         auto [rows, channels, queries, keys, values, dim] = *(const int64_t(*)[6])sizes;                               \
         const int64_t outer[]{queries, keys, values};                                                                  \
-        project((const T*)x, (const T* const*)w, (T*)y, rows, channels, outer, dim, Turns{cos, sin});                  \
+        project((const T*)x, (const T* const*)w, (T*)y, rows, channels, outer, dim, Turns{cos, sin, nullptr});                  \
     }                                                                                                                  \
     void blocks_##name(const void* x, void* y, const Walk* own, const Step* steps, const Sight* sights) {            \
         walk<T>(x, y, *own, steps, sights);                                                                            \
