@@ -68,11 +68,11 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	$(BIN)/morex bench train vanilla recursive mor-expert mor-token mor-threshold mor-random mor-llm-small \
 	  --threads 2 --precision fp32 --precision bf16 --rounds 3 --no-twins --no-memory \
 	  --json benchmarks/results/train-bf16.json
-	$(DECODE) --mode depthwise --mode lockstep --concurrency 8 --requests 48 --rounds 3 \
+	$(DECODE) --mode depthwise --mode lockstep --mode uniform --concurrency 8 --requests 48 --rounds 3 \
 	  --json benchmarks/results/decode-8.json
-	$(DECODE) --mode depthwise --mode lockstep --concurrency 32 --requests 96 --rounds 3 \
+	$(DECODE) --mode depthwise --mode lockstep --mode uniform --concurrency 32 --requests 96 --rounds 3 \
 	  --json benchmarks/results/decode-32.json
-	$(DECODE) --mode depthwise --mode lockstep --concurrency 128 --requests 256 --rounds 2 \
+	$(DECODE) --mode depthwise --mode lockstep --mode uniform --concurrency 128 --requests 256 --rounds 2 \
 	  --json benchmarks/results/decode-128.json
 	$(DECODE) --cache-requests 8 --requests 72 --rounds 3 \
 	  --json benchmarks/results/decode-memory-8.json

@@ -68,7 +68,7 @@ class Run:
         """Two blocks one after another; what comes out, and the store after them."""
         store = copy.deepcopy(self.store)
         recursions = [recursion for _, recursion in self.rows]
-        lists = PassLists(store, self.rule, 0, 2, self.segments, recursions, replace(self.packing))
+        lists = PassLists(store, self.rule, 0, 2, self.segments, recursions, replace(self.packing), 64)
         steps = [("block", block, Step(place, 1), parts) for place, block in enumerate(blocks)]
         with fast.enabled(on), torch.no_grad():
             y = Walks()(("core", 0, 0), lambda: steps, x, lists, lambda step: locals_[step.block])
@@ -178,7 +178,7 @@ def test_other_blocks_go_one_by_one(name: str, calls: list[int]) -> None:
     if callable(what):
         what(block)
     calls.clear()
-    lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1, 2], run.packing)
+    lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1, 2], run.packing, 64)
     with torch.set_grad_enabled(what is None):
         y = Walks()(
             ("core", 0, 0), lambda: [("block", block, Step(0, 1), WHOLE)], torch.randn(3, 32), lists, lambda step: None
@@ -195,7 +195,7 @@ def test_long_pieces_of_long_texts_go_one_by_one(
     run = Run((2, 2, 6), torch.float32, "per_recursion", [(count, 1)])
     run.segments[0].start = start
     calls.clear()
-    lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1], run.packing)
+    lists = PassLists(run.store, "per_recursion", 0, 1, run.segments, [1], run.packing, start + count)
     steps = [("block", block_of(run.shape, 32, 48), Step(0, 1), WHOLE)]
     with torch.no_grad():
         Walks()(("core", 0, 0), lambda: steps, torch.randn(count, 32), lists, lambda step: None)
@@ -209,7 +209,9 @@ def test_weights_that_change_are_seen(calls: list[int]) -> None:
     block, x = block_of(run.shape, 32, 48), torch.randn(3, 32)
 
     def once(walks: Walks) -> Tensor:
-        lists = PassLists(copy.deepcopy(run.store), "per_recursion", 0, 1, run.segments, [1, 2], replace(run.packing))
+        lists = PassLists(
+            copy.deepcopy(run.store), "per_recursion", 0, 1, run.segments, [1, 2], replace(run.packing), 64
+        )
         with torch.no_grad():
             return walks(("core", 0, 0), lambda: [("block", block, Step(0, 1), WHOLE)], x, lists, lambda step: None)
 

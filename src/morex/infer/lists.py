@@ -30,15 +30,17 @@ class PassLists:
         segments: "Sequence[Segment]",
         recursions: Sequence[int],
         packing: Packing,
+        end: int,
     ) -> None:
         """Args:
         block: the first of the stream.
         width: blocks of the stream.
         segments, recursions: of each row.
         packing: the tokens of the pass.
+        end: all these tokens stand before this place of their texts.
         """
         self.store, self.rule, self.block, self.width = store, rule, block, width
-        self.segments, self.recursions, self.packing = segments, recursions, packing
+        self.segments, self.recursions, self.packing, self.end = segments, recursions, packing, end
         self.sequences = [segment.sequence for segment in segments]
         self.writers = [row for row, r in enumerate(recursions) if rule != "shared_first" or r == 1]
         """Rows that write."""

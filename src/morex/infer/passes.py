@@ -134,6 +134,8 @@ class Passes:
         """Whether a block does the same at every recursion, so that tokens at different ones can share a pass."""
         self.parts_by_depth = config.windows_move
         self.walks = Walks()
+        self.end = 0
+        """All tokens that have entered stand before this place of their texts."""
         self.look_again()
 
     def look_again(self) -> None:
@@ -150,6 +152,7 @@ class Passes:
                 segment.trace.begin(segment.start, len(segment.tokens))
         self.clock.entering += sum(counts)
         times = [time for segment in segments for time in range(segment.start, segment.start + len(segment.tokens))]
+        self.end = max(self.end, max(times) + 1)
         time = torch.tensor(times, device=self.device)
         packing = pack_rows(counts, time, time, max(counts))
         tokens = torch.tensor([token for segment in segments for token in segment.tokens], device=self.device)
@@ -208,13 +211,16 @@ class Passes:
         for flight, visit in visits:
             self.clock.visits[flight.recursion] += visit.packing.num_tokens
             states.append(own.enter(flight.h, flight.injected, visit.packing, flight.recursion))
-            each = [(s, count) for s, count in zip(flight.segments, visit.packing.counts, strict=True) if count]
-            rows += [segment for segment, _ in each]
-            counts += [count for _, count in each]
-            recursions += [flight.recursion] * len(each)
+            here, there = flight.segments, visit.packing.counts
+            if not visit.packing.is_full:
+                here = [segment for segment, count in zip(here, there, strict=True) if count]
+                there = [count for count in there if count]
+            rows += here
+            counts += there
+            recursions += [flight.recursion] * len(here)
         packing = _packed_together([visit.packing for _, visit in visits], counts)
         steps, r = self.first_steps[group], recursions[0]
-        lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing)
+        lists = PassLists(self.store, self.stack.rule, steps[0].block, len(steps), rows, recursions, packing, self.end)
         key, walked = ("core", group, 0 if self.mixes else r), partial(self._core_steps, group, r)
         x = states[0] if len(states) == 1 else torch.cat(states)
         y = self.walks(key, walked, x, lists, self._windows(rows[0].policy))
@@ -228,7 +234,7 @@ class Passes:
         if not steps:
             return x
         lists = PassLists(
-            self.store, "per_recursion", steps[0].block, len(steps), segments, [1] * len(segments), packing
+            self.store, "per_recursion", steps[0].block, len(steps), segments, [1] * len(segments), packing, self.end
         )
         key, walked = (name, 0, 0), partial(self._once_steps, name)
         return self.walks(key, walked, x, lists, self._windows(segments[0].policy))

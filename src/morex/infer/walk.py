@@ -106,7 +106,6 @@ def _at_once(
     if slots is None:
         return None
 
-    after = max(segment.start + len(segment.tokens) for segment in lists.segments)
     positions = packing.positions.contiguous()
 
     def sight(here: Local | None) -> fast.Sight:
@@ -114,7 +113,7 @@ def _at_once(
         _, start, end = slots.entries.seen_by(packing, window)
         if rope is None:
             return start, end, None, None, None
-        return start, end, *angles.turns(after, x.device, shape.head_dim, rope), positions
+        return start, end, *angles.turns(lists.end, x.device, shape.head_dim, rope), positions
 
     alike = all(here is local[0] for here in local)
     return kernel(x, slots, [sight(here) for here in (local[:1] if alike else local)], shape.scale)

@@ -28,6 +28,17 @@ class Tables(ctypes.Structure):
         width, most = arrays[0].shape[1:]
         return cls(*(part.ctypes.data for part in arrays), times.data_ptr(), width, most, times.shape[1])
 
+    spare: tuple[Tensor, Sequence[Tensor]] | None = None
+    """What the last claim would have filled, had nothing been lacking: the next one is as a rule the same again."""
+
+    def unused(self, tokens: int) -> tuple[Tensor, Sequence[Tensor]]:
+        """Room for a claim of so many tokens: `where` [width, N], and four times [N], int32."""
+        spare, self.spare = self.spare, None
+        if spare is not None and spare[0].shape[1] == tokens:
+            return spare
+        where = torch.empty(self.width, tokens, dtype=torch.int64)
+        return where, torch.empty(4, tokens, dtype=torch.int32).unbind()
+
 
 class _Claimed(ctypes.Structure):
     _fields_ = tuple((name, POINTER) for name in ("where", "list", "row", "start", "end"))
@@ -41,13 +52,13 @@ def claim(
     Or which rows' lists lack something, and what: pages, and a copy of the last one.
     """
     time, tokens = time.contiguous(), time.shape[0]
-    where = torch.empty(tables.width, tokens, dtype=torch.int64)
-    others = torch.empty(4, tokens, dtype=torch.int32).unbind()
+    where, others = tables.unused(tokens)
     which, more, lacks = array("q", numbers), array("q", added), array("q", added)
     out = _Claimed(where.data_ptr(), *(part.data_ptr() for part in others))
     rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.data_ptr()
     ends = ctypes.addressof(out), lacks.buffer_info()[0]
     found = run_kernel("claim", torch.int64, ctypes.addressof(tables), *rows, *ends)
     if found < 0:
+        tables.spare = where, others
         return [(row, lack // 2, lack % 2 == 1) for row, lack in enumerate(lacks) if lack]
     return found > 0, where, others
