@@ -87,3 +87,25 @@ def test_lists_that_are_written_at_some_places_only_are_found() -> None:
         tables.check([number])
     tables.wrote([number], 0)
     tables.check([number])
+
+
+@needs_compiler
+def test_a_claim_after_one_that_lacked_is_a_claim_of_its_own() -> None:
+    """The first leaves its room to the next, which nobody after that gets."""
+    tables, times = PageTables(2), torch.full((8, SIZE), NEVER)
+    one, other = tables.open(), tables.open()
+    assert tables.claim([one], [3], torch.arange(3), times) == [(0, 1, False)]
+    tables.extend(one, [0, 1])
+    tables.extend(other, [2, 3])
+    claims = [tables.claim([number], [3], torch.arange(3), times) for number in (one, other)]
+    for claim, page, number in zip(claims, (0, 2), (one, other), strict=True):
+        assert isinstance(claim, Claim)
+        assert claim.where.tolist() == [
+            [4 * page, 4 * page + 1, 4 * page + 2],
+            [4 * page + 4, 4 * page + 5, 4 * page + 6],
+        ]
+        assert claim.numbers.tolist() == [number] * 3 and claim.end.tolist() == [1, 2, 3]
+    assert tables.claim([one, other], [2, 2], torch.arange(4), times) == [(0, 1, False), (1, 1, False)]
+    tables.extend(one, [4, 5])
+    found = tables.claim([one], [2], torch.arange(3, 5), times)
+    assert isinstance(found, Claim) and found.where.tolist() == [[3, 16], [7, 20]]

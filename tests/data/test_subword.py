@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from morex.data.split import stretches
-from morex.data.subword import END_OF_TEXT, SubwordTokenizer, read_hf, train_bpe
+from morex.data.subword import AT_ONCE, END_OF_TEXT, SubwordTokenizer, read_hf, train_bpe
 from morex.data.tokenizer import load_tokenizer
 
 Refused = Callable[..., str]
@@ -53,6 +53,15 @@ def test_long_text_in_stretches_equals_the_whole() -> None:
     found = list(stretches([TEXT], 100))
     assert len(found) > 20
     assert [index for ids in TRAINED.encode_batch(found) for index in ids.tolist()] == TRAINED.encode(TEXT)
+
+
+def test_a_batch_of_many_texts_is_each_by_itself() -> None:
+    words = TEXT.split(" ")
+    for count in (0, 1, AT_ONCE, 2 * AT_ONCE + 3):
+        texts = [" ".join(words[i % 50 : i % 50 + i % 4]) for i in range(count)]
+        batch = TRAINED.encode_batch(texts)
+        assert [ids.tolist() for ids in batch] == [TRAINED.encode(text) for text in texts]
+        assert {ids.dtype.type for ids in batch} <= {TRAINED.dtype}
 
 
 def test_bpe_training_is_the_same_everywhere() -> None:

@@ -189,6 +189,31 @@ def test_in_lockstep_nobody_is_on_the_way_between_steps() -> None:
         assert not engine.traffic.flights and not engine.traffic.arrived
 
 
+@pytest.mark.parametrize("most_requests", [5, 6])
+def test_a_step_goes_on_as_long_as_nobody_can_come_or_go(most_requests: int) -> None:
+    """With room for one more request it is one pass through the core, lest that one wait."""
+    engine = engine_of(eval_model("mor-expert"), most_requests=most_requests, patience=2)
+    prompts, passes, core = prompts_of("mor-expert"), 0, engine.passes.core
+
+    def counted(*given: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return core(*given)
+
+    engine.passes.core = counted  # type: ignore[method-assign]
+    for prompt in prompts:
+        engine.add(prompt, Params(max_new_tokens=NEW))
+    taken = []
+    while True:
+        passes = 0
+        engine.step()
+        if len(engine.scheduler.running) < len(prompts):
+            break
+        taken.append(passes)
+        assert most_requests > 5 or not engine.traffic.waiting
+    assert max(taken) == (3 if most_requests == 5 else 1)
+
+
 def test_waiting_to_leave_saves_passes_through_coda_and_head() -> None:
     leaves = {}
     for patience in (0, 2):

@@ -78,7 +78,8 @@ def test_both_serve_the_same_requests(rows: list[Row]) -> None:
     assert routed["tokens_entering"] == dense["tokens_entering"]
     # Every new token but the last of a request is read again.
     assert dense["tokens_entering"] >= 2 * 6 * (3 + 6 - 1)
-    assert routed["steps"] > dense["steps"]
+    # A step ends when somebody leaves, and those who are done first wait for all three recursions.
+    assert routed["steps"] == dense["steps"]
 
 
 def test_depths_come_out_in_the_mix(rows: list[Row]) -> None:
@@ -107,7 +108,7 @@ def test_the_ways_to_batch_one_model() -> None:
     early, waits, deepest, dense = bench_decode(plan)
     assert [row["mode"] for row in (early, waits, deepest, dense)] == [*modes, "continuous"]
     assert {row["tokens"] for row in (early, waits, deepest)} == {6 * 6}
-    assert early["steps"] > waits["steps"] == deepest["steps"] == dense["steps"]
+    assert early["steps"] >= waits["steps"] == deepest["steps"] == dense["steps"]
     assert early["shares"] == waits["shares"] == pytest.approx((1, 2 / 3, 1 / 3), abs=0.15)
     assert deepest["shares"] == (1, 1, 1)
     assert (

@@ -71,8 +71,8 @@ class Engine:
         most_requests: that run at the same time.
         chunk: tokens of a prompt that go into the model at once.
         prefixes: texts that are kept for requests that begin alike, as long as nobody needs their pages.
-        patience: steps that tokens which are done with the core wait for others, to leave through coda and head with
-            them; 0 sends them on at once.
+        patience: passes through the core that tokens which are done with it wait for others, to leave through coda and
+            head with them; 0 sends them on at once.
         lockstep: every step takes all its tokens through all their recursions, so that those that leave early wait for
             the deepest: what depth-wise batching is compared with.
 
@@ -293,17 +293,28 @@ class Engine:
             with self.clock.part("prelude"):
                 traffic.enter(entering)
         with self.clock.part("core"):
-            traffic.core()
-            while self.lockstep and traffic.flights:
-                traffic.core()
-        if not self.scheduler.may_leave(traffic.waiting, bool(traffic.flights)):
-            return
-        for part in traffic.pick_up():
+            may_leave = self._through_core()
+        for part in traffic.pick_up() if may_leave else ():
             traffic.in_hand = part.segments
             with self.clock.part("coda and head"):
                 logits = self.passes.leave(part)
             with self.clock.part("sampling"):
                 self._draw(part.segments, logits)
+
+    def _through_core(self) -> bool:
+        """Takes all who are in the core through a recursion, and on as long as nobody can come or go meanwhile.
+
+        Whether those who are done with the core leave now.
+        """
+        traffic, scheduler = self.traffic, self.scheduler
+        while True:
+            traffic.core()
+            if self.lockstep and traffic.flights:
+                continue
+            if scheduler.may_leave(traffic.waiting, bool(traffic.flights)):
+                return True
+            if not (traffic.flights and scheduler.is_full):
+                return False
 
     def _segment(self, request: Request, tokens: list[int]) -> Segment:
         if request.num_drafts and request.taken == request.num_tokens:

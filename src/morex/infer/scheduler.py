@@ -13,11 +13,11 @@ class Scheduler:
         """Args:
         most_requests: that run at the same time.
         chunk: tokens of a prompt that go into the model at once.
-        patience: steps that those who are done with the core wait for others, to leave with them.
+        patience: passes through the core that those who are done with it wait for others, to leave with them.
         """
         self.most_requests, self.chunk, self.patience = most_requests, chunk, patience
         self.waited = 0
-        """Steps that somebody has waited to leave."""
+        """Passes that somebody has waited to leave."""
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.under_way: set[int] = set()
@@ -36,6 +36,11 @@ class Scheduler:
         self.running.append(request)
         return request
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody else may run."""
+        return len(self.running) == self.most_requests
+
     def segments(self) -> list[tuple[Request, list[int]]]:
         """What each request without tokens under way sends in now: a piece of its prompt, or its newest token."""
         found = []
@@ -50,7 +55,7 @@ class Scheduler:
         return found
 
     def may_leave(self, waiting: int, others: bool) -> bool:
-        """Whether those who are done with the core go on now, or wait a step for more.
+        """Whether those who are done with the core go on now, or wait a pass for more.
 
         Coda and head cost nearly as much for one token as for many: that is why waiting can pay.
 
