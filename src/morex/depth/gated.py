@@ -24,24 +24,25 @@ class GatedRouter(DepthRouter):
     def shares(recursions: int, **options: Any) -> tuple[float, ...]:
         return tuple(options["capacities"])
 
-    def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor:
-        """g of every token at recursion r [N]."""
+    def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor | float:
+        """g of every token at recursion r [N], or one for all."""
         raise NotImplementedError
 
     def packed(self, h: Tensor, routing: Routing, r: int) -> Visit | None:
         visit = super().packed(h, routing, r)
         if visit is not None:
-            visit.gate = visit.packing.gather(self.gates(h, routing, r))
+            gates = self.gates(h, routing, r)
+            visit.gate = visit.packing.gather(gates) if isinstance(gates, Tensor) else gates
         return visit
 
     def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
         assert visit.gate is not None
         if self.gate == "delta":
             y = y - visit.packing.gather(h)
-        gate = visit.gate.unsqueeze(1)
+        update = y * (visit.gate.unsqueeze(1) if isinstance(visit.gate, Tensor) else visit.gate)
         if visit.packing.index is None:
-            return torch.addcmul(h, gate, y)
-        return add_rows(h, visit.packing.index, gate * y)
+            return h + update
+        return add_rows(h, visit.packing.index, update)
 
 
 class LearnedGateRouter(GatedRouter):

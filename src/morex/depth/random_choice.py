@@ -53,8 +53,8 @@ class RandomRouter(GatedRouter):
     def decide(self, h: Tensor, routing: Routing, r: int) -> Tensor | None:
         return None if not routing.policy.is_forced and r <= self.full else super().decide(h, routing, r)
 
-    def gates(self, h: Tensor, routing: Routing, r: int) -> Tensor:
-        return h.new_full((h.shape[0],), self.alpha / 2)
+    def gates(self, h: Tensor, routing: Routing, r: int) -> float:
+        return self.alpha / 2
 
 
 def uniform_hash(seed: int, position: Tensor, r: int) -> Tensor:

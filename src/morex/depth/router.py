@@ -39,8 +39,8 @@ class Visit:
 
     recursion: int
     packing: Packing
-    gate: Tensor | None = None
-    """g of each active token [M], where the router gates this recursion."""
+    gate: Tensor | float | None = None
+    """g of each active token [M], or one for all, where the router gates this recursion."""
     is_dummy: bool = False
     """True: nobody is active, and one token passes with weight 0 so that no gradient is missing."""
 
@@ -205,7 +205,7 @@ class DepthRouter(nn.Module):
     def bring_back(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
         """`merge`, or for a dummy visit h as it was, with a gradient of zero into everything that ran."""
         if visit.is_dummy:
-            return h + 0.0 * (y.sum() if visit.gate is None else y.sum() * visit.gate.sum())
+            return h + 0.0 * (y.sum() * visit.gate.sum() if isinstance(visit.gate, Tensor) else y.sum())
         return self.merge(h, y, routing, visit)
 
     def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:

@@ -82,7 +82,7 @@ class TokenChoiceRouter(DepthRouter):
         return None if r == 1 else routing.depths >= r
 
     def merge(self, h: Tensor, y: Tensor, routing: Routing, visit: Visit) -> Tensor:
-        if visit.gate is not None:
+        if isinstance(visit.gate, Tensor):
             y = visit.gate.unsqueeze(1) * y
         return y if visit.packing.index is None else replace_rows(h, visit.packing.index, y)
 

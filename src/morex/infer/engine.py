@@ -1,9 +1,9 @@
 """The engine: requests come and go, and every pass through shared blocks takes tokens of all of them, at any recursion.
 
-A step lets waiting requests in, sends pieces of prompts and new tokens through the prelude, makes one pass through the
-blocks of each routed group for all who are under way, and takes those whose router let them go through coda and head,
-where they draw their next token. A request's result depends on nobody else, and what goes wrong in a step ends only
-those who took part in it.
+A step lets waiting requests in, sends pieces of prompts and new tokens through the prelude, makes a pass through the
+blocks of each routed group for all who are under way, more where nobody can come or go meanwhile, and takes those whose
+router let them go through coda and head, where they draw their next token. A request's result depends on nobody else,
+and what goes wrong in a step ends only those who took part in it.
 """
 
 from collections import deque
@@ -156,7 +156,7 @@ class Engine:
         return not self.scheduler.running and not self.scheduler.waiting
 
     def step(self) -> list[Event]:
-        """One pass of everything; what came of it, after what nobody has asked for yet."""
+        """Takes everybody on; what came of it, after what nobody has asked for yet."""
         self._advance()
         events = list(self._events)
         self._events.clear()
@@ -221,7 +221,7 @@ class Engine:
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """One pass of everything."""
+        """Takes everybody on."""
         while self._left:
             self._leave(self._left.pop())
         self.traffic.in_hand = ()

@@ -290,6 +290,7 @@ def _ceilings(plan: DecodePlan, contenders: Sequence[Contender], console: Consol
         [own.shares() for own in models.values()],
         prompt,
         prompt + plan.new_tokens // 2,
+        depths=[own.params.depth for own in models.values()],
     )
     costs = dict(zip(models, measured, strict=True))
     found = {}

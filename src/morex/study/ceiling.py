@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from morex.cache.store import KVStore
+from morex.depth.policy import Depth
 from morex.depth.schedule import Step
 from morex.infer.demand import Demand
 from morex.infer.passes import Passes, Segment
@@ -121,6 +122,7 @@ def measure_passes(
     prompt_tokens: int,
     context: int,
     repeats: int = REPEATS,
+    depths: Sequence[Depth] | None = None,
 ) -> list[PassCosts]:
     """Costs of several models' passes; the models take turns, so that a machine that slows down does so for all.
 
@@ -129,9 +131,11 @@ def measure_passes(
         shares: of the tokens that take recursion r = 1..R, of each model.
         prompt_tokens: of a prompt.
         context: tokens that a sequence has when a new one comes.
+        depths: of the prompts, of each model; default: what its router decides.
     """
     found = []
-    prompts = [PromptTimer(model, prompt_tokens) for model in models]
+    depths = depths or [None] * len(models)
+    prompts = [PromptTimer(model, prompt_tokens, depth) for model, depth in zip(models, depths, strict=True)]
     _in_turns(prompts, repeats)
     for prompt, model in zip(prompts, models, strict=True):
         core: list[dict[int, float]] = [{} for _ in range(model.config.schedule.recursions)]
@@ -156,13 +160,13 @@ def _in_turns(timers: "Sequence[PassTimer | PromptTimer]", repeats: int) -> None
 
 
 class PromptTimer:
-    """Times a few prompts, side by side, under the model's own router."""
+    """Times a few prompts, side by side."""
 
-    def __init__(self, model: LanguageModel, tokens: int) -> None:
+    def __init__(self, model: LanguageModel, tokens: int, depth: Depth) -> None:
         self.passes = Passes(model, _store_for(model, PROMPTS, tokens))
         ids = torch.arange(PROMPTS * tokens) * 31 % model.config.vocab_size
         self.texts: list[list[int]] = ids.view(PROMPTS, tokens).tolist()
-        self.policy = model.policy(None, None)
+        self.policy = model.policy(depth, None)
         self.times: list[float] = []
 
     @torch.no_grad()
