@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from morex.data.corpus import Corpus, SeparateCorpora
@@ -201,11 +200,7 @@ def _nearest(corpus: Corpus, wished: float, seed: int, documents: int) -> bytear
 def _parts(index: int, document: Iterator[str], split: Survey, size: int) -> Iterator[Piece]:
     """The pieces of one document, of one side or of both."""
     if split.cut is None:
-        side, start = split.side(index), list(islice(document, 2))
-        if len(start) == 1 and len(start[0]) <= size:
-            yield Piece(side, start[0], True, True)
-        else:
-            yield from _marked(side, stretches(chain(start, document), size), ends=True)
+        yield from _marked(split.side(index), stretches(document, size), ends=True)
         return
     # All documents are equal here, so their length is known before they are read.
     length = split.characters // split.documents
