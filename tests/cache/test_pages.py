@@ -69,6 +69,6 @@ def test_faults_are_found() -> None:
         pool.drop(pages[:1])
     with pytest.raises(AssertionError, match="cannot be shared"):
         pool.share(pages)
-    pool._free.append(pages[0])
+    pool.free[0] = pages[0]
     with pytest.raises(AssertionError, match="free pages"):
         pool.check([])

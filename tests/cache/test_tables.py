@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from morex.cache.tables import Claim, PageTables
+from morex.cache.pages import PagePool
+from morex.cache.store import OutOfPages
+from morex.cache.tables import FIRST, Claim, PageTables
 from morex.nn import fast
 from morex.nn.keys import NEVER
 
@@ -16,9 +18,13 @@ SIZE = 4
 needs_compiler = pytest.mark.skipif(not fast.is_native(), reason="there is no C++ compiler on this machine")
 
 
+def new_tables(width: int, pages: int) -> tuple[PageTables, Tensor]:
+    """Tables of a pool of so many pages, and the times of all its entries."""
+    return PageTables(width, PagePool(pages)), torch.full((pages, SIZE), NEVER)
+
+
 def claims(tables: PageTables, numbers: list[int], added: list[int], times: Tensor, start: int) -> list[Claim]:
-    """A claim by the kernel, and the same by arrays; lists that lack pages get them first, in ascending order."""
-    pages = iter(range(int(tables.counts.sum()) * tables.width, times.shape[0]))
+    """A claim by the kernel, and the same by arrays; lists whose last page others may hold get it for their own."""
     time = torch.arange(start, start + sum(added))
     found = []
     for is_fast in (True, False):
@@ -26,14 +32,14 @@ def claims(tables: PageTables, numbers: list[int], added: list[int], times: Tens
         written = times if not is_fast else times.clone()
         with fast.enabled(is_fast):
             claim = own.claim(numbers, added, time, written)
-        found.append((claim, own.lengths.tolist(), written))
-    (first, lengths, written), (second, expected, wanted) = found
-    assert lengths == expected and torch.equal(written, wanted)
+        own.pool.check(page for number in range(len(own.counts)) for page in own.all_pages(number))
+        parts = own.lengths, own.counts, own.pages, own.pool.counts, own.pool.free[: own.pool.num_free], written
+        found.append((claim, [part.tolist() for part in parts]))
+    (first, state), (second, expected) = found
+    assert state == expected
     if isinstance(first, list) or isinstance(second, list):
         assert first == second and isinstance(first, list)
-        for row, lack, _ in first:
-            tables.is_forked[numbers[row]] = False
-            tables.extend(numbers[row], [next(pages) for _ in range(lack * tables.width)])
+        tables.is_forked[first] = False
         return claims(tables, numbers, added, times, start)
     return [first, second]
 
@@ -43,7 +49,7 @@ def claims(tables: PageTables, numbers: list[int], added: list[int], times: Tens
 @given(st.data(), st.integers(1, 5))
 def test_the_kernel_claims_what_the_arrays_claim(data: st.DataObject, width: int) -> None:
     """Over many passes of any rows, with lists that have no pages yet, and lists that may share their last one."""
-    tables, times = PageTables(width), torch.full((20000, SIZE), NEVER)
+    tables, times = new_tables(width, 2000)
     lists = [tables.open() for _ in range(data.draw(st.integers(1, 20)))]
     start = 0
     for _ in range(4):
@@ -67,45 +73,44 @@ def test_the_kernel_claims_what_the_arrays_claim(data: st.DataObject, width: int
         assert (first.where.T // SIZE).tolist() == pages.tolist()
 
 
-def test_what_lacks_is_said_and_nothing_done() -> None:
-    tables, times = PageTables(2), torch.full((8, SIZE), NEVER)
-    full, shared, fine = (tables.open() for _ in range(3))
-    for number, pages in ((shared, [0, 1]), (fine, [2, 3])):
-        tables.extend(number, pages)
+@pytest.mark.parametrize("is_fast", [pytest.param(True, marks=needs_compiler), False])
+def test_what_stands_in_the_way_is_said_and_nothing_done(is_fast: bool) -> None:
+    """A page that others may hold, and a pool that has not enough."""
+    tables, times = new_tables(2, 8)
+    fresh, shared, fine = (tables.open() for _ in range(3))
+    for number in (shared, fine):
+        tables.extend(number, tables.pool.take(2))
         tables.lengths[number] = 2
     tables.is_forked[shared] = True
-    found = tables.claim([full, shared, fine], [5, 1, 2], torch.arange(8), times)
-    assert found == [(0, 2, False), (1, 0, True)]
-    assert tables.lengths[[full, shared, fine]].tolist() == [0, 2, 2] and bool((times == NEVER).all())
+    before = [tables.lengths.tolist(), tables.pages.tolist(), list(tables.pool.counts)]
+    with fast.enabled(is_fast):
+        assert tables.claim([fresh, shared, fine], [5, 1, 2], torch.arange(8), times) == [shared]
+        with pytest.raises(OutOfPages, match="6 pages are needed and 4 of 8 are free"):
+            tables.claim([fresh, fine], [9, 2], torch.arange(11), times)
+        assert before == [tables.lengths.tolist(), tables.pages.tolist(), list(tables.pool.counts)]
+        assert bool((times == NEVER).all()) and tables.pool.num_free == 4
+        found = tables.claim([fresh, fine], [5, 2], torch.arange(7), times)
+    assert isinstance(found, Claim) and tables.pool.num_free == 0
+    assert tables.lengths[[fresh, shared, fine]].tolist() == [5, 2, 4]
+
+
+@pytest.mark.parametrize("is_fast", [pytest.param(True, marks=needs_compiler), False])
+def test_a_list_outgrows_the_room_for_its_pages(is_fast: bool) -> None:
+    tables, times = new_tables(2, 200)
+    number, other = tables.open(), tables.open()
+    with fast.enabled(is_fast):
+        tables.claim([number], [FIRST * SIZE], torch.arange(FIRST * SIZE), times)
+        found = tables.claim([other, number], [3, 2 * FIRST * SIZE], torch.arange(3 + 2 * FIRST * SIZE), times)
+    assert isinstance(found, Claim) and tables.pages.shape[2] == 4 * FIRST
+    assert tables.counts[[number, other]].tolist() == [3 * FIRST, 1]
+    assert len(set(tables.all_pages(number) + tables.all_pages(other))) == 2 * (3 * FIRST + 1)
 
 
 def test_lists_that_are_written_at_some_places_only_are_found() -> None:
-    tables = PageTables(3)
+    tables, _ = new_tables(3, 8)
     number = tables.open()
     tables.wrote([number], 1)
     with pytest.raises(AssertionError, match="1 lists differ in length"):
         tables.check([number])
     tables.wrote([number], 0)
     tables.check([number])
-
-
-@needs_compiler
-def test_a_claim_after_one_that_lacked_is_a_claim_of_its_own() -> None:
-    """The first leaves its room to the next, which nobody after that gets."""
-    tables, times = PageTables(2), torch.full((8, SIZE), NEVER)
-    one, other = tables.open(), tables.open()
-    assert tables.claim([one], [3], torch.arange(3), times) == [(0, 1, False)]
-    tables.extend(one, [0, 1])
-    tables.extend(other, [2, 3])
-    claims = [tables.claim([number], [3], torch.arange(3), times) for number in (one, other)]
-    for claim, page, number in zip(claims, (0, 2), (one, other), strict=True):
-        assert isinstance(claim, Claim)
-        assert claim.where.tolist() == [
-            [4 * page, 4 * page + 1, 4 * page + 2],
-            [4 * page + 4, 4 * page + 5, 4 * page + 6],
-        ]
-        assert claim.numbers.tolist() == [number] * 3 and claim.end.tolist() == [1, 2, 3]
-    assert tables.claim([one, other], [2, 2], torch.arange(4), times) == [(0, 1, False), (1, 1, False)]
-    tables.extend(one, [4, 5])
-    found = tables.claim([one], [2], torch.arange(3, 5), times)
-    assert isinstance(found, Claim) and found.where.tolist() == [[3, 16], [7, 20]]

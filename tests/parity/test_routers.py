@@ -170,16 +170,21 @@ def test_expert_choice_takes_its_share_of_each_sequence(case: str) -> None:
             assert not mask[torch.arange(24) >= lengths[:, None]].any()
 
 
-@pytest.mark.parametrize("case", cases("expert_choice", "threshold", "token_choice", "halting", "random"))
+@pytest.mark.parametrize(
+    "case", cases("expert_choice", "threshold", "token_choice", "halting", "exit_gate", "sampled", "fixed", "random")
+)
 def test_active_tokens_were_active_before(case: str) -> None:
+    """Of nested routers, which all are but those whose tokens are all candidates again and again."""
     model = eval_model(case)
     config: Any = model.config
+    groups: Any = model.stack.core.groups
+    is_nested = getattr(config.depth, "hierarchical", True)
+    assert all(group.router.is_nested == is_nested for group in groups)
     trace = model(random_tokens(case), return_trace=True).trace
-    for masks in trace.active.values():
+    for masks in trace.active.values() if is_nested else ():
         for before, after in pairwise(masks):
-            if getattr(config.depth, "hierarchical", True):
-                assert not (after & ~before).any()
-    if len(trace.active) == 1 and getattr(config.depth, "hierarchical", True):
+            assert not (after & ~before).any()
+    if len(trace.active) == 1 and is_nested:
         (masks,) = trace.active.values()
         assert torch.equal(trace.depth, torch.stack(list(masks)).sum(0))
 

@@ -63,7 +63,7 @@ class PagedStore(KVStore):
 
     def lists(self, rows: Sequence[Row], width: int, packing: Packing | None) -> Lists:
         if width not in self._tables:
-            self._tables[width] = PageTables(width)
+            self._tables[width] = PageTables(width, self.pool)
         tables, numbers = self._tables[width], []
         for sequence, first in rows:
             own = self._lists[sequence]
@@ -152,31 +152,24 @@ class PagedStore(KVStore):
         """Entries for the tokens of a packing, whose rows are these lists."""
         found = tables.claim(numbers, packing.counts, packing.time, self.time)
         if isinstance(found, list):
-            self._make_room(tables, [(numbers[row], pages, shares) for row, pages, shares in found])
+            self._unshare(tables, found)
             found = tables.claim(numbers, packing.counts, packing.time, self.time)
-            assert isinstance(found, Claim), "there is room now"
+            assert isinstance(found, Claim), "their pages are their own now"
         return found
 
-    def _make_room(self, tables: PageTables, lacking: Sequence[tuple[int, int, bool]]) -> None:
-        """Gives each of these lists so many more pages, and a copy of its last one if others hold that too."""
-        copied = []
-        for number, _, shares in lacking:
-            if shares:
-                place = int(tables.lengths[number]) // self.page_size
-                if self.pool.is_shared(int(tables.pages[number, 0, place])):
-                    copied.append((number, place))
-        fresh = self.pool.take(tables.width * (len(copied) + sum(pages for _, pages, _ in lacking)))
-        for number, place in copied:
-            shared = tables.pages[number, :, place].tolist()
-            copies = [fresh.pop() for _ in shared]
+    def _unshare(self, tables: PageTables, numbers: Sequence[int]) -> None:
+        """Gives each of these lists a copy of its last page if others hold that too."""
+        places = [(number, int(tables.lengths[number]) // self.page_size) for number in numbers]
+        shared = [(n, place) for n, place in places if self.pool.is_shared(int(tables.pages[n, 0, place]))]
+        fresh = self.pool.take(tables.width * len(shared))
+        for number, place in shared:
+            pages = tables.pages[number, :, place].tolist()
+            copies = [fresh.pop() for _ in pages]
             for part in (self.k, self.v, self.time):
-                part[copies] = part[shared]
+                part[copies] = part[pages]
             tables.pages[number, :, place] = copies
-            self.pool.drop(shared)
-        for number, pages, _ in lacking:
-            tables.is_forked[number] = False
-            tables.extend(number, [fresh.pop() for _ in range(pages * tables.width)])
-        assert not fresh
+            self.pool.drop(pages)
+        tables.is_forked[list(numbers)] = False
 
 
 class PagedLists(Lists):
@@ -206,12 +199,14 @@ class PagedLists(Lists):
         assert self.packing is not None and claim is not None, "these lists are only read"
         entries = Entries(self._times)
         entries.set_seen(self.packing, claim.row, claim.start, claim.end)
-        return PagedSlots(self.store.k, self.store.v, claim.where, claim.numbers, self.tables.pages, entries)
+        pages = self.tables.pages_as_tensor()
+        return PagedSlots(self.store.k, self.store.v, claim.where, claim.numbers, pages, entries)
 
     def slots(self, packing: Packing) -> PagedSlots:
         """What stands in all slots, for tokens whose rows are these lists, and which write nothing."""
         row = torch.tensor(self.numbers, dtype=torch.int32)[packing.row]
-        return PagedSlots(self.store.k, self.store.v, None, row, self.tables.pages, Entries(self._times))
+        pages = self.tables.pages_as_tensor()
+        return PagedSlots(self.store.k, self.store.v, None, row, pages, Entries(self._times))
 
     def gather(self, place: int) -> Keys:
         return self.read(place).padded()

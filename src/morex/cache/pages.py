@@ -1,5 +1,6 @@
 """Pages: who holds which. Plain Python, no tensors."""
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
@@ -13,23 +14,23 @@ class PagePool:
         """Args:
         size: pages.
         """
-        self._counts = [0] * size
+        self.counts = array("i", bytes(4 * size))
+        """How many hold each page."""
+        self.free = array("i", bytes(4 * size))
+        """The first `num_free` are held by nobody, the next one to be taken last. Both arrays stay where they are."""
         self.clear()
 
     def clear(self) -> None:
         """Nobody holds any."""
-        self._counts = [0] * self.size
-        self._free = list(range(self.size - 1, -1, -1))
+        self.counts[:] = array("i", bytes(4 * self.size))
+        self.free[:] = array("i", range(self.size - 1, -1, -1))
+        self.num_free = self.size
+        """Pages that nobody holds."""
 
     @property
     def size(self) -> int:
         """Pages, free or held."""
-        return len(self._counts)
-
-    @property
-    def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+        return len(self.counts)
 
     def take(self, count: int) -> list[int]:
         """So many free pages, each now held once.
@@ -37,32 +38,33 @@ class PagePool:
         Raises:
             OutOfPages: there are not so many; none was taken.
         """
-        if count > len(self._free):
-            raise OutOfPages(f"{count} pages are needed and {len(self._free)} of {self.size} are free")
-        start = len(self._free) - count
-        pages = self._free[start:]
-        del self._free[start:]
+        if count > self.num_free:
+            raise OutOfPages(f"{count} pages are needed and {self.num_free} of {self.size} are free")
+        start = self.num_free - count
+        pages = self.free[start : self.num_free].tolist()
+        self.num_free = start
         for page in pages:
-            self._counts[page] = 1
+            self.counts[page] = 1
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
         """One more holder for each of these."""
         for page in pages:
-            assert self._counts[page] > 0, f"page {page} is free and cannot be shared"
-            self._counts[page] += 1
+            assert self.counts[page] > 0, f"page {page} is free and cannot be shared"
+            self.counts[page] += 1
 
     def drop(self, pages: Iterable[int]) -> None:
         """One holder less for each of these; those without one are free."""
         for page in pages:
-            assert self._counts[page] > 0, f"page {page} is free already"
-            self._counts[page] -= 1
-            if not self._counts[page]:
-                self._free.append(page)
+            assert self.counts[page] > 0, f"page {page} is free already"
+            self.counts[page] -= 1
+            if not self.counts[page]:
+                self.free[self.num_free] = page
+                self.num_free += 1
 
     def is_shared(self, page: int) -> bool:
         """Whether several hold a page."""
-        return self._counts[page] > 1
+        return self.counts[page] > 1
 
     def check(self, held: Iterable[int]) -> None:
         """Compares the counts with the pages that all holders name, each as often as it is held.
@@ -71,7 +73,7 @@ class PagePool:
             AssertionError: a page is counted wrongly, or neither free nor held, or both.
         """
         found = Counter(held)
-        wrong = [page for page, count in enumerate(self._counts) if count != found[page]]
+        wrong = [page for page, count in enumerate(self.counts) if count != found[page]]
         assert not wrong, f"pages {wrong[:5]} are held by others than their counts say"
-        free = sorted(self._free)
-        assert free == [page for page, count in enumerate(self._counts) if not count], "free pages are not those unheld"
+        free = sorted(self.free[: self.num_free])
+        assert free == [page for page, count in enumerate(self.counts) if not count], "free pages are not those unheld"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from morex.cache.pages import PagePool
 from morex.nn import fast
 
 FIRST = 16
@@ -35,8 +36,8 @@ class Claim:
 class PageTables:
     """The lists of all streams of one width. A list has as many pages at each place of its stream."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, pool: PagePool) -> None:
+        self.width, self.pool = width, pool
         self.pages = np.zeros((FIRST, width, FIRST), dtype=np.int32)
         """By list, place and order in time; behind the last of a list stands any page."""
         self.counts = np.zeros(FIRST, dtype=np.int64)
@@ -48,12 +49,23 @@ class PageTables:
         self.unwritten: dict[int, int] = {}
         """Lists whose newest entries have been written at some places only, and how many are left."""
         self._free = list(range(FIRST - 1, -1, -1))
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        """An array has been replaced by another."""
         self._native: fast.Tables | None = None
         """Where the arrays stand."""
+        self._pages_as_tensor: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has arrays of its own."""
-        return {**self.__dict__, "_native": None}
+        return {**self.__dict__, "_native": None, "_pages_as_tensor": None}
+
+    def pages_as_tensor(self) -> Tensor:
+        """`pages` as they stand; shares their memory until there is room for more."""
+        if self._pages_as_tensor is None:
+            self._pages_as_tensor = torch.from_numpy(self.pages)
+        return self._pages_as_tensor
 
     def open(self) -> int:
         """The number of a new list."""
@@ -62,7 +74,7 @@ class PageTables:
             for name in ("pages", "counts", "lengths", "is_forked"):
                 part = getattr(self, name)
                 setattr(self, name, np.concatenate([part, np.zeros_like(part)]))
-            self._native = None
+            self._forget_places()
             self._free = list(range(2 * size - 1, size - 1, -1))
         return self._free.pop()
 
@@ -86,14 +98,12 @@ class PageTables:
         start, more = int(self.counts[number]), len(pages) // self.width
         while start + more > self.pages.shape[2]:
             self.pages = np.concatenate([self.pages, np.zeros_like(self.pages)], axis=2)
-            self._native = None
+            self._forget_places()
         self.pages[number, :, start : start + more] = np.array(pages).reshape(self.width, more)
         self.counts[number] += more
 
-    def claim(
-        self, numbers: Sequence[int], added: Sequence[int], time: Tensor, times: Tensor
-    ) -> Claim | list[tuple[int, int, bool]]:
-        """Counts tokens as entries of some lists, and writes down their time.
+    def claim(self, numbers: Sequence[int], added: Sequence[int], time: Tensor, times: Tensor) -> Claim | list[int]:
+        """Counts tokens as entries of some lists, in pages of the pool where they lack any, and writes down their time.
 
         Args:
             numbers: a list for each row.
@@ -102,21 +112,28 @@ class PageTables:
             times: of all entries of the pool [P, size].
 
         Returns:
-            Where some list lacks something, nothing is done, and of each such list comes back its row, how many more
-            pages it needs, and whether it may share the page that its first token goes to.
+            Where others may hold the page that the first token of some list goes to, nothing is done, and those lists
+            come back.
+
+        Raises:
+            OutOfPages: the pool has not enough; nothing is done.
         """
-        if fast.available(time, times) and fast.is_native():
-            if self._native is None:
-                self._native = fast.Tables.of([getattr(self, name) for name in fast.Tables.arrays], times)
-            found = fast.claim(self._native, numbers, added, time)
-            return found if isinstance(found, list) else Claim(found[0], found[1], *found[2])
+        is_fast = fast.available(time, times) and fast.is_native()
+        claim = self._claim_at_once(numbers, added, time, times) if is_fast else None
+        if claim is not None:
+            return claim
         size, counts = times.shape[1], np.array(added)
         lengths = self.lengths[numbers]
-        pages = np.maximum(0, -(-(lengths + counts) // size) - self.counts[numbers])
         shares = self.is_forked[numbers] & (counts > 0) & (lengths % size > 0)
-        if pages.any() or shares.any():
-            rows = np.flatnonzero((pages > 0) | shares)
-            return list(zip(rows.tolist(), pages[rows].tolist(), shares[rows].tolist(), strict=True))
+        if shares.any():
+            return [number for number, is_shared in zip(numbers, shares.tolist(), strict=True) if is_shared]
+        lacking = np.maximum(0, -(-(lengths + counts) // size) - self.counts[numbers])
+        fresh = iter(self.pool.take(self.width * int(lacking.sum())))
+        for row in np.flatnonzero(lacking).tolist():
+            self.extend(numbers[row], [next(fresh) for _ in range(self.width * lacking[row])])
+        claim = self._claim_at_once(numbers, added, time, times) if is_fast else None
+        if claim is not None:
+            return claim
         entry = np.arange(counts.sum()) + np.repeat(lengths + counts - counts.cumsum(), counts)
         number = np.repeat(numbers, counts)
         where = torch.from_numpy((self.pages[number, :, entry // size].T.astype(np.int64) * size + entry % size).copy())
@@ -126,6 +143,16 @@ class PageTables:
         others = number, np.repeat(np.arange(len(counts)), counts), np.zeros_like(entry), entry + 1
         each = [torch.from_numpy(part.astype(np.int32)).to(times.device) for part in others]
         return Claim(not lengths.any(), where, *each)
+
+    def _claim_at_once(self, numbers: Sequence[int], added: Sequence[int], time: Tensor, times: Tensor) -> Claim | None:
+        """In one kernel; None, and nothing is done, where it meets with anything but lists that lack pages."""
+        if self._native is None:
+            arrays = [getattr(self, name) for name in fast.Tables.arrays]
+            self._native = fast.Tables.of(arrays, times, self.pool.free, self.pool.counts)
+        self._native.num_free = self.pool.num_free
+        found = fast.claim(self._native, numbers, added, time)
+        self.pool.num_free = self._native.num_free
+        return None if found is None else Claim(found[0], found[1], *found[2])
 
     def wrote(self, numbers: Sequence[int], left: int) -> None:
         """The newest entries of these lists have been written, except at so many places."""

@@ -41,7 +41,7 @@ class ExpertChoiceRouter(LearnedGateRouter):
     ) -> None:
         super().__init__(d_model, recursions, capacities, alpha, gate, score, router, z_weight)
         self.causal, self.warmup_steps, self.hierarchical = causal, warmup_steps, hierarchical
-        self.is_causal = causal != "none"
+        self.is_causal, self.is_nested = causal != "none", hierarchical
         self.predictor = None
         if causal == "aux_router":
             choosing = [str(r) for r, capacity in enumerate(capacities) if capacity < 1]

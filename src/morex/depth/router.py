@@ -134,6 +134,8 @@ class DepthRouter(nn.Module):
     """Whether the loss of training reads norm and head on the state of every recursion."""
     is_causal = True
     """Whether eval mode has a rule that sees no later token."""
+    is_nested = True
+    """Whether a token that takes no recursion r takes none after it."""
     warmth: Tensor
     """Share of the losses in `warming` that counts, [1], where there are any."""
     warming: tuple[str, ...] = ()

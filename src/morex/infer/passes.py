@@ -74,13 +74,13 @@ class Flight:
         """Flights with the same key can be joined."""
         return id(self.policy), self.is_traced, self.group, self.recursion
 
-    def select(self, chosen: list[int]) -> "Flight":
+    def select(self, chosen: Sequence[int]) -> "Flight":
         """Some of the segments."""
         index, packing = self.packing.of_rows(chosen)
         injected = None if self.injected is None else self.injected[index]
         segments = [self.segments[i] for i in chosen]
         routing = self.routing.select(index, packing)
-        return Flight(segments, packing, self.h[index], injected, routing, self.group, self.recursion)
+        return Flight(segments, packing, self.h.index_select(0, index), injected, routing, self.group, self.recursion)
 
 
 @dataclass(eq=False)
@@ -91,10 +91,10 @@ class Arrived:
     packing: Packing
     x: Tensor
 
-    def select(self, chosen: list[int]) -> "Arrived":
+    def select(self, chosen: Sequence[int]) -> "Arrived":
         """Some of the segments."""
         index, packing = self.packing.of_rows(chosen)
-        return Arrived([self.segments[i] for i in chosen], packing, self.x[index])
+        return Arrived([self.segments[i] for i in chosen], packing, self.x.index_select(0, index))
 
 
 def join_packings(packings: Sequence[Packing]) -> Packing:
@@ -284,27 +284,38 @@ class Passes:
         return self._onwards(group, going, done)
 
     def _ask(self, flight: Flight, router: DepthRouter, going: list[Flight], done: list[Arrived]) -> None:
-        """Asks who takes the next recursion; segments of which nobody does are asked for the one after."""
+        """Asks who takes the next recursion; segments of which nobody does are asked for the one after, if need be."""
+        is_over = router.is_nested and not flight.is_traced  # nobody needs to know what those who leave are not asked
         while flight.recursion <= flight.policy.recursions:
             if not flight.is_traced:
                 flight.routing.forget()
             router.ask(flight.h, flight.routing, flight.recursion)
-            if flight.routing.is_full:
+            if not flight.is_traced:
+                flight.routing.masks.clear()
+            rows = _active_rows(flight)
+            if len(rows) == len(flight.segments):
                 going.append(flight)
                 return
-            active = _rows_of(flight.packing, flight.routing.active)
-            if active:
-                chosen = flight if len(active) == len(flight.segments) else flight.select(active)
-                chosen.routing.is_full = chosen.packing.width == 1
-                going.append(chosen)
-                if chosen is flight:
+            if rows:
+                part = flight.select(rows)
+                part.routing.is_full = part.packing.width == 1
+                going.append(part)
+                left = sorted(set(range(len(flight.segments))) - set(rows))
+                if is_over:
+                    done.append(self._arrive(flight, router).select(left))
                     return
-                flight = flight.select(sorted(set(range(len(flight.segments))) - set(active)))
+                flight = flight.select(left)
+            elif is_over:
+                break
             flight.recursion += 1
+        done.append(self._arrive(flight, router))
+
+    def _arrive(self, flight: Flight, router: DepthRouter) -> Arrived:
+        """Segments as they leave their group."""
         h, _ = router.finish(flight.h, flight.routing)
         if flight.is_traced:
             self._note_depths(flight)
-        done.append(Arrived(flight.segments, flight.packing, h))
+        return Arrived(flight.segments, flight.packing, h)
 
     def _note_depths(self, flight: Flight) -> None:
         name, end = f"stack.core.groups.{flight.group}.router", 0
@@ -334,11 +345,16 @@ def _packed_together(packings: Sequence[Packing], counts: list[int]) -> Packing:
     return pack_rows(counts, time, positions, max(packing.span for packing in packings))
 
 
-def _rows_of(packing: Packing, chosen: Tensor) -> list[int]:
-    """The rows with a chosen token [N], ascending."""
-    if packing.width == 1 and packing.is_full:
-        return [row for row, is_chosen in enumerate(chosen.tolist()) if is_chosen]
-    return sorted(set(packing.row[chosen].tolist()))
+def _active_rows(flight: Flight) -> Sequence[int]:
+    """The rows with an active token, ascending; where these are all tokens there are, the routing knows it after."""
+    packing, routing = flight.packing, flight.routing
+    if routing.is_full:
+        return range(len(flight.segments))
+    if packing.width > 1:
+        return sorted(set(packing.row[routing.active].tolist()))
+    rows = [row for row, is_active in enumerate(routing.active.tolist()) if is_active]
+    routing.is_full = len(rows) == len(flight.segments)
+    return rows
 
 
 def _joined(parts: Sequence[Arrived]) -> Arrived:

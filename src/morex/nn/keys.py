@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +89,7 @@ class PagedSlots:
     """Entry of each token in the pool [S, N], -1 for one that writes nothing; None: none does."""
     row: Tensor
     """List of each token [N], int32."""
-    pages: np.ndarray
+    pages: Tensor
     """Of all lists, by slot [lists, S, L], int32; behind the last of a list stands any page."""
     entries: Entries
 

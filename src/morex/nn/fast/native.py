@@ -44,7 +44,7 @@ ARGUMENTS = {
     "project": [POINTER] * 6,
     "attend": [POINTER] * 5 + [INTEGER] * 2 + [POINTER] * 3 + [INTEGER] * 4 + [REAL],
     "blocks": [POINTER] * 5,
-    "claim": [POINTER] * 3 + [INTEGER] * 2 + [POINTER] * 3,
+    "claim": [POINTER] * 3 + [INTEGER] * 2 + [POINTER] * 2,
     "experts": [POINTER] * 6 + [REAL],
 }
 RETURNS = {"claim": INTEGER}

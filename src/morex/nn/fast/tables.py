@@ -17,27 +17,22 @@ class Tables(ctypes.Structure):
     arrays = "pages", "counts", "is_forked", "lengths"
     """Of `morex.cache.tables.PageTables`."""
     _fields_ = (
-        *((name, POINTER) for name in (*arrays, "times")),
-        *((name, ctypes.c_int64) for name in ("width", "most", "size")),
+        *((name, POINTER) for name in (*arrays, "times", "free", "holders")),
+        *((name, ctypes.c_int64) for name in ("width", "most", "size", "num_free")),
     )
 
     @classmethod
-    def of(cls, arrays: Sequence[np.ndarray], times: Tensor) -> "Tables":
-        """From the `arrays`, and the times of all entries of the pool [P, size]."""
-        assert all(part.flags.c_contiguous for part in arrays) and times.is_contiguous()
-        width, most = arrays[0].shape[1:]
-        return cls(*(part.ctypes.data for part in arrays), times.data_ptr(), width, most, times.shape[1])
-
-    spare: tuple[Tensor, Sequence[Tensor]] | None = None
-    """What the last claim would have filled, had nothing been lacking: the next one is as a rule the same again."""
-
-    def unused(self, tokens: int) -> tuple[Tensor, Sequence[Tensor]]:
-        """Room for a claim of so many tokens: `where` [width, N], and four times [N], int32."""
-        spare, self.spare = self.spare, None
-        if spare is not None and spare[0].shape[1] == tokens:
-            return spare
-        where = torch.empty(self.width, tokens, dtype=torch.int64)
-        return where, torch.empty(4, tokens, dtype=torch.int32).unbind()
+    def of(cls, parts: Sequence[np.ndarray], times: Tensor, free: "array[int]", holders: "array[int]") -> "Tables":
+        """Args:
+        parts: the `arrays`.
+        times: of all entries of the pool [P, size].
+        free, holders: as `morex.cache.pages.PagePool` has them; of the former the first `num_free` count.
+        """
+        assert all(part.flags.c_contiguous for part in parts) and times.is_contiguous()
+        width, most = parts[0].shape[1:]
+        pointers = [*(part.ctypes.data for part in parts), times.data_ptr()]
+        pointers += [free.buffer_info()[0], holders.buffer_info()[0]]
+        return cls(*pointers, width, most, times.shape[1], 0)
 
 
 class _Claimed(ctypes.Structure):
@@ -46,19 +41,16 @@ class _Claimed(ctypes.Structure):
 
 def claim(
     tables: Tables, numbers: Sequence[int], added: Sequence[int], time: Tensor
-) -> tuple[bool, Tensor, Sequence[Tensor]] | list[tuple[int, int, bool]]:
+) -> tuple[bool, Tensor, Sequence[Tensor]] | None:
     """As `morex.cache.tables.PageTables.claim`: whether all lists were empty, `where`, and the other tensors.
 
-    Or which rows' lists lack something, and what: pages, and a copy of the last one.
+    None, and nothing is done, where a list shares a page, has no room for more, or the pool has not enough.
     """
     time, tokens = time.contiguous(), time.shape[0]
-    where, others = tables.unused(tokens)
-    which, more, lacks = array("q", numbers), array("q", added), array("q", added)
+    where = torch.empty(tables.width, tokens, dtype=torch.int64)
+    others = torch.empty(4, tokens, dtype=torch.int32).unbind()
+    which, more = array("q", numbers), array("q", added)
     out = _Claimed(where.data_ptr(), *(part.data_ptr() for part in others))
     rows = which.buffer_info()[0], more.buffer_info()[0], len(which), tokens, time.data_ptr()
-    ends = ctypes.addressof(out), lacks.buffer_info()[0]
-    found = run_kernel("claim", torch.int64, ctypes.addressof(tables), *rows, *ends)
-    if found < 0:
-        tables.spare = where, others
-        return [(row, lack // 2, lack % 2 == 1) for row, lack in enumerate(lacks) if lack]
-    return found > 0, where, others
+    found = run_kernel("claim", torch.int64, ctypes.addressof(tables), *rows, ctypes.addressof(out))
+    return None if found < 0 else (found > 0, where, others)

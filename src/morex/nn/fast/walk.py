@@ -71,10 +71,9 @@ class Walk:
         y, k, pages, where = torch.empty_like(x), slots.k, slots.pages, slots.where
         steps, (page, kv_heads, dim) = len(self.steps), k.shape[1:]
         assert pages.shape[1] == steps and len(sights) in (1, steps), "every block has its slot and its sight"
-        assert pages.flags.c_contiguous and (where is None or where.is_contiguous()), "the kernel takes no steps"
+        assert pages.is_contiguous() and (where is None or where.is_contiguous()), "the kernel takes no steps"
         shape = x.shape[0], self.channels, self.hidden, kv_heads, self.queries // (kv_heads * dim), dim
-        first_page = pages.__array_interface__["data"][0]  # `ctypes.data`, without its objects
-        at = slots.row.data_ptr(), first_page, None if where is None else where.data_ptr()
+        at = slots.row.data_ptr(), pages.data_ptr(), None if where is None else where.data_ptr()
         walk = _Walk(steps, *shape, pages.shape[2], page, len(sights), scale, *at, k.data_ptr(), slots.v.data_ptr())
         seen = [None if part is None else part.data_ptr() for sight in sights for part in sight]
         own = ctypes.addressof(walk), ctypes.addressof(self.steps)

@@ -42,9 +42,9 @@ static void walk(const void* x, void* y, const Walk& walk, const Step* steps, co
 }
 
 extern "C" {
-int64_t claim_i64(const Tables* tables, const int64_t* numbers, const int64_t* added, int64_t rows, int64_t tokens,
-                  const int64_t* time, const Claimed* out, int64_t* lacks) {
-    return claim(*tables, numbers, added, rows, tokens, time, *out, lacks);
+int64_t claim_i64(Tables* tables, const int64_t* numbers, const int64_t* added, int64_t rows, int64_t tokens,
+                  const int64_t* time, const Claimed* out) {
+    return claim(*tables, numbers, added, rows, tokens, time, *out);
 }
 
 #define KERNELS(name, T)                                                                                               \
