@@ -4,10 +4,10 @@ MOREX_DATA=... python benchmarks/prepare.py [benchmarks/results/prepare.json]
 
 The corpus `classic_books` with GPT-2's tokenizer from JSON lines: whole books, pages of some two thousand characters,
 and each paragraph as a document of its own. The command is timed whole: start of the interpreter, reading twice, split,
-encoding, checksums, writing. Of the tokenizer its calls alone are timed, on documents that are in memory already, with
-a thread for each core, in batches of some megabytes: `encode_batch`, and `encode_batch_fast`, which leaves offsets out.
-All take turns, round by round, each in a process of its own; medians. Seconds of the clock and of the cores: the second
-also mean something on a machine that others use.
+encoding, checksums, writing. Of the tokenizer, as the library makes it, its calls alone are timed, on documents that are
+in memory already, with a thread for each core, in batches of some megabytes: `encode_batch`, and `encode_batch_fast`,
+which leaves offsets out. All take turns, round by round, each in a process of its own; medians. Seconds of the clock and
+of the cores: the second also mean something on a machine that others use.
 """
 
 import json
@@ -31,8 +31,9 @@ BATCH_BYTES, PAGE_CHARACTERS = 1 << 23, 2000
 TIMED = """
 import json, sys, time
 from pathlib import Path
+from tokenizers import Tokenizer
 from morex.data.subword import read_hf
-backend = read_hf(sys.argv[2])._backend
+backend = Tokenizer.from_str(read_hf(sys.argv[2])._backend.to_str())
 encode = getattr(backend, sys.argv[3])
 batches, size = [[]], 0
 for line in Path(sys.argv[1]).open(encoding="utf-8"):

@@ -70,4 +70,4 @@ class Tokenizer(ABC):
         """Writes the tokenizer into a folder, which is made where it is missing."""
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        (place / SETTINGS).write_text(json.dumps(self.settings(), ensure_ascii=False, indent=1), encoding="utf-8")
+        (place / SETTINGS).write_text(json.dumps(self.settings(), ensure_ascii=False), encoding="utf-8")

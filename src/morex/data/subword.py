@@ -6,6 +6,7 @@ Text is only text: special tokens written out in it are encoded letter by letter
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,8 @@ SMALLEST_BPE = 257
 LEAST_OCCURRENCES = 2
 AT_ONCE = 256
 """Texts that are encoded at a time: of more the processor's caches would not hold what the library makes of them."""
+WORDS = 1 << 16
+"""Words whose tokens are kept, some megabytes; the library keeps ten thousand, fewer than a book has."""
 
 
 class SubwordTokenizer(Tokenizer):
@@ -37,6 +40,9 @@ class SubwordTokenizer(Tokenizer):
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
+        keep = getattr(backend.model, "_resize_cache", None)  # which the library does not promise to have
+        if keep is not None:
+            keep(WORDS)
         self._backend = backend
         self.kind = kind
         self.eos_id = eos_id
@@ -60,7 +66,11 @@ class SubwordTokenizer(Tokenizer):
         return "".join(parts)
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "eos_id": self.eos_id, "tokenizer": json.loads(self._backend.to_str())}
+        return {"kind": self.kind, "eos_id": self.eos_id, "tokenizer": self._plain}
+
+    @cached_property
+    def _plain(self) -> Any:
+        return json.loads(self._backend.to_str())
 
     def save(self, folder: str | Path) -> None:
         """Writes settings.json, and beside it a tokenizer.json that other programs read."""
