@@ -1,5 +1,7 @@
 """Trains one run after another; `torchrun` starts it on several ranks. Its argument is a JSON file of jobs."""
 
+import gc
+import importlib
 import json
 import os
 import sys
@@ -16,6 +18,8 @@ from morex.train.trainer import train
 
 def main(jobs: Path) -> None:
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")
+    gc.freeze()  # each training collects garbage, which need not go through all of torch
     dist.init_process_group("gloo")
     for job in json.loads(jobs.read_text(encoding="utf-8")):
         config = validate(Config, job["config"])

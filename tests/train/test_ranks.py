@@ -101,16 +101,18 @@ def test_two_ranks_are_one_process(corpus: Path, tmp_path: Path) -> None:
         own = (f"train.precision={precision}", f"train.steps={steps}", "train.batch_size=8", "train.checkpoint_every=0")
         config = configure(preset, corpus, *own, *overrides)
         divided = config.model_copy(update={"train": config.train.model_copy(update=change)})
-        jobs.append((config, divided, tmp_path / f"{name} {precision} {steps} {change}"))
-    on_ranks(2, [(divided, folder / "two", False) for _, divided, folder in jobs], tmp_path)
-    for config, _, folder in jobs:
-        one, two = run(config, folder / "one"), RunFolder(folder / "two")
+        one = tmp_path / f"{name} {precision} {steps}"
+        jobs.append((config, divided, one, tmp_path / f"{one.name} {change}"))
+    on_ranks(2, [(divided, two, False) for _, divided, _, two in jobs], tmp_path)
+    for config, _, one, two in jobs:
+        if not one.exists():
+            run(config, one)
         limit = 1e-8 if config.train.precision == "fp64" else 1e-5
-        mine, theirs = two.summary(), one.summary()
+        mine, theirs = RunFolder(two).summary(), RunFolder(one).summary()
         assert mine is not None and theirs is not None
-        found = difference(two.path, one.path), abs(mine["val_loss"] - theirs["val_loss"])
+        found = difference(two, one), abs(mine["val_loss"] - theirs["val_loss"])
         if max(found) > limit:
-            wrong[folder.name] = found
+            wrong[two.name] = found
     assert not wrong
 
 
