@@ -4,10 +4,10 @@ MOREX_DATA=... python benchmarks/prepare.py [benchmarks/results/prepare.json]
 
 The corpus `classic_books` with GPT-2's tokenizer from JSON lines: whole books, pages of some two thousand characters,
 and each paragraph as a document of its own. The command is timed whole: start of the interpreter, reading twice, split,
-encoding, checksums, writing. Of the tokenizer, as the library makes it, its calls alone are timed, on documents that are
-in memory already, with a thread for each core, in batches of some megabytes: `encode_batch`, and `encode_batch_fast`,
-which leaves offsets out. All take turns, round by round, each in a process of its own; medians. Seconds of the clock and
-of the cores: the second also mean something on a machine that others use.
+encoding, checksums, writing. Of the tokenizer, as the library makes it, its calls alone are timed, on documents in
+memory, with a thread for each core, in batches of some megabytes: `encode_batch`, and `encode_batch_fast`, which leaves
+offsets out. All take turns, round by round, each in a process of its own; medians. Seconds of the clock and of the
+cores: the second also mean something on a machine that others use.
 """
 
 import json
