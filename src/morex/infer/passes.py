@@ -285,7 +285,8 @@ class Passes:
 
     def _ask(self, flight: Flight, router: DepthRouter, going: list[Flight], done: list[Arrived]) -> None:
         """Asks who takes the next recursion; segments of which nobody does are asked for the one after, if need be."""
-        is_over = router.is_nested and not flight.is_traced  # nobody needs to know what those who leave are not asked
+        # Who leaves does not come back, and no trace needs to hear so again and again.
+        is_over = router.is_nested and not flight.is_traced
         while flight.recursion <= flight.policy.recursions:
             if not flight.is_traced:
                 flight.routing.forget()
