@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from morex.nn import ranks as together
 from morex.scaling.activations import Recompute
 from morex.scaling.calibrate import this_processor
 from morex.scaling.devices import DEVICES, Device
-from morex.scaling.layouts import Plan, evaluate
+from morex.scaling.layouts import Plan, evaluate, ways
 from morex.scaling.memory import Layout
 from morex.study.bench import write_json
 from morex.train.memory import keep_freed_memory
@@ -102,7 +102,8 @@ def measured(config: Config, ranks: Ranks, timed: bool) -> dict[str, float]:
     found["parameters"] = sum(map(local_bytes, model.parameters()))
     moments = (value for state in optimizer.state.values() for value in state.values())
     found["optimizer"] = sum(local_bytes(value) for value in moments if value.dim())
-    found["kept"] = kept_bytes(model, batches[0])
+    if train.recompute != "selective":  # which keeps results where no hook of autograd sees them
+        found["kept"] = kept_bytes(model, batches[0])
     found["peak"] = found["parameters"] + found["optimizer"] + allocated_at_most(step)
     if not timed:
         return found
@@ -201,7 +202,8 @@ def main(path: str = "benchmarks/results/plan.json", what: str = "") -> None:
     rows = []
     for name in MODELS:
         for ranks in (1, 2):
-            for recompute in get_args(Recompute):
+            preset, own = MODELS[name]
+            for recompute in ways(morex.load_config(preset, [*SIZES, *own])):
                 rows.append(compared(name, ranks, recompute, timed=what != "memory"))
                 print(name, ranks, recompute, {key: round(ratio, 3) for key, ratio in rows[-1]["ratios"].items()})
     write_json(Path(path), rows, ["python", *sys.argv])

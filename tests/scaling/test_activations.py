@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import morex
 from morex.config import ModelConfig
 from morex.experts.router import ExpertRouter
 from morex.nn import fast
 from morex.scaling.activations import Recompute, activations
+from morex.sections.mixers import ExpertsConfig
 from morex.sections.train import TrainConfig
 from morex.study.contender import drawn_experts
 from morex.train.parallel import parallelise
@@ -57,6 +59,10 @@ def configure(kind: str) -> ModelConfig:
     return morex.load_config(preset, [*SIZES, *overrides]).model
 
 
+def is_of_experts(kind: str) -> bool:
+    return isinstance(configure(kind).mixer, ExpertsConfig)
+
+
 def saved_bytes(
     config: ModelConfig, bf16: bool, has_fast_paths: bool, recompute: Recompute = "nothing"
 ) -> tuple[int, Any]:
@@ -73,6 +79,12 @@ def saved_bytes(
     parallelise(model, TrainConfig(recompute=recompute), ALONE, "cpu")
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, Tensor] = {}
+    chosen: list[Any] = []
+
+    def contexts(operators: Any) -> Any:
+        first, again = create_selective_checkpoint_contexts(operators)
+        chosen.append(first)
+        return first, again
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
@@ -81,8 +93,16 @@ def saved_bytes(
 
     tokens = torch.randint(1, 128, (ROWS, LENGTH))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with fast.enabled(has_fast_paths), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        out = model(tokens, labels=tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("morex.train.parallel.create_selective_checkpoint_contexts", contexts)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with fast.enabled(has_fast_paths), hooks, autocast:
+            out = model(tokens, labels=tokens)
+    for context in chosen:
+        for results in context.storage.values():
+            for result in results.values():
+                if hasattr(result, "val"):
+                    keep(result.val)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values()), out.stats.active_shares
 
 
@@ -107,3 +127,17 @@ def test_as_much_as_is_saved_where_it_is_computed_again(kind: str, recompute: Re
     config = configure(kind)
     saved, _ = saved_bytes(config, False, False, recompute)
     assert activations(config, ROWS, LENGTH, recompute=recompute).kept == pytest.approx(saved, rel=0.15)
+
+
+@pytest.mark.parametrize("has_fast_paths", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize(("kind", "precision"), [case for case in CASES if not is_of_experts(case[0])])
+def test_as_much_as_is_saved_where_linear_maps_keep_their_results(
+    kind: str, precision: Any, has_fast_paths: bool
+) -> None:
+    config = configure(kind)
+    saved, active = saved_bytes(config, precision == "bf16", has_fast_paths, "selective")
+    shares = active if config.depth.kind == "token_choice" else None
+    found = activations(config, ROWS, LENGTH, precision, has_fast_paths, "selective", shares)
+    assert found.kept == pytest.approx(saved, rel=0.05)
+    plain = activations(config, ROWS, LENGTH, precision, has_fast_paths, shares=shares)
+    assert found.kept < plain.kept and found.maps_flops > 0 and plain.maps_flops == 0

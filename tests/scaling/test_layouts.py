@@ -12,7 +12,7 @@ from morex.config import Config
 from morex.loading import ConfigError
 from morex.scaling.activations import Recompute
 from morex.scaling.devices import DEVICES, Device, find_device
-from morex.scaling.layouts import as_row, evaluate, plan
+from morex.scaling.layouts import as_row, evaluate, layouts, plan
 from morex.scaling.memory import Layout
 
 
@@ -58,6 +58,19 @@ def test_steps_are_not_computed_again_where_training_refuses_it() -> None:
     with pytest.raises(ConfigError, match="no layout fits"):
         plan(config, 8, device, "fp32")
     assert plan(config, 8, DEVICES["h100"], "fp32").layout.recompute == "nothing"
+
+
+def test_linear_maps_keep_their_results_where_training_and_the_count_allow() -> None:
+    """Not in compiled blocks, and not where experts make products of their own."""
+    found = {}
+    for name, config in (
+        ("plain", medium(8)),
+        ("compiled", medium(8, "train.compile=true")),
+        ("experts", morex.load_config("more", ["train.batch_size=8", "train.accumulation=1"])),
+    ):
+        found[name] = {layout.recompute for layout in layouts(config, 1)}
+    assert found["plain"] == set(get_args(Recompute))
+    assert found["compiled"] == found["experts"] == set(get_args(Recompute)) - {"selective"}
 
 
 def test_a_batch_that_does_not_divide() -> None:

@@ -1,12 +1,16 @@
 """Time of a step, against sums by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 import morex
 from morex.config import Config
-from morex.model.count import count
+from morex.model.count import count, expected_shares
+from morex.model.lm import attention_shape
+from morex.nn.attention import attention_maps
+from morex.nn.mixers import feed_forward_maps
 from morex.scaling.devices import Device
 from morex.scaling.layouts import evaluate
 from morex.scaling.memory import Layout, units_of
@@ -36,6 +40,24 @@ def test_arithmetic_is_the_count_of_flops(config: Config) -> None:
     assert again.arithmetic - alone.arithmetic == pytest.approx(tokens * repeated / 1e12)
     assert took(config, Layout(4, 1, 2, "nothing")).arithmetic == pytest.approx(alone.arithmetic / 4)
     assert alone.exchange == alone.exposed == alone.exchanged == 0
+
+
+def test_linear_maps_that_keep_their_results_are_not_computed_again(config: Config) -> None:
+    """What is left of a step is its attention over pairs."""
+    counts = count(config.model, seq_len=config.train.seq_len)
+    tokens, d_model = config.train.batch_size * config.train.seq_len, config.model.d_model
+    alone, again = (took(config, Layout(1, 1, 1, recompute)) for recompute in ("nothing", "selective"))
+    schedule, shares = config.model.schedule.resolved, expected_shares(config.model, config.train.seq_len)
+    visits = schedule.prelude + schedule.coda + schedule.core * sum(shares)
+    mixer: Any = config.model.mixer
+    maps = attention_maps(d_model, attention_shape(config.model)) | feed_forward_maps(
+        mixer.kind, d_model, mixer.hidden(d_model)
+    )
+    weights = sum(inputs * outputs for inputs, outputs in maps.values())
+    head = 2 * d_model * config.model.vocab_size
+    repeated = counts.forward_flops_per_token - head - visits * 2 * weights
+    assert again.arithmetic - alone.arithmetic == pytest.approx(tokens * repeated / 1e12)
+    assert 0 < repeated < 0.2 * counts.forward_flops_per_token
 
 
 def test_units_are_gathered_as_often_as_fsdp_gathers_them(config: Config) -> None:

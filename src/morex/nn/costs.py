@@ -92,6 +92,10 @@ class Costs:
     """Of `per_token`, maps whose input carries no gradient: the backward pass makes one product and not two."""
     per_token_alone: float = 0.0
     """FLOPs beside `per_token` of a token that is decoded alone, where work is shared by the tokens of a batch."""
+    maps: float = 0.0
+    """Values that linear maps outside experts make of one token's visit."""
+    per_token_maps: float = 0.0
+    """Of `per_token`, what these maps take."""
     kept: Kept = Kept()
     """Of one token's visit, attention left out."""
     kept_weights: Kept = Kept()
@@ -107,6 +111,8 @@ class Costs:
             self.per_token_keys + other.per_token_keys,
             self.per_token_stopped + other.per_token_stopped,
             self.per_token_alone + other.per_token_alone,
+            self.maps + other.maps,
+            self.per_token_maps + other.per_token_maps,
             self.kept + other.kept,
             self.kept_weights + other.kept_weights,
             self.cast_weights + other.cast_weights,
@@ -116,4 +122,5 @@ class Costs:
 def linear_costs(inputs: int, outputs: int) -> Costs:
     """A linear map without bias."""
     weights = inputs * outputs
-    return Costs(weights, 2.0 * weights, cast_weights=Kept.alike(0.0, 2.0 * weights))
+    flops = 2.0 * weights
+    return Costs(weights, flops, maps=outputs, per_token_maps=flops, cast_weights=Kept.alike(0.0, 2.0 * weights))

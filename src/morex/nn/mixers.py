@@ -115,7 +115,7 @@ HIDDEN = {"swiglu": 4, "geglu": 4, "gelu": 2, "relu": 1}
 
 def feed_forward_costs(kind: str, d_model: int, d_ff: int) -> Costs:
     """Closed-form costs of a feed-forward mixer; its input counts as kept where it is cast."""
-    own = linear_costs(d_model, (3 if kind in GATED else 2) * d_ff)
+    own = linear_costs(d_model, (2 if kind in GATED else 1) * d_ff) + linear_costs(d_ff, d_model)
     values, copies = HIDDEN[kind] * d_ff, (2 if kind in GATED else 1) * d_model
     cast = 2.0 * (values + copies)
     return own + Costs(kept=Kept(4.0 * values, cast, 4.0 * (2 * d_ff if kind == "swiglu" else values), cast))

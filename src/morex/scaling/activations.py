@@ -18,8 +18,8 @@ from morex.sections.head import ClassifierHeadConfig
 from morex.sections.mixers import ExpertsConfig
 
 Format = Literal["fp32", "bf16", "fp64"]
-Recompute = Literal["nothing", "steps", "recursions"]
-"""What is computed again, as `train.recompute` says it; its `selective` is not planned with."""
+Recompute = Literal["nothing", "selective", "steps", "recursions"]
+"""What is computed again, as `train.recompute` says it."""
 WIDE = 4
 """Bytes of a value of the residual stream, which autocast leaves alone."""
 
@@ -44,6 +44,8 @@ class Activations:
     """Of the step, or the steps of a recursion, that are there together while computed again; 0 without that."""
     recomputed: float
     """Of all steps together, as they come and go while they are computed again; 0 without recomputation."""
+    maps_flops: float
+    """FLOPs of the forward pass that are not spent again: of linear maps, where their results are kept; else 0."""
     gradients: float
     """Of a step's experts, as the backward pass makes them on its way: of hidden values, queries, keys and values."""
     probabilities: float
@@ -74,7 +76,8 @@ def activations(
         rows, seq_len: of the microbatch.
         precision: `bf16` is autocast over fp32 weights.
         has_fast_paths: whether those for a CPU run.
-        recompute: whether a step, or in the core a whole recursion, keeps its input alone.
+        recompute: whether a step, or in the core a whole recursion, keeps its input alone, or a step that and the
+            results of linear maps, those inside experts left out.
         shares: share of the tokens active at recursion r = 1..R, where it was measured.
         mask_documents: whether tokens see their own document alone.
     """
@@ -86,23 +89,29 @@ def activations(
     groups, keeps_all = schedule.num_groups, recompute == "nothing"
     core_inputs = groups if recompute == "recursions" else schedule.core
 
-    def inputs(share: float) -> float:
-        return share * own.values(config.d_model)
+    def entries(share: float, visited: Rows) -> float:
+        """What is kept of a step that is computed again."""
+        return share * own.values(config.d_model) + maps(share, visited)
+
+    def maps(share: float, visited: Rows) -> float:
+        return own.maps(share, visited) if recompute == "selective" else 0.0
 
     selections = sum(own.rotations(share, visited) for share, visited in zip(active, core, strict=True) if share < 1)
     rotated = own.rotations(1.0, once) + groups * selections if keeps_all else 0.0
     probabilities, logits = own.logits(len(active))
     outer, of_core = schedule.prelude + schedule.coda, [own.step(*visit) for visit in zip(active, core, strict=True)]
-    steps = outer * own.step(1.0, once) + schedule.core * sum(of_core)
-    again = [own.step(1.0, visited) + own.joint(visited) for visited in (once, *core[:1])]
+    visits = [(outer, 1.0, once), *((schedule.core, *visit) for visit in zip(active, core, strict=True))]
+    steps = sum(count * (own.step(share, visited) - maps(share, visited)) for count, share, visited in visits)
+    flops = sum(count * own.maps_flops(share, visited) for count, share, visited in visits)
+    again = [own.step(1.0, visited) - maps(1.0, visited) + own.joint(visited) for visited in (once, *core[:1])]
     again[1:] = [schedule.core / core_inputs * one for one in again[1:]]
     cast = own.cast()
     joint = outer * own.joint(once) + schedule.core * sum(own.joint(r) for r in core)
     return Activations(
-        blocks=outer * (own.step(1.0, once) if keeps_all else inputs(1.0)) + rotated,
+        blocks=outer * (own.step(1.0, once) if keeps_all else entries(1.0, once)) + rotated,
         recursions=tuple(
-            schedule.core * step if keeps_all else core_inputs * inputs(share)
-            for step, share in zip(of_core, active, strict=True)
+            schedule.core * step if keeps_all else core_inputs * entries(share, visited)
+            for step, share, visited in zip(of_core, active, core, strict=True)
         ),
         routers=groups * own.routers(active),
         ends=own.ends(),
@@ -110,6 +119,7 @@ def activations(
         cast=cast,
         again=0.0 if keeps_all else max(again),
         recomputed=0.0 if keeps_all else steps,
+        maps_flops=flops if recompute == "selective" else 0.0,
         gradients=own.gradients(),
         probabilities=probabilities,
         logits=logits,
@@ -173,6 +183,17 @@ class _Microbatch:
             own = rows if attention.rereads else Rows(share * attention.share * self.seq_len)
             kept += attention.kept(own)
         return share * self.tokens * self.bytes(kept)
+
+    def maps(self, share: float, rows: Rows) -> float:
+        """Of the results of a step's linear maps."""
+        block, shape = block_costs(self.config), attention_shape(self.config)
+        keys = 0 if rows.makes_keys else 2 * shape.kv_heads * shape.head_dim
+        return share * self.tokens * self.bytes(Kept.alike(4.0, 2.0) * (block.maps - keys))
+
+    def maps_flops(self, share: float, rows: Rows) -> float:
+        """FLOPs that these take."""
+        block = block_costs(self.config)
+        return share * self.tokens * (block.per_token_maps - (0.0 if rows.makes_keys else block.per_token_keys))
 
     def joint(self, rows: Rows) -> float:
         """Of weights that a step makes for itself."""

@@ -12,6 +12,7 @@ from morex.scaling.activations import Activations, Format, Recompute
 from morex.scaling.devices import DEVICES, Device
 from morex.scaling.memory import Layout, Memory, held, kept, units_of
 from morex.scaling.speed import StepTime, step_time
+from morex.sections.mixers import ExpertsConfig
 
 DAY = 86_400
 AS_FAST = 0.01
@@ -89,12 +90,22 @@ def layouts(config: Config, ranks: int) -> Iterator[Layout]:
     batch = config.train.batch_size
     if batch % ranks:
         return
-    ways: tuple[Recompute, ...] = ("nothing",) if config.model.kv == "refresh" else get_args(Recompute)
     kinds = {"core": (False,), "blocks": (True,), "auto": (False, True)}[config.train.core_units]
     for shards in _divisors(ranks):
         for accumulation in _divisors(batch // ranks):
-            for recompute, by_block in product(ways, kinds if ranks > 1 else (False,)):
+            for recompute, by_block in product(ways(config), kinds if ranks > 1 else (False,)):
                 yield Layout(ranks, shards, accumulation, recompute, by_block)
+
+
+def ways(config: Config) -> tuple[Recompute, ...]:
+    """What may be computed again, as far as it can be planned."""
+    if config.model.kv == "refresh":
+        return ("nothing",)
+    known: tuple[Recompute, ...] = get_args(Recompute)
+    if config.train.compile or isinstance(config.model.mixer, ExpertsConfig):
+        # Blocks are compiled whole; and which products of experts are kept depends on how a device makes them.
+        return tuple(way for way in known if way != "selective")
+    return known
 
 
 def plan(config: Config, ranks: int, device: Device, precision: Format) -> Plan:

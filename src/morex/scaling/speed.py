@@ -63,7 +63,8 @@ def step_time(
     again = layout.recompute != "nothing"
     flops = (device.flops_bf16 if precision == "bf16" else device.flops_fp32) * device.matmul_share
     bandwidth = device.bandwidth * device.bandwidth_share
-    arithmetic = tokens * _flops_per_token(counts, head_costs(model).per_token, again) / flops
+    passed = tokens * _flops_per_token(counts, head_costs(model).per_token, again) - held.activations.maps_flops
+    arithmetic = passed / flops
     traffic = _traffic(held.activations, again, units, precision) / bandwidth
     size = 8 if precision == "fp64" else 4
     update = OPTIMIZER_TRAFFIC * held.parameters / bandwidth
