@@ -1,11 +1,12 @@
 """How well `morex plan` foresees memory and time: predicted over measured, on this machine's processor.
 
-python benchmarks/plan.py [benchmarks/results/plan.json [memory]]
+python benchmarks/plan.py [benchmarks/results/plan.json [memory | selective]]
 
 Width 256, fp32, a step of 8 x 256 tokens on 1 and 2 ranks, with and without steps that are computed again. Weights,
 gradients and optimizer state are those of the tensors that a rank holds; kept bytes are the storages that a forward
 pass saves; the peak is what torch's allocator has held at most in a step. Times are medians, predicted from what the
-processor could do before and after; the machine should have nothing else to do. With `memory` none are taken.
+processor could do before and after; the machine should have nothing else to do. With `memory` none are taken; with
+`selective` that way to compute again is compared alone, else all others.
 """
 
 import json
@@ -203,7 +204,8 @@ def main(path: str = "benchmarks/results/plan.json", what: str = "") -> None:
     for name in MODELS:
         for ranks in (1, 2):
             preset, own = MODELS[name]
-            for recompute in ways(morex.load_config(preset, [*SIZES, *own])):
+            known = ways(morex.load_config(preset, [*SIZES, *own]))
+            for recompute in [way for way in known if (way == "selective") == (what == "selective")]:
                 rows.append(compared(name, ranks, recompute, timed=what != "memory"))
                 print(name, ranks, recompute, {key: round(ratio, 3) for key, ratio in rows[-1]["ratios"].items()})
     write_json(Path(path), rows, ["python", *sys.argv])
