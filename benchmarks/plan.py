@@ -204,7 +204,7 @@ def main(path: str = "benchmarks/results/plan.json", what: str = "") -> None:
     for name in MODELS:
         for ranks in (1, 2):
             preset, own = MODELS[name]
-            known = ways(morex.load_config(preset, [*SIZES, *own]))
+            known = ways(morex.load_config(preset, [*SIZES, *own]), DEVICES["h100"])
             for recompute in [way for way in known if (way == "selective") == (what == "selective")]:
                 rows.append(compared(name, ranks, recompute, timed=what != "memory"))
                 print(name, ranks, recompute, {key: round(ratio, 3) for key, ratio in rows[-1]["ratios"].items()})

@@ -61,16 +61,13 @@ def test_steps_are_not_computed_again_where_training_refuses_it() -> None:
 
 
 def test_linear_maps_keep_their_results_where_training_and_the_count_allow() -> None:
-    """Not in compiled blocks, and not where experts make products of their own."""
-    found = {}
-    for name, config in (
-        ("plain", medium(8)),
-        ("compiled", medium(8, "train.compile=true")),
-        ("experts", morex.load_config("more", ["train.batch_size=8", "train.accumulation=1"])),
-    ):
-        found[name] = {layout.recompute for layout in layouts(config, 1)}
-    assert found["plain"] == set(get_args(Recompute))
-    assert found["compiled"] == found["experts"] == set(get_args(Recompute)) - {"selective"}
+    """Not on a CPU, not in compiled blocks, and not where experts make products of their own."""
+    gpu, cpu = DEVICES["h100"], replace(DEVICES["h100"], has_fast_paths=True)
+    experts = morex.load_config("more", ["train.batch_size=8", "train.accumulation=1"])
+    cases = (medium(8), gpu), (medium(8), cpu), (medium(8, "train.compile=true"), gpu), (experts, gpu)
+    plain, *others = ({layout.recompute for layout in layouts(config, 1, device)} for config, device in cases)
+    assert plain == set(get_args(Recompute))
+    assert all(found == plain - {"selective"} for found in others)
 
 
 def test_a_batch_that_does_not_divide() -> None:

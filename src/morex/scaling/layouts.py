@@ -85,25 +85,26 @@ def evaluate(config: Config, layout: Layout, device: Device, precision: Format) 
     return Estimates(config, device, precision)(layout)
 
 
-def layouts(config: Config, ranks: int) -> Iterator[Layout]:
-    """All layouts of a config over so many ranks; none where its batch does not divide."""
+def layouts(config: Config, ranks: int, device: Device) -> Iterator[Layout]:
+    """All layouts of a config over so many ranks of a kind; none where its batch does not divide."""
     batch = config.train.batch_size
     if batch % ranks:
         return
     kinds = {"core": (False,), "blocks": (True,), "auto": (False, True)}[config.train.core_units]
     for shards in _divisors(ranks):
         for accumulation in _divisors(batch // ranks):
-            for recompute, by_block in product(ways(config), kinds if ranks > 1 else (False,)):
+            for recompute, by_block in product(ways(config, device), kinds if ranks > 1 else (False,)):
                 yield Layout(ranks, shards, accumulation, recompute, by_block)
 
 
-def ways(config: Config) -> tuple[Recompute, ...]:
+def ways(config: Config, device: Device) -> tuple[Recompute, ...]:
     """What may be computed again, as far as it can be planned."""
     if config.model.kv == "refresh":
         return ("nothing",)
     known: tuple[Recompute, ...] = get_args(Recompute)
-    if config.train.compile or isinstance(config.model.mixer, ExpertsConfig):
-        # Blocks are compiled whole; and which products of experts are kept depends on how a device makes them.
+    if device.has_fast_paths or config.train.compile or isinstance(config.model.mixer, ExpertsConfig):
+        # On a CPU torch's own work for it takes longer than operators do. Blocks are compiled whole; and which products
+        # of experts are kept depends on how a device makes them.
         return tuple(way for way in known if way != "selective")
     return known
 
@@ -115,7 +116,7 @@ def plan(config: Config, ranks: int, device: Device, precision: Format) -> Plan:
         ConfigError: the batch does not divide over the ranks, or no layout fits.
     """
     refuse_uneven(config, ranks)
-    found = list(map(Estimates(config, device, precision), layouts(config, ranks)))
+    found = list(map(Estimates(config, device, precision), layouts(config, ranks, device)))
     fitting = [one for one in found if one.fits]
     if not fitting:
         least = min(found, key=lambda one: one.memory.peak)
@@ -178,7 +179,7 @@ def _too_large(config: Config, least: Plan) -> str:
             update={"train": config.train.model_copy(update={"batch_size": max(config.train.batch_size, more)})}
         )
         estimates = Estimates(grown, device, least.precision)
-        if any(estimates(layout).fits for layout in layouts(grown, more)):
+        if any(estimates(layout).fits for layout in layouts(grown, more, device)):
             return f"{said}; {more} of them would do{_with_batch(config, more)}"
         more *= 2
     larger = [other for other in DEVICES.values() if least.memory.peak <= other.usable * other.memory]
