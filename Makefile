@@ -90,6 +90,7 @@ bench: $(VENV)/demo.stamp  ## measure training and decoding speed against the de
 	$(BIN)/python benchmarks/compiled.py benchmarks/results/compiled.json vanilla mor-expert mor-token
 	$(BIN)/python benchmarks/loader.py benchmarks/results/loader.json
 	$(BIN)/python benchmarks/plan.py benchmarks/results/plan.json
+	$(BIN)/python benchmarks/plan.py benchmarks/results/plan-selective.json selective
 	$(BIN)/python benchmarks/width_transfer.py --widths 128
 	$(BIN)/python benchmarks/width_transfer.py benchmarks/results/width-transfer-small-init.json --widths 128 --init-std 0.02
 	$(BIN)/python benchmarks/against_recompute.py benchmarks/results/decode-recompute.json
