@@ -27,7 +27,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 test: $(VENV)/dev.stamp  ## run the tests
 	$(PYTEST)
 
-coverage: $(VENV)/dev.stamp  ## run the tests, a third slower, and fail when they cover less than 90 % of src
+coverage: $(VENV)/dev.stamp  ## run the tests, slower, and fail when they cover less than 90 % of src
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: $(VENV)/dev.stamp  ## lint, formatting, types, and who may import whom

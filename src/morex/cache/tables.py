@@ -118,10 +118,10 @@ class PageTables:
         Raises:
             OutOfPages: the pool has not enough; nothing is done.
         """
-        is_fast = fast.available(time, times) and fast.is_native()
-        claim = self._claim_at_once(numbers, added, time, times) if is_fast else None
-        if claim is not None:
-            return claim
+        if fast.available(time, times) and fast.is_native():
+            claim = self._claim_at_once(numbers, added, time, times)
+            if claim is not None:
+                return claim
         size, counts = times.shape[1], np.array(added)
         lengths = self.lengths[numbers]
         shares = self.is_forked[numbers] & (counts > 0) & (lengths % size > 0)
@@ -131,9 +131,6 @@ class PageTables:
         fresh = iter(self.pool.take(self.width * int(lacking.sum())))
         for row in np.flatnonzero(lacking).tolist():
             self.extend(numbers[row], [next(fresh) for _ in range(self.width * lacking[row])])
-        claim = self._claim_at_once(numbers, added, time, times) if is_fast else None
-        if claim is not None:
-            return claim
         entry = np.arange(counts.sum()) + np.repeat(lengths + counts - counts.cumsum(), counts)
         number = np.repeat(numbers, counts)
         where = torch.from_numpy((self.pages[number, :, entry // size].T.astype(np.int64) * size + entry % size).copy())

@@ -6,7 +6,6 @@ Text is only text: special tokens written out in it are encoded letter by letter
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -66,11 +65,7 @@ class SubwordTokenizer(Tokenizer):
         return "".join(parts)
 
     def settings(self) -> dict[str, Any]:
-        return {"kind": self.kind, "eos_id": self.eos_id, "tokenizer": self._plain}
-
-    @cached_property
-    def _plain(self) -> Any:
-        return json.loads(self._backend.to_str())
+        return {"kind": self.kind, "eos_id": self.eos_id, "tokenizer": json.loads(self._backend.to_str())}
 
     def save(self, folder: str | Path) -> None:
         """Writes settings.json, and beside it a tokenizer.json that other programs read."""

@@ -102,7 +102,6 @@ def activations(
     outer, of_core = schedule.prelude + schedule.coda, [own.step(*visit) for visit in zip(active, core, strict=True)]
     visits = [(outer, 1.0, once), *((schedule.core, *visit) for visit in zip(active, core, strict=True))]
     steps = sum(count * (own.step(share, visited) - maps(share, visited)) for count, share, visited in visits)
-    flops = sum(count * own.maps_flops(share, visited) for count, share, visited in visits)
     again = [own.step(1.0, visited) - maps(1.0, visited) + own.joint(visited) for visited in (once, *core[:1])]
     again[1:] = [schedule.core / core_inputs * one for one in again[1:]]
     cast = own.cast()
@@ -119,7 +118,9 @@ def activations(
         cast=cast,
         again=0.0 if keeps_all else max(again),
         recomputed=0.0 if keeps_all else steps,
-        maps_flops=flops if recompute == "selective" else 0.0,
+        maps_flops=sum(count * own.maps_flops(share, visited) for count, share, visited in visits)
+        if recompute == "selective"
+        else 0.0,
         gradients=own.gradients(),
         probabilities=probabilities,
         logits=logits,
